@@ -1,0 +1,37 @@
+"""memlm: language models in little memory, and fast.
+
+The public names load on first use, so that ``import memlm`` stays quick.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "FormatError": "memlm.errors",
+    "Format": "memlm.formats",
+    "Packed": "memlm.formats",
+    "quantize_weight": "memlm.quantize",
+    "QuantConfig": "memlm.convert",
+    "quantize_": "memlm.convert",
+    "dequantize_": "memlm.convert",
+    "layer_specs": "memlm.convert",
+    "build_layers_": "memlm.convert",
+    "explain": "memlm.explain",
+    "load": "memlm.models.load",
+    "save": "memlm.models.load",
+    "isa": "memlm.cpu",
+    "isas": "memlm.cpu",
+    "set_isa": "memlm.cpu",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'memlm' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""Exceptions of memlm's own."""
+
+
+class FormatError(ValueError):
+    """A file, or a set of packed tensors, does not follow the format it claims to follow."""

@@ -1,0 +1,278 @@
+"""The packed weight formats: the specification, executable.
+
+A weight matrix ``W[n, k]`` is cut along ``k`` into groups.  Each row of each group has one scale
+``s`` (and, when asymmetric, one offset ``o``); each weight has one integer code ``q``::
+
+    int8   symmetric    w = s * q         q in -128..127   (the quantiser uses -127..127)
+    int4   symmetric    w = s * (q - 8)   q in 0..15
+    int4   asymmetric   w = s * q + o     q in 0..15
+
+A name says it all: ``int8`` (one scale per row), ``int8-g32``, ``int4-g128``, ``int4a-g64`` (``a``:
+asymmetric).
+
+Layout, version 1
+-----------------
+Rows go in *tiles* of 16.  Inside a tile, 4 consecutive ``k`` of one row stand side by side, then
+come the other 15 rows: a *block* of 64 bytes.  It is what one 512-bit register holds, or two
+256-bit, or four 128-bit ones, each 32-bit lane being one row: the four products of a lane are what
+``vpmaddubsw+vpmaddwd``, ``vpdpbusd`` and ``sdot`` add up, so no sum across lanes is ever needed.
+
+::
+
+    codes, 8 bits: int8 [tiles, K/4, 16, 4]         codes, 4 bits: uint8 [tiles, K/8, 16, 4]
+
+    one block:         byte 0   1   2   3           one block:         byte 0    1    2    3
+      row 0   (lane 0)  k+0 k+1 k+2 k+3               row 0   low  nibble k+0  k+1  k+2  k+3
+      row 1   (lane 1)  k+0 k+1 k+2 k+3                       high nibble k+4  k+5  k+6  k+7
+      ...                                             row 1   ...
+      row 15  (lane 15) k+0 k+1 k+2 k+3               row 15  ...
+
+    scales:  f16 or f32 [tiles, groups, 16]         scales[t, g, r] is row 16t+r, group g
+    offsets: like scales (asymmetric only)
+
+``K`` is ``k`` rounded up to a multiple of 32 and of the group; ``tiles = ceil(n / 16)``.  What is
+added has code 0 and scale 0; the kernels read activations beyond ``k`` as zero and write no row
+beyond ``n``, so padding never reaches a result.
+
+The integer kernels quantise activations in groups of 32 along ``k``, hence the 32.  Codes and
+scales are separate tensors: each is read front to back, and other tools see plain arrays.
+``csrc/formats.h`` holds the same constants for C++; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from memlm.errors import FormatError
+
+VERSION = 1
+TILE_ROWS = 16  # rows side by side in a block
+LANE_K = 4  # consecutive k of one row inside a 32-bit lane
+ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it
+GROUPS = {4: (32, 64, 128), 8: (0, 32, 64, 128)}  # 0: one scale per row
+SCALE_DTYPES = (torch.float16, torch.float32)
+DEFAULTS = {"int4": "int4-g32", "int8": "int8"}
+
+_NAME = re.compile(r"int(?P<bits>[48])(?P<asym>a?)(?:-g(?P<group>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a packed matrix holds: ``bits`` per code, ``group`` of k per scale (0: the whole row),
+    ``symmetric`` or with an offset.
+
+    Raises ValueError for a combination that no kernel executes.
+    """
+
+    bits: int
+    group: int = 0
+    symmetric: bool = True
+
+    def __post_init__(self):
+        if self.bits not in GROUPS:
+            raise ValueError(f"bits: got {self.bits!r}, accepted are {sorted(GROUPS)}")
+        if self.group not in GROUPS[self.bits]:
+            raise ValueError(
+                f"group: got {self.group!r}, accepted for {self.bits} bits are {GROUPS[self.bits]}"
+                " (0: one scale per row)"
+            )
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("symmetric: 8-bit weights are symmetric only")
+
+    @property
+    def name(self) -> str:
+        suffix = f"-g{self.group}" if self.group else ""
+        return f"int{self.bits}{'' if self.symmetric else 'a'}{suffix}"
+
+    @classmethod
+    def parse(cls, spec: str | Format) -> Format:
+        """The format of a name such as ``int4-g32``; ``int4`` and ``int8`` are the defaults."""
+        if isinstance(spec, Format):
+            return spec
+        if not isinstance(spec, str):
+            raise TypeError(f"format: got {type(spec).__name__}, accepted are a name or a Format")
+        match = _NAME.fullmatch(DEFAULTS.get(spec, spec))
+        if not match:
+            raise ValueError(
+                f"format: got {spec!r}, accepted are int4, int4-gG, int4a-gG (G = 32, 64, 128), "
+                "int8, int8-gG"
+            )
+        return cls(int(match["bits"]), int(match["group"] or 0), not match["asym"])
+
+    def padded_k(self, k: int) -> int:
+        """``k`` rounded up to a whole number of groups (and of activation groups)."""
+        step = max(self.group, ACT_GROUP)
+        return -(-k // step) * step
+
+    def groups(self, k: int) -> int:
+        """Scales per row."""
+        return self.padded_k(k) // self.group if self.group else 1
+
+    def bytes_per_weight(self, scale_bytes: int = 2) -> float:
+        """Stored bytes per weight for large n and k (without padding)."""
+        per_group = scale_bytes * (1 if self.symmetric else 2)
+        return self.bits / 8 + (per_group / self.group if self.group else 0)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Packed:
+    """A quantised matrix ``W[n, k]`` in the layout that this module draws.
+
+    ``codes``, ``scales`` and ``offsets`` are as :func:`layout` says; checked when made
+    (FormatError), so that whoever holds a ``Packed`` may hand its memory to a kernel.
+    """
+
+    format: Format
+    n: int
+    k: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+
+    def __post_init__(self):
+        check(self.format, self.n, self.k, self.tensors())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"codes": self.codes, "scales": self.scales, "offsets": self.offsets}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def layout(
+    format: Format, n: int, k: int, scale_dtype: torch.dtype = torch.float16
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the tensors of a packed ``W[n, k]``."""
+    if n < 1 or k < 1:
+        raise ValueError(f"shape: got n={n}, k={k}, both must be at least 1")
+    if scale_dtype not in SCALE_DTYPES:
+        raise TypeError(f"scale_dtype: got {scale_dtype}, accepted are {SCALE_DTYPES}")
+    tiles = -(-n // TILE_ROWS)
+    per_byte = 8 // format.bits
+    blocks = format.padded_k(k) // (LANE_K * per_byte)
+    code_dtype = torch.int8 if format.bits == 8 else torch.uint8
+    scales = ((tiles, format.groups(k), TILE_ROWS), scale_dtype)
+    parts = {"codes": ((tiles, blocks, TILE_ROWS, LANE_K), code_dtype), "scales": scales}
+    if not format.symmetric:
+        parts["offsets"] = scales
+    return parts
+
+
+def check(format: Format, n: int, k: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises FormatError unless ``tensors`` are what :func:`layout` says for ``W[n, k]``."""
+    scales = tensors.get("scales")
+    if not isinstance(scales, torch.Tensor) or scales.dtype not in SCALE_DTYPES:
+        got = scales.dtype if isinstance(scales, torch.Tensor) else type(scales).__name__
+        raise FormatError(f"scales: got {got}, accepted are tensors of {SCALE_DTYPES}")
+    wanted = layout(format, n, k, scales.dtype)
+    if set(wanted) != set(tensors):
+        raise FormatError(f"{format}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
+    for name, (shape, dtype) in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise FormatError(
+                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+                f" for {format} of a {n}x{k} matrix"
+            )
+        if not tensor.is_contiguous():
+            raise FormatError(f"{name}: must be contiguous")
+
+
+def _to_tiles(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """[n, c] -> [tiles, columns, 16], padded with zeros."""
+    n, c = rows.shape
+    tiles = -(-n // TILE_ROWS)
+    full = rows.new_zeros(tiles * TILE_ROWS, columns)
+    full[:n, :c] = rows
+    return full.view(tiles, TILE_ROWS, columns).transpose(1, 2).contiguous()
+
+
+def _from_tiles(tiled: torch.Tensor, n: int) -> torch.Tensor:
+    """[tiles, columns, 16] -> [n, columns]."""
+    tiles, columns, _ = tiled.shape
+    return tiled.transpose(1, 2).reshape(tiles * TILE_ROWS, columns)[:n]
+
+
+def pack(
+    q: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, format: str | Format
+) -> Packed:
+    """Codes ``q [n, k]`` (uint8 0..15, or int8), scales and offsets ``[n, groups]`` (f16 or f32)
+    -> :class:`Packed`.
+
+    Raises TypeError or ValueError naming the argument that does not fit.
+    """
+    format = Format.parse(format)
+    code_dtype = torch.int8 if format.bits == 8 else torch.uint8
+    if q.dim() != 2 or q.numel() == 0:
+        raise ValueError(f"q: got shape {list(q.shape)}, expected [n, k] with n, k at least 1")
+    if q.dtype != code_dtype:
+        raise TypeError(f"q: got {q.dtype}, expected {code_dtype} for {format}")
+    if format.bits == 4 and int(q.max()) > 15:
+        raise ValueError(f"q: got codes up to {int(q.max())}, 4-bit codes are 0..15")
+    if (offsets is None) != format.symmetric:
+        raise ValueError(
+            f"offsets: got {'none' if offsets is None else 'a tensor'}, {format} has "
+            f"{'none' if format.symmetric else 'one for each scale'}"
+        )
+    n, k = q.shape
+    groups = format.groups(k)
+    for name, t in (("scales", scales), ("offsets", offsets)):
+        if t is None:
+            continue
+        if t.dtype not in SCALE_DTYPES:
+            raise TypeError(f"{name}: got {t.dtype}, accepted are {SCALE_DTYPES}")
+        if tuple(t.shape) != (n, groups):
+            raise ValueError(f"{name}: got shape {list(t.shape)}, expected {[n, groups]}")
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{name}: contains NaN or Inf")
+    if offsets is not None and offsets.dtype != scales.dtype:
+        raise TypeError(f"offsets: got {offsets.dtype}, expected that of scales, {scales.dtype}")
+
+    padded = format.padded_k(k)
+    tiles = -(-n // TILE_ROWS)
+    codes = _to_tiles(q, padded)  # [tiles, K, 16]
+    if format.bits == 8:
+        codes = codes.view(tiles, padded // LANE_K, LANE_K, TILE_ROWS).transpose(2, 3)
+    else:
+        pairs = codes.view(tiles, padded // 8, 2, LANE_K, TILE_ROWS)
+        codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).transpose(2, 3)
+    return Packed(
+        format,
+        n,
+        k,
+        codes.contiguous(),
+        _to_tiles(scales, groups),
+        None if offsets is None else _to_tiles(offsets, groups),
+    )
+
+
+def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The inverse of :func:`pack`: ``q [n, k]``, ``scales [n, groups]``, ``offsets`` or None."""
+    codes = packed.codes.transpose(2, 3)  # [tiles, blocks, 4, 16]
+    if packed.format.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=2)
+    tiles = codes.shape[0]
+    q = _from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
+    offsets = None if packed.offsets is None else _from_tiles(packed.offsets, packed.n)
+    return q.contiguous(), _from_tiles(packed.scales, packed.n), offsets
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``W [n, k]`` in ``dtype``, computed in float32 (float64 when that is asked for)."""
+    q, scales, offsets = unpack(packed)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    n, k = packed.n, packed.k
+    span = packed.format.group or k
+    q = q.to(compute) - (8 if packed.format.bits == 4 and packed.format.symmetric else 0)
+    w = q * scales.to(compute).repeat_interleave(span, dim=1)[:, :k]
+    if offsets is not None:
+        w += offsets.to(compute).repeat_interleave(span, dim=1)[:, :k]
+    return w.to(dtype)
