@@ -1,5 +1,5 @@
-"""What ``w4_matmul`` and ``w8_matmul`` share: argument checks, the torch reference, the gradient,
-autocast and registration.  The two files beside this one hold what differs: schema and docstring.
+"""What ``w4_matmul`` and ``w8_matmul`` share: argument checks, the torch reference, the gradient
+and autocast.  The two files beside this one hold what differs: signature and documentation.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from memlm import formats
 from memlm.formats import ACT_GROUP, Format, Packed
 
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of W dequantised at a time where a float copy is needed (the gradient): 1,024 rows of 4,096
-# are 16 MB of f32.
+# Rows of W dequantised at a time for the gradient: 1,024 rows of 4,096 are 16 MB of f32.
 GRAD_ROWS = 1024
 
 
-def check(x, packed: Packed, bias) -> tuple[int, ...]:
+def check(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tuple[int, ...]:
     """Raises TypeError or ValueError naming the argument that does not fit; returns y's shape."""
     if not isinstance(x, torch.Tensor) or x.dtype not in X_DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -37,11 +36,12 @@ def check(x, packed: Packed, bias) -> tuple[int, ...]:
 
 
 def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [m, k]`` f32 -> int8 codes ``[m, groups, 32]`` and f32 scales ``[m, groups, 1]``.
+    """``x [m, k]`` f32 -> codes ``[m, groups, 32]`` and scales ``[m, groups, 1]``, both f32.
 
     Symmetric, one scale per 32 consecutive k: ``s = amax / 127``, ``q = rint(x * (127 / amax))``,
-    the rounding of the CPU kernels to the last bit.  A group whose amax is so small that 127 / amax
-    overflows has scale and codes 0; a group holding Inf or NaN makes its whole row NaN.
+    the rounding of the CPU kernels to the last bit.  Where amax is so small that ``127 / amax``
+    overflows, scale and codes are 0; a group with Inf or NaN has scale NaN, so that what it
+    reaches becomes NaN.
     """
     m, k = x.shape
     padded = x.new_zeros(m, -(-k // ACT_GROUP) * ACT_GROUP)
@@ -49,15 +49,16 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     groups = padded.view(m, -1, ACT_GROUP)
     amax = groups.abs().amax(-1, keepdim=True)
     inverse = 127 / amax
-    tiny = torch.isinf(inverse)
-    scale = torch.where(tiny, 0.0, amax / 127)
+    usable = torch.isfinite(inverse) & torch.isfinite(amax)
+    scale = torch.where(usable, amax / 127, 0.0)
     scale = torch.where(torch.isfinite(amax), scale, torch.nan)
-    q = (groups * torch.where(tiny | ~torch.isfinite(scale), 0.0, inverse)).nan_to_num(0.0).round()
+    q = torch.where(usable, groups * inverse, 0.0).round()
     return q, scale
 
 
-def reference(x: torch.Tensor, packed: Packed, bias, fast: bool) -> torch.Tensor:
+def reference(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, fast: bool):
     """The operation in plain torch: what the kernels are measured against."""
+    check(x, packed, bias)
     rows = x.reshape(-1, packed.k).float()
     if fast:
         q, scale = quantize_activations(rows)
@@ -66,3 +67,55 @@ def reference(x: torch.Tensor, packed: Packed, bias, fast: bool) -> torch.Tensor
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], packed.n)
+
+
+def fake(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """Shape and dtype of the result."""
+    return x.new_empty(check(x, packed, bias))
+
+
+def grad_x(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """``grad [..., n] @ W``, dequantising GRAD_ROWS rows of W at a time.
+
+    This is the accurate product in both modes: rounding the activations is treated as the identity
+    (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
+    """
+    codes, scales, offsets = packed.codes, packed.scales, packed.offsets
+    total = None
+    for row in range(0, packed.n, GRAD_ROWS):
+        rows = min(GRAD_ROWS, packed.n - row)
+        w = torch.ops.memlm.dequantize(
+            codes, scales, offsets, packed.n, packed.k, packed.format.group, row, rows, grad.dtype
+        )
+        part = grad[..., row : row + rows] @ w
+        total = part if total is None else total + part
+    return total
+
+
+def grad_bias(grad: torch.Tensor) -> torch.Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> Packed:
+    """The op's tensor arguments as a checked :class:`Packed`."""
+    return Packed(Format(bits, group, offsets is None), n, k, codes, scales, offsets)
+
+
+def register_autocast(op, cast_arguments: tuple[int, ...]) -> None:
+    """Under autocast the arguments at these positions (x and bias) are cast to the autocast dtype,
+    as for torch.nn.functional.linear; the packed tensors never are."""
+
+    def make(device: str):
+        def run(*args):
+            dtype = torch.get_autocast_dtype(device)
+            cast = list(args)
+            for i in cast_arguments:
+                if cast[i] is not None and cast[i].is_floating_point():
+                    cast[i] = cast[i].to(dtype)
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        return run
+
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        torch.library.impl(op.name(), key, make(device))

@@ -1,0 +1,30 @@
+// memlm._core: what Python needs of the library without torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "formats.h"
+#include "include/memlm.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "memlm's C ABI as far as it needs no tensors, and the constants of the formats.";
+  m.attr("FORMAT_VERSION") = memlm::kFormatVersion;
+  m.attr("TILE_ROWS") = memlm::kTileRows;
+  m.attr("LANE_K") = memlm::kLaneK;
+  m.attr("ACT_GROUP") = memlm::kActGroup;
+  m.def("padded_k", &memlm::padded_k, py::arg("k"), py::arg("group"));
+  m.def("isa", [] { return std::string(memlm_isa()); });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const char* const* name = memlm_isas(); *name; ++name) names.emplace_back(*name);
+    return names;
+  });
+  m.def("set_isa", [](const std::string& name) {
+    if (memlm_set_isa(name.c_str()) != MEMLM_OK) throw py::value_error(memlm_last_error());
+  }, py::arg("name"));
+}

@@ -1,0 +1,66 @@
+// Rows of W back to floats: for dequantize, and for embedding, which picks rows by index.
+#pragma once
+#include "matmul-inl.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+// Codes of one row, k from 32 s to 32 s + 31, as floats with the zero point subtracted.
+inline void codes_to_floats(const uint8_t* tile, int bits, float zero, int lane, int64_t s,
+                            float* out) {
+  if (bits == 8) {
+    const uint8_t* p = tile + s * kActGroup * kTileRows + lane * kLaneK;
+    for (int b = 0; b < 8; ++b)
+      for (int j = 0; j < kLaneK; ++j)
+        out[b * 4 + j] = static_cast<float>(static_cast<int8_t>(p[b * kBlock + j]));
+  } else {
+    const uint8_t* p = tile + s * kActGroup * kTileRows / 2 + lane * kLaneK;
+    for (int b = 0; b < 4; ++b)
+      for (int j = 0; j < kLaneK; ++j) {
+        out[b * 8 + j] = static_cast<float>(p[b * kBlock + j] & 15) - zero;
+        out[b * 8 + 4 + j] = static_cast<float>(p[b * kBlock + j] >> 4) - zero;
+      }
+  }
+}
+
+inline float scale_at(const void* scales, memlm_dtype dtype, int64_t i) {
+  if (dtype == MEMLM_F32) return static_cast<const float*>(scales)[i];
+  uint16_t lanes[16] = {static_cast<const uint16_t*>(scales)[i]};
+  float out[16];
+  f_store(out, f_load_f16(lanes));
+  return out[0];
+}
+
+inline void dequantize_rows(const memlm_packed& w, int bits, const int64_t* ids, int64_t row,
+                            int64_t count, memlm_dtype dtype, void* out) {
+  const int64_t padded = padded_k(w.k, w.group), group = w.group ? w.group : padded;
+  const float zero = bits == 4 && !w.offsets ? 8.0f : 0.0f;
+  const int64_t size = dtype == MEMLM_F32 ? 4 : 2;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t r = ids ? ids[i] : row + i, tile = r / kTileRows;
+    const int lane = static_cast<int>(r % kTileRows);
+    const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + tile * tile_bytes(bits, padded);
+    char* y = static_cast<char*>(out) + i * w.k * size;
+    for (int64_t s = 0; s * kActGroup < w.k; ++s) {
+      const int64_t g = (tile * (padded / group) + s * kActGroup / group) * kTileRows + lane;
+      const float scale = scale_at(w.scales, w.scale_dtype, g);
+      const float offset = w.offsets ? scale_at(w.offsets, w.scale_dtype, g) : 0.0f;
+      alignas(64) float v[kActGroup];
+      alignas(64) uint16_t half[kActGroup];
+      codes_to_floats(codes, bits, zero, lane, s, v);
+      for (float& f : v) f = f * scale + offset;
+      if (dtype == MEMLM_F16) {
+        f_store_f16(half, f_load(v));
+        f_store_f16(half + 16, f_load(v + 16));
+      } else if (dtype == MEMLM_BF16) {
+        for (int j = 0; j < kActGroup; ++j) half[j] = bf16_of_float(v[j]);
+      }
+      const int64_t left = w.k - s * kActGroup, take = left < kActGroup ? left : kActGroup;
+      memcpy(y + s * kActGroup * size,
+             dtype == MEMLM_F32 ? static_cast<const void*>(v) : half, take * size);
+    }
+  }
+}
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm

@@ -1,0 +1,19 @@
+// The table of kernels that one instruction set fills, and the choice among tables.
+#pragma once
+#include "../include/memlm.h"
+
+namespace memlm {
+
+struct Kernels {
+  const char* name;
+  memlm_status (*w4_matmul)(const memlm_packed&, const memlm_matmul_args&);
+  memlm_status (*w8_matmul)(const memlm_packed&, const memlm_matmul_args&);
+  // rows of W by index; ids == nullptr means row, row + 1, ...
+  void (*dequantize_rows)(const memlm_packed&, int bits, const int64_t* ids, int64_t row,
+                          int64_t count, memlm_dtype dtype, void* out);
+};
+
+namespace scalar { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+
+}  // namespace memlm

@@ -1,0 +1,21 @@
+// All CPU kernels for one instruction set: included by isa/<isa>.cpp after vec_<isa>.h, with
+// MEMLM_ISA set to its namespace.  Only plain C headers and templates of our own may be included
+// from here on: an inline function of the standard library, compiled for AVX2, could be the copy
+// that the linker keeps for every machine.
+#pragma once
+#include "dispatch.h"
+#include "dequantize-inl.h"
+#include "w4_matmul-inl.h"
+#include "w8_matmul-inl.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+#define MEMLM_STRING2(x) #x
+#define MEMLM_STRING(x) MEMLM_STRING2(x)
+const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), w4_matmul, w8_matmul, dequantize_rows};
+#undef MEMLM_STRING
+#undef MEMLM_STRING2
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm

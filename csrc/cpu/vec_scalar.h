@@ -1,0 +1,123 @@
+// The vector vocabulary that the kernels are written in, in plain C++: the specification of
+// vec_<isa>.h, and the path for CPUs that have nothing better.
+//
+// Every type has 16 lanes, one per row of a tile (memlm/formats.py):
+//   F      16 floats
+//   I      16 int32
+//   B      one block, 64 bytes: lane r holds 4 consecutive k of row r
+//   Pairs  sums of products u4 x s8, exact for 8 calls of pairs_dot_u4: 32 k.  (In AVX2, two int16
+//          per lane: 8 calls x 2 products of at most 15 x 127 are 30,480 <= 32,767.)
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace memlm {
+namespace scalar {
+
+struct F { float v[16]; };
+struct I { int32_t v[16]; };
+struct B { uint8_t v[64]; };
+using Pairs = I;
+
+constexpr int kTileM = 4;  // rows of x per register tile
+
+#define MEMLM_LANES for (int i = 0; i < 16; ++i)
+
+inline F f_set1(float x) { F r; MEMLM_LANES r.v[i] = x; return r; }
+inline F f_zero() { return f_set1(0); }
+inline F f_load(const float* p) { F r; memcpy(r.v, p, sizeof r.v); return r; }
+inline void f_store(float* p, F x) { memcpy(p, x.v, sizeof x.v); }
+inline F f_mul(F x, F y) { MEMLM_LANES x.v[i] *= y.v[i]; return x; }
+inline F f_add(F x, F y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+// x * y + z; fused where the instruction set has it.
+inline F f_fma(F x, F y, F z) { MEMLM_LANES z.v[i] += x.v[i] * y.v[i]; return z; }
+
+inline float float_of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+inline float f16_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return float_of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  // The f16 pattern read as a float is 2^-112 times too small; this holds for subnormals as well.
+  return float_of_bits(sign | bits_of_float(float_of_bits(rest << 13) * 0x1p112f));
+}
+inline uint16_t float_to_f16(float x) {  // to nearest, ties to even
+  const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65,520 and beyond round to infinity
+  if (magnitude < 0x38800000)                         // subnormal: the addition rounds to 2^-24
+    return sign | static_cast<uint16_t>(bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000);
+  return sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+inline F f_load_f16(const uint16_t* p) { F r; MEMLM_LANES r.v[i] = f16_to_float(p[i]); return r; }
+inline F f_load_bf16(const uint16_t* p) {
+  F r;
+  MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(p[i]) << 16);
+  return r;
+}
+inline void f_store_f16(uint16_t* p, F x) { MEMLM_LANES p[i] = float_to_f16(x.v[i]); }
+
+inline F f_from_i(I x) { F r; MEMLM_LANES r.v[i] = static_cast<float>(x.v[i]); return r; }
+// To the nearest integer, ties to even, for |x| < 2^22: what is added leaves no fraction bits.
+inline I f_round(F x) {
+  I r;
+  MEMLM_LANES r.v[i] = static_cast<int32_t>((x.v[i] + 0x1.8p23f) - 0x1.8p23f);
+  return r;
+}
+// |x| as its bits: ordered like |x|, with Inf at 0x7f800000 and NaN above it.
+inline I f_magnitude_bits(F x) {
+  I r;
+  MEMLM_LANES r.v[i] = static_cast<int32_t>(bits_of_float(x.v[i]) & 0x7fffffff);
+  return r;
+}
+
+inline I i_set1(int32_t x) { I r; MEMLM_LANES r.v[i] = x; return r; }
+inline I i_zero() { return i_set1(0); }
+inline I i_add(I x, I y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+inline I i_sub(I x, I y) { MEMLM_LANES x.v[i] -= y.v[i]; return x; }
+inline I i_max(I x, I y) { MEMLM_LANES x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return x; }
+inline int32_t i_reduce_max(I x) {
+  int32_t r = x.v[0];
+  MEMLM_LANES r = x.v[i] > r ? x.v[i] : r;
+  return r;
+}
+inline int32_t i_reduce_add(I x) { int32_t r = 0; MEMLM_LANES r += x.v[i]; return r; }
+// For lanes within int8.
+inline void i_store_i8(int8_t* p, I x) { MEMLM_LANES p[i] = static_cast<int8_t>(x.v[i]); }
+
+inline B b_load(const void* p) { B r; memcpy(r.v, p, 64); return r; }
+inline void b_store(void* p, B x) { memcpy(p, x.v, 64); }
+inline B b_low_nibbles(B x) { for (uint8_t& byte : x.v) byte &= 15; return x; }
+inline B b_high_nibbles(B x) { for (uint8_t& byte : x.v) byte >>= 4; return x; }
+// Bits kShift..kShift+3 of each lane, unsigned.
+template <int kShift>
+inline F b_nibble_to_f(B x) {
+  F r;
+  MEMLM_LANES r.v[i] = static_cast<float>(x.v[4 * i + kShift / 8] >> kShift % 8 & 15);
+  return r;
+}
+// Byte kByte of each lane, signed.
+template <int kByte>
+inline F b_byte_to_f(B x) {
+  F r;
+  MEMLM_LANES r.v[i] = static_cast<float>(static_cast<int8_t>(x.v[4 * i + kByte]));
+  return r;
+}
+
+inline Pairs pairs_zero() { return i_zero(); }
+// acc[r] += sum over 4 k of w[r][k] * x[k]; w in 0..15, x in -127..127.
+inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) {
+  MEMLM_LANES for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * x[j];
+  return acc;
+}
+inline I pairs_sum(Pairs p) { return p; }
+// The same for w in -128..127.
+inline I i_dot_s8(I acc, B w, const int8_t* x) {
+  MEMLM_LANES for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int8_t>(w.v[4 * i + j]) * x[j];
+  return acc;
+}
+
+#undef MEMLM_LANES
+
+}  // namespace scalar
+}  // namespace memlm

@@ -1,0 +1,32 @@
+// y = x W^T + bias over 8-bit weights.
+#pragma once
+#include "matmul-inl.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+struct W8 {
+  static constexpr int kBits = 8, kZero = 0, kLoadK = 4;
+  static constexpr bool kOffsets = false, kUnpacks = false;
+  using LoadIndices = Indices<0, 1, 2, 3>;
+  using Sums = I;
+
+  static Sums zero() { return i_zero(); }
+  static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+  static I total(Sums acc) { return acc; }
+  static void load2(const uint8_t* p, int i, B& b0, B& b1) {
+    b0 = b_load(p + 2 * i * kBlock);
+    b1 = b_load(p + (2 * i + 1) * kBlock);
+  }
+  template <int J>
+  static F weight(B b) {
+    return b_byte_to_f<J>(b);
+  }
+};
+
+inline memlm_status w8_matmul(const memlm_packed& w, const memlm_matmul_args& args) {
+  return matmul<W8>(w, args);
+}
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm

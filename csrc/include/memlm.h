@@ -1,0 +1,87 @@
+/* memlm's C ABI: plain pointers, shapes and status codes.  No torch, no Python, no C++ in it.
+ *
+ * All matrices are row-major.  Pointers need no alignment beyond their element's; 64-byte alignment
+ * is fastest.  No function keeps a pointer after it returns, and all may be called from several
+ * threads at once.
+ */
+#ifndef MEMLM_H_
+#define MEMLM_H_
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MEMLM_API __attribute__((visibility("default")))
+#else
+#define MEMLM_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  MEMLM_OK = 0,
+  MEMLM_INVALID = 1,    /* an argument does not fit; nothing was read or written */
+  MEMLM_NO_MEMORY = 2,  /* the workspace could not be allocated; nothing was written */
+  MEMLM_UNSUPPORTED = 3 /* this CPU, or this build, cannot do it */
+} memlm_status;
+
+/* What went wrong in this thread's last call that did not return MEMLM_OK: names the argument. */
+MEMLM_API const char* memlm_last_error(void);
+
+typedef enum { MEMLM_F32 = 0, MEMLM_F16 = 1, MEMLM_BF16 = 2 } memlm_dtype;
+
+/* A packed weight matrix W[n, k]; memlm/formats.py specifies and draws the layout. */
+typedef struct {
+  const void* codes;
+  const void* scales;
+  const void* offsets;     /* NULL: symmetric */
+  memlm_dtype scale_dtype; /* of scales and offsets: MEMLM_F16 or MEMLM_F32 */
+  int64_t n, k;
+  int64_t group; /* k per scale: 32, 64, 128, or 0 for one scale per row (8 bits only) */
+} memlm_packed;
+
+typedef struct {
+  int64_t m;
+  const void* x; /* [m, k] */
+  int64_t x_stride; /* elements from one row to the next, at least k */
+  const void* bias; /* [n], or NULL */
+  void* y;          /* [m, n]; must not overlap x */
+  int64_t y_stride; /* elements from one row to the next, at least n */
+  memlm_dtype dtype; /* of x, bias and y */
+  int fast;    /* 0: accurate, f32 arithmetic.  1: activations rounded to int8 per 32 k, integer
+                  products, f32 sums */
+  int threads; /* at most this many; the result does not depend on it */
+} memlm_matmul_args;
+
+/* y = x W^T + bias */
+MEMLM_API memlm_status memlm_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args);
+MEMLM_API memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args);
+
+/* out[i, :] = W[ids[i], :], for count ids in 0..n-1; bits is 4 or 8; out is [count, k]. */
+MEMLM_API memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids,
+                                       int64_t count, memlm_dtype dtype, void* out, int threads);
+
+/* out[i, :] = W[row + i, :] for rows rows; out is [rows, k]. */
+MEMLM_API memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
+                                        memlm_dtype dtype, void* out, int threads);
+
+/* The instruction set in use.  The best that the CPU has is taken, or the one named by the
+ * environment variable MEMLM_CPU_ISA. */
+MEMLM_API const char* memlm_isa(void);
+/* Names of all that this CPU can run, best first; NULL ends the list. */
+MEMLM_API const char* const* memlm_isas(void);
+/* Switches to one of them.  For tests and benchmarks: not while other calls are under way. */
+MEMLM_API memlm_status memlm_set_isa(const char* name);
+
+/* Hands the work to a host's thread pool instead of memlm's own threads.  run must call
+ * task(context, i) once for each i in 0..count-1, on at most count threads, and return when all are
+ * done.  NULL goes back to memlm's own. */
+typedef void (*memlm_task)(void* context, int64_t i);
+typedef void (*memlm_run)(int64_t count, memlm_task task, void* context);
+MEMLM_API void memlm_set_run(memlm_run run);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,167 @@
+// The torch ops: tensors to pointers, nothing else.  Built against libtorch's stable ABI, so that
+// one binary serves torch 2.10 and every later release.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../formats.h"
+#include "../include/memlm.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// torch's own thread pool runs the kernels: one pool, which follows torch.set_num_threads.
+void run_on_torch_threads(int64_t count, memlm_task task, void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(context, i);
+  });
+}
+
+const bool g_run_is_set = (memlm_set_run(run_on_torch_threads), true);
+
+memlm_dtype dtype_of(ScalarType type, const char* name) {
+  if (type == ScalarType::Float) return MEMLM_F32;
+  if (type == ScalarType::Half) return MEMLM_F16;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, name, ": accepted dtypes are float32, float16, bfloat16");
+  return MEMLM_BF16;
+}
+
+void check_status(memlm_status status) { STD_TORCH_CHECK(status == MEMLM_OK, memlm_last_error()); }
+
+// What the C ABI cannot see: device, contiguity, and that the memory holds what n, k, group claim.
+void check_part(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU, like x");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
+  STD_TORCH_CHECK(same, name, ": the shape does not fit n, k and group");
+}
+
+memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
+                    int bits, int64_t n, int64_t k, int64_t group) {
+  STD_TORCH_CHECK(n >= 1 && n <= INT32_MAX && k >= 1 && k <= INT32_MAX,
+                  "n, k: accepted is 1 to 2^31-1");
+  STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && bits == 8),
+                  "group: accepted are 32, 64, 128, and 0 for 8 bits");
+  STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),
+                  "codes: expected ", bits == 8 ? "int8 for 8 bits" : "uint8 for 4 bits");
+  const int64_t tiles = memlm::div_up(n, memlm::kTileRows), padded = memlm::padded_k(k, group);
+  const int64_t blocks = memlm::tile_bytes(bits, padded) / memlm::kBlock;
+  const int64_t groups = group ? padded / group : 1;
+  check_part(codes, "codes", {tiles, blocks, memlm::kTileRows, memlm::kLaneK});
+  check_part(scales, "scales", {tiles, groups, memlm::kTileRows});
+  if (offsets) {
+    check_part(*offsets, "offsets", {tiles, groups, memlm::kTileRows});
+    STD_TORCH_CHECK(offsets->scalar_type() == scales.scalar_type(),
+                    "offsets: expected the dtype of scales");
+  }
+  return {codes.const_data_ptr(),
+          scales.const_data_ptr(),
+          offsets ? offsets->const_data_ptr() : nullptr,
+          dtype_of(scales.scalar_type(), "scales"),
+          n,
+          k,
+          group};
+}
+
+int bits_of(const Tensor& codes) { return codes.scalar_type() == ScalarType::Char ? 8 : 4; }
+
+std::vector<int64_t> with_last(const Tensor& t, bool replace, int64_t last) {
+  const auto sizes = t.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end() - (replace ? 1 : 0));
+  shape.push_back(last);
+  return shape;
+}
+
+Tensor matmul(memlm_status (*kernel)(const memlm_packed*, const memlm_matmul_args*), Tensor x,
+              const memlm_packed& w, const OptionalTensor& bias, bool fast) {
+  STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be k = ",
+                  w.k);
+  const ScalarType type = x.scalar_type();
+  const memlm_dtype dtype = dtype_of(type, "x");
+  if (bias) {
+    check_part(*bias, "bias", {w.n});
+    STD_TORCH_CHECK(bias->scalar_type() == type, "bias: expected the dtype of x");
+  }
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  Tensor y = torch::stable::new_empty(x, with_last(x, true, w.n), type);
+  const memlm_matmul_args args = {x.numel() / w.k,
+                                  x.const_data_ptr(),
+                                  w.k,
+                                  bias ? bias->const_data_ptr() : nullptr,
+                                  y.mutable_data_ptr(),
+                                  w.n,
+                                  dtype,
+                                  fast,
+                                  static_cast<int>(torch::stable::get_num_threads())};
+  check_status(kernel(&w, &args));
+  return y;
+}
+
+Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
+                 int64_t k, int64_t group, OptionalTensor bias, bool fast) {
+  return matmul(memlm_w4_matmul, x, packed(codes, scales, offsets, 4, n, k, group), bias, fast);
+}
+
+Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, int64_t group,
+                 OptionalTensor bias, bool fast) {
+  return matmul(memlm_w8_matmul, x, packed(codes, scales, {}, 8, n, k, group), bias, fast);
+}
+
+Tensor embedding(Tensor ids, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
+                 int64_t k, int64_t group, ScalarType dtype) {
+  const memlm_packed w = packed(codes, scales, offsets, bits_of(codes), n, k, group);
+  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long,
+                  "ids: must be int64 on the CPU");
+  if (!ids.is_contiguous()) ids = torch::stable::contiguous(ids);
+  Tensor out = torch::stable::new_empty(codes, with_last(ids, false, k), dtype);
+  check_status(memlm_embedding(&w, bits_of(codes), static_cast<const int64_t*>(ids.const_data_ptr()),
+                               ids.numel(), dtype_of(dtype, "dtype"), out.mutable_data_ptr(),
+                               static_cast<int>(torch::stable::get_num_threads())));
+  return out;
+}
+
+Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n, int64_t k,
+                  int64_t group, int64_t row, int64_t rows, ScalarType dtype) {
+  const memlm_packed w = packed(codes, scales, offsets, bits_of(codes), n, k, group);
+  STD_TORCH_CHECK(row >= 0 && rows >= 0 && rows <= n - row, "rows: beyond the ", n, " rows of W");
+  const std::vector<int64_t> shape = {rows, k};
+  Tensor out = torch::stable::new_empty(codes, shape, dtype);
+  check_status(memlm_dequantize(&w, bits_of(codes), row, rows, dtype_of(dtype, "dtype"),
+                                out.mutable_data_ptr(),
+                                static_cast<int>(torch::stable::get_num_threads())));
+  return out;
+}
+
+}  // namespace
+
+// memlm/ops/<op>.py documents each op and adds what torch needs beside the kernel.
+STABLE_TORCH_LIBRARY(memlm, m) {
+  m.def(
+      "w4_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, "
+      "Tensor? bias, bool fast) -> Tensor");
+  m.def(
+      "w8_matmul(Tensor x, Tensor codes, Tensor scales, int n, int k, int group, Tensor? bias, "
+      "bool fast) -> Tensor");
+  m.def(
+      "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, "
+      "int group, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize(Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, int row, "
+      "int rows, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
+  m.impl("w4_matmul", TORCH_BOX(&w4_matmul));
+  m.impl("w8_matmul", TORCH_BOX(&w8_matmul));
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+}

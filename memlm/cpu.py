@@ -1,0 +1,30 @@
+"""Which instruction set the CPU kernels run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memlm import _core
+
+
+def isa() -> str:
+    """The instruction set in use: the best this CPU has, or what MEMLM_CPU_ISA asked for."""
+    return _core.isa()
+
+
+def isas() -> list[str]:
+    """All that this CPU can run, best first."""
+    return _core.isas()
+
+
+def set_isa(name: str) -> None:
+    """Use another of :func:`isas` from now on, in the whole process: for tests and benchmarks.
+
+    Raises ValueError for one that does not run here.
+    """
+    _core.set_isa(name)
+
+
+def lib_path() -> Path:
+    """The shared library behind the C ABI (``memlm.h`` lies in ``include`` beside it)."""
+    return Path(__file__).parent / "libmemlm.so"
