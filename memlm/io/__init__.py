@@ -1,0 +1,1 @@
+"""Model files: safetensors, Hugging Face folders, GGUF, tokenizers."""

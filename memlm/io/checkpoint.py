@@ -1,0 +1,34 @@
+"""Float checkpoints behind one interface, whatever file they lie in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+class Checkpoint(Protocol):
+    """A model's config and tensors, under Hugging Face's names and in its layouts."""
+
+    config: dict
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor: mapped where the file allows it.  KeyError for an unknown name."""
+        ...
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face folder (safetensors, sharded or not) or a GGUF file.
+
+    Raises FileNotFoundError, or FormatError for what is neither.
+    """
+    from memlm.io.gguf import GGUF
+    from memlm.io.huggingface import Folder
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return Folder(path) if path.is_dir() else GGUF(path)

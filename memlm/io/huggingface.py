@@ -1,0 +1,58 @@
+"""Hugging Face model folders: config.json and safetensors, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from memlm.errors import FormatError
+from memlm.io import safetensors
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError, or FormatError where it is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+class Folder:
+    """A checkpoint (see :class:`memlm.io.checkpoint.Checkpoint`) in a folder; shards are mapped
+    when a tensor of theirs is first asked for."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = read_json(self.path / "config.json")
+        self._shards: dict[str, dict[str, torch.Tensor]] = {}
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise FormatError(f"{index}: has no weight_map")
+            for name, shard in weight_map.items():
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise FormatError(f"{index}: {name}: {shard!r} is not a file of this folder")
+            self._file_of = weight_map
+        else:
+            self._file_of = dict.fromkeys(self._shard("model.safetensors"), "model.safetensors")
+
+    def _shard(self, file: str) -> dict[str, torch.Tensor]:
+        if file not in self._shards:
+            self._shards[file] = safetensors.open_mapped(self.path / file)[0]
+        return self._shards[file]
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        file = self._file_of[name]
+        shard = self._shard(file)
+        if name not in shard:
+            raise FormatError(f"{self.path / file}: the index promises {name}, which is not there")
+        return shard[name]
