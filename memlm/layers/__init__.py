@@ -1,0 +1,7 @@
+"""Drop-in layers over packed weights."""
+
+from memlm.layers.embedding import Embedding
+from memlm.layers.linear import Linear
+from memlm.layers.packed import PackedModule
+
+__all__ = ["Embedding", "Linear", "PackedModule"]

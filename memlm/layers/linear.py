@@ -1,0 +1,89 @@
+"""A linear layer over packed weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memlm.formats import Format, Packed
+from memlm.layers.packed import PackedModule
+from memlm.ops import check_mode, w4_matmul, w8_matmul
+from memlm.quantize import quantize_weight
+
+
+class Linear(PackedModule):
+    """``y = x W^T + bias`` for a packed ``W [out_features, in_features]``: takes the place of
+    ``torch.nn.Linear``.
+
+    x is ``[..., in_features]`` in f32, bf16 or f16, and so is y.  The weights are frozen;
+    gradients flow to x and to the bias (as training LoRA adapters around the layer needs).
+    ``mode`` is ``"fast"`` or ``"accurate"``: see :func:`memlm.ops.w4_matmul`; it may be changed at
+    any time.
+    """
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None = None, mode: str = "fast"):
+        super().__init__(packed)
+        if bias is not None and tuple(bias.shape) != (packed.n,):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{packed.n}]")
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        self.mode = mode
+
+    @classmethod
+    def from_packed(cls, packed: Packed, bias=None, mode: str = "fast") -> Linear:
+        """A layer over an already packed matrix and an optional ``bias [n]``."""
+        return cls(packed, bias, mode)
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, format: str | Format, mode: str = "fast") -> Linear:
+        """Quantises a ``torch.nn.Linear``, or a Conv1D of Hugging Face (whose weight is
+        ``[in, out]``).  The bias parameter is taken over, not copied."""
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+        return cls(quantize_weight(weight, format), linear.bias, mode)
+
+    @property
+    def in_features(self) -> int:
+        return self.k
+
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+    @property
+    def mode(self) -> str:
+        return "fast" if self._fast else "accurate"
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._fast = check_mode(mode) == "fast"
+
+    @property
+    def op(self) -> str:
+        """The operation that forward runs."""
+        return f"w{self.format.bits}_matmul"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        group, bias, fast = self.format.group, self.bias, self._fast
+        if self.format.bits == 4:
+            return w4_matmul(
+                x, self.codes, self.scales, self.offsets, self.n, self.k, group, bias, fast
+            )
+        return w8_matmul(x, self.codes, self.scales, self.n, self.k, group, bias, fast)
+
+    def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The ``torch.nn.Linear`` with the dequantised weights."""
+        from memlm.ops import dequantize
+
+        linear = nn.Linear(self.k, self.n, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dequantize(self.packed, dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return linear
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.k}, out_features={self.n}, bias={self.bias is not None}, "
+            f"format={self.format}, mode={self.mode}"
+        )
