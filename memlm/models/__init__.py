@@ -1,0 +1,1 @@
+"""The reference Transformers, made of plain torch modules and memlm's layers."""
