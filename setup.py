@@ -82,7 +82,7 @@ setup(
     ext_modules=[
         Extension(
             "memlm.libmemlm",
-            ["csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"],
+            ["csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp", "csrc/bench/limits.cpp"],
             depends=HEADERS,
             extra_compile_args=COMMON,
             extra_link_args=["-pthread"],

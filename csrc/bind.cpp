@@ -8,6 +8,7 @@
 
 #include "formats.h"
 #include "include/memlm.h"
+#include "include/memlm_limits.h"
 
 namespace py = pybind11;
 
@@ -24,6 +25,12 @@ PYBIND11_MODULE(_core, m) {
     for (const char* const* name = memlm_isas(); *name; ++name) names.emplace_back(*name);
     return names;
   });
+  m.def("limit_dram_gbps", memlm_limit_dram_gbps, py::arg("threads"), py::arg("bytes"),
+        py::arg("huge_pages"), py::arg("repeats"), py::call_guard<py::gil_scoped_release>());
+  m.def("limit_f32_gmacs", memlm_limit_f32_gmacs, py::arg("threads"), py::arg("repeats"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("limit_i8_gmacs", memlm_limit_i8_gmacs, py::arg("threads"), py::arg("repeats"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("set_isa", [](const std::string& name) {
     if (memlm_set_isa(name.c_str()) != MEMLM_OK) throw py::value_error(memlm_last_error());
   }, py::arg("name"));

@@ -17,7 +17,7 @@ _PUBLIC = {
     "dequantize_": "memlm.convert",
     "layer_specs": "memlm.convert",
     "build_layers_": "memlm.convert",
-    "explain": "memlm.explain",
+    "explain": "memlm.explanation",
     "load": "memlm.models.load",
     "save": "memlm.models.load",
     "isa": "memlm.cpu",

@@ -8,7 +8,6 @@ the folder ``$MEMLM_CACHE``, or ``~/.cache/memlm``.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -62,11 +61,10 @@ def minilm() -> Path:
 
 
 def moby_dick() -> str:
-    """The text of Moby-Dick, chapter after chapter."""
+    """The text of Moby-Dick, its numbered chapters in order."""
     folder = fetch(MOBY_DICK)
-    order = json.loads((folder / "file_list.json").read_text("utf-8"))
-    chapters = [json.loads((folder / f"{Path(f).stem}.json").read_text("utf-8")) for f in order]
-    return "\n\n".join(chapter["text"] for chapter in chapters)
+    chapters = sorted(folder.glob("chapter_*.txt"), key=lambda f: int(f.stem.split("_")[1]))
+    return "\n".join(chapter.read_text("utf-8") for chapter in chapters)
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,8 @@ A packed model is a folder:
 
     config.json             the model's config as Hugging Face has it, with
                             "quantization_config": {"quant_method": "memlm", "version": 1,
-                                                    "layers": {name: spec}}   (memlm.layer_specs)
+                                                    "layers": {name: spec}}   (memlm.layer_specs;
+                            none for a float model)
     model.safetensors       every tensor once, under this library's names
     tokenizer.json, tokenizer_config.json
 
@@ -175,13 +176,14 @@ def save(model: Decoder | Encoder, folder: str | Path) -> dict[str, int]:
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: exists, and holds no model")
-    config = {k: v for k, v in model.hf_config.items() if k != "quantization_config"}
-    if specs := layer_specs(model):
-        config["quantization_config"] = {
+    config = {
+        **model.hf_config,
+        "quantization_config": {
             "quant_method": QUANT_METHOD,
             "version": formats.VERSION,
-            "layers": specs,
-        }
+            "layers": layer_specs(model),
+        },
+    }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

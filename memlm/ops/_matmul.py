@@ -48,7 +48,7 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded[:, :k] = x
     groups = padded.view(m, -1, ACT_GROUP)
     amax = groups.abs().amax(-1, keepdim=True)
-    inverse = 127 / amax
+    inverse = torch.full_like(amax, 127) / amax  # torch computes 127 / amax as 127 * (1 / amax)
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
     scale = torch.where(usable, amax / 127, 0.0)
     scale = torch.where(torch.isfinite(amax), scale, torch.nan)

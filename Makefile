@@ -1,0 +1,35 @@
+# make demo   set up and quantise, measure and run a real model
+# make test   set up and run the tests
+# make bench  set up and measure the kernels against torch
+PYTHON ?= python3
+# The CPU build that the project is developed with; any torch from 2.10 on will do.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench build clean
+demo: $(VENV)/.ready
+	$(BIN)/memlm demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.bench_w4_matmul
+	$(BIN)/python -m benchmarks.bench_w8_matmul
+
+# Compiles again whatever has changed in csrc/.
+build: $(VENV)/.ready
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(VENV)/.ready: pyproject.toml setup.py $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+clean:
+	rm -rf build dist *.egg-info memlm/*.so memlm/include $(VENV)

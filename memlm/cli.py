@@ -1,0 +1,271 @@
+"""The ``memlm`` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Language models in little memory, and fast.",
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A packed memlm folder, a Hugging Face folder, a GGUF file, or 'smollm2' / 'minilm' "
+        "(fetched)."
+    ),
+]
+Json = Annotated[
+    Optional[Path], typer.Option("--json", help="Write the result here as JSON ('-': standard output).")
+]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads (default: torch's).")]
+Linear = Annotated[str, typer.Option(help="Format of linear layers: int4, int4a-g64, int8, ...")]
+EMBEDDING_HELP = "Format of embeddings and of a head tied to one; 'float' leaves them."
+
+
+def resolve(model: str) -> Path:
+    """A path, or one of the models that memlm fetches."""
+    from memlm import data
+
+    known = {"smollm2": data.smollm2_gguf, "minilm": data.minilm}
+    return known[model]() if model in known and not Path(model).exists() else Path(model)
+
+
+def write_json(value: dict, path: Path | None) -> None:
+    if path is None:
+        return
+    text = json.dumps(value, indent=1)
+    if str(path) == "-":
+        print(text)
+    else:
+        path.write_text(text + "\n", "utf-8")
+
+
+class Bar:
+    """A progress bar on standard error that serves as memlm's progress callback."""
+
+    def __init__(self, title: str):
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[item]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=None, item="")
+
+    def __enter__(self):
+        self._progress.start()
+        return lambda done, total, item: self._progress.update(
+            self._task, completed=done, total=total, item=item
+        )
+
+    def __exit__(self, *_):
+        self._progress.stop()
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _config(linear: str, embedding: str, mode: str):
+    from memlm import QuantConfig
+
+    embedding_format = None if embedding == "float" else embedding
+    return QuantConfig(linear, embedding_format, embedding_format, mode)
+
+
+@app.command()
+def quantize(
+    src: Model,
+    dst: Annotated[Path, typer.Argument(help="The folder to write.")],
+    linear: Linear = "int4",
+    embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
+    mode: Annotated[str, typer.Option(help="fast or accurate.")] = "fast",
+    strict: Annotated[bool, typer.Option(help="Refuse to leave a layer alone.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Quantise a model into a folder that memlm maps."""
+    import memlm
+
+    config = _config(linear, embedding, mode)
+    with Bar("reading") as bar:
+        model = memlm.load(resolve(src), progress=bar)
+    with Bar("quantising") as bar:
+        memlm.quantize_(model, config, strict=strict, progress=bar)
+    files = memlm.save(model, dst)
+    account = memlm.explain(model)
+    weights = files["model.safetensors"]
+    result = {
+        "path": str(dst),
+        "disk_bytes": weights,
+        "of_f32": weights / account.float_bytes,
+        "linear": config.linear.name,
+        "embedding": config.embedding.name if config.embedding else None,
+    }
+    if str(json_file) != "-":
+        out.print(f"{dst}: {megabytes(weights)}, {weights / account.float_bytes:.0%} of f32")
+    write_json(result, json_file)
+
+
+@app.command()
+def info(model: Model, json_file: Json = None) -> None:
+    """List a model's layers: kernel, instruction set, bytes, and what is not packed and why."""
+    import memlm
+
+    explanation = memlm.explain(memlm.load(resolve(model)))
+    if str(json_file) != "-":
+        out.print(str(explanation), soft_wrap=True, highlight=False, markup=False)
+    write_json(explanation.to_dict(), json_file)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to continue, or to answer with --chat.")],
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Repeatable sampling.")] = None,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Continue a text, or answer a question, as it is made."""
+    import memlm
+
+    _set_threads(threads)
+    loaded = memlm.load(resolve(model))
+    text, tokens, seconds = stream(
+        loaded, prompt, chat, max_tokens, temperature, top_k, top_p, seed,
+        show=str(json_file) != "-",
+    )  # fmt: skip
+    err.print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", highlight=False)
+    write_json({"text": text, "tokens": tokens, "seconds": seconds}, json_file)
+
+
+def stream(model, prompt, chat, max_tokens, temperature, top_k, top_p, seed, show=True):
+    """Generates, printing as it goes; returns the text, its tokens and the seconds it took."""
+    import time
+
+    from memlm.models.generate import TextStream
+    from memlm.models.generate import generate as tokens_of
+
+    tokenizer = model.tokenizer
+    if chat:
+        prompt = tokenizer.apply_chat([{"role": "user", "content": prompt}])
+    pieces, count, text = TextStream(tokenizer), 0, ""
+    start = time.perf_counter()
+
+    def give(piece: str) -> str:
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        return piece
+
+    for token in tokens_of(
+        model, tokenizer.encode(prompt), max_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, stop_ids=tokenizer.eos_ids, seed=seed,
+    ):  # fmt: skip
+        count += 1
+        text += give(pieces.push(token))
+    text += give(pieces.finish())
+    if show:
+        print()
+    return text, count, time.perf_counter() - start
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    base: Annotated[
+        Optional[str], typer.Option(help="The float model to compare with: adds KL and agreement.")
+    ] = None,
+    text: Annotated[
+        Optional[Path], typer.Option(help="A text file (default: Moby-Dick, fetched).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many of its tokens.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Perplexity on a text, and KL divergence from the float model."""
+    from dataclasses import asdict
+
+    import memlm
+    from memlm import data
+    from memlm.models.evaluate import evaluate as score
+
+    _set_threads(threads)
+    source = text.read_text("utf-8") if text else data.moby_dick()
+    loaded = memlm.load(resolve(model))
+    reference = memlm.load(resolve(base)) if base else None
+    ids = loaded.tokenizer.encode(source)[:tokens]
+    with Bar("evaluating") as bar:
+        result = asdict(score(loaded, ids, reference, window, bar))
+    if str(json_file) != "-":
+        table = Table("measure", "value")
+        for name, value in result.items():
+            if value is not None:
+                table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        out.print(table)
+    write_json(result, json_file)
+
+
+@app.command()
+def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None:
+    """Time a model: loading, prefill, decoding; and its resident memory."""
+    from memlm.measure import measure
+
+    _set_threads(threads)
+    result = measure(resolve(model)).to_dict()
+    if str(json_file) != "-":
+        table = Table("measure", "value")
+        for name, value in result.items():
+            table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value}")
+        out.print(table)
+    write_json(result, json_file)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the report goes.")] = Path("report"),
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Fetch SmolLM2 and MiniLM, quantise them, and show what that costs and gains."""
+    from memlm.demo import run
+
+    _set_threads(threads)
+    run(folder, json_file)
+
+
+def main() -> None:
+    """Runs the command; expected errors are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        err.print(f"memlm: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)

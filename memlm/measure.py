@@ -1,0 +1,72 @@
+"""How fast a model runs and what memory it takes, in this process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import memlm
+from memlm.memory import resident_bytes
+from memlm.models.decoder import Decoder
+from memlm.models.generate import generate
+
+PREFILL_TOKENS, DECODE_TOKENS, DECODE_PROMPT, REPEATS = 512, 64, 32, 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``load_s``: seconds until the model is ready (files in the page cache); ``resident_bytes``:
+    by how much this process's resident memory grew from before loading to after running (mapped
+    weights, KV cache, temporary buffers); tokens per second of ``prefill_tokens`` at once and of
+    decoding one by one, each the median."""
+
+    load_s: float
+    resident_bytes: int
+    prefill_tokens: int
+    prefill_tps: float
+    decode_tps: float
+    threads: int
+    isa: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def measure(path: str | Path, dtype: torch.dtype | None = None) -> Speed:
+    """Loads the decoder at ``path`` and times it.  For honest memory call it in a fresh process.
+
+    Raises TypeError for a model that is no decoder.
+    """
+    before = resident_bytes()
+    start = time.perf_counter()
+    model = memlm.load(path, dtype)
+    load_s = time.perf_counter() - start
+    if not isinstance(model, Decoder):
+        raise TypeError(f"{path}: speed is measured for decoders, this is {type(model).__name__}")
+    length = min(PREFILL_TOKENS, model.config.max_positions // 2)
+    # Any tokens do: the work does not depend on them.
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.manual_seed(0))
+    prefill = []
+    with torch.inference_mode():
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            model(ids, last_only=True)
+            prefill.append(time.perf_counter() - start)
+    stamps = [
+        time.perf_counter()
+        for _ in generate(model, ids[0, :DECODE_PROMPT].tolist(), DECODE_TOKENS + 1)
+    ]
+    steps = [b - a for a, b in zip(stamps, stamps[1:])]
+    return Speed(
+        load_s=load_s,
+        resident_bytes=resident_bytes() - before,
+        prefill_tokens=length,
+        prefill_tps=length / statistics.median(prefill[1:]),
+        decode_tps=1 / statistics.median(steps),
+        threads=torch.get_num_threads(),
+        isa=memlm.isa(),
+    )

@@ -1,0 +1,230 @@
+"""The checks that w4_matmul and w8_matmul share; their test files say which formats they run on."""
+
+import pytest
+import torch
+
+import memlm
+from memlm import ops
+from memlm.formats import Format, Packed, pack
+from memlm.ops._registry import implementations
+from memlm.quantize import quantize_weight
+
+from . import numerics
+
+# n, k: one of each, tails in both, several stretches of k, more tiles than one block.
+SHAPES = [(1, 1), (16, 32), (17, 33), (5, 129), (100, 300), (33, 2111), (130, 4128)]
+# Both sides of every register tile (4 rows scalar, 6 AVX2), several tiles, tails of tiles.
+ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 31]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def arguments(x, packed: Packed, bias, fast: bool) -> tuple:
+    """The torch op's arguments."""
+    offsets = (packed.offsets,) if packed.format.bits == 4 else ()
+    return (
+        x, packed.codes, packed.scales, *offsets, packed.n, packed.k, packed.format.group, bias, fast,
+    )  # fmt: skip
+
+
+def run(name: str, implementation: str, x, packed, bias, fast):
+    return implementations(name)[implementation](*arguments(x, packed, bias, fast))
+
+
+def random_case(format: str, n: int, k: int, m: int, dtype, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator)
+    # Columns of very different size, as activations have.
+    spread = torch.exp(2 * torch.randn(k, generator=generator))
+    x = (torch.randn(m, k, generator=generator) * spread).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    return x, quantize_weight(w, format), bias
+
+
+def check_against_fp64(name, format, implementation, isa, fast):
+    if isa is not None:
+        memlm.set_isa(isa)
+    for n, k in SHAPES:
+        for dtype in DTYPES:
+            x, packed, bias = random_case(format, n, k, max(ROWS), dtype)
+            exact, bound = numerics.exact_matmul(x, packed, bias, fast)
+            for m in ROWS:
+                y = run(name, implementation, x[:m].contiguous(), packed, bias, fast)
+                assert y.dtype == dtype and y.shape == (m, n)
+                numerics.assert_within(y, exact[:m], bound[:m])
+            y = run(name, implementation, x[:1], packed, None, fast)
+            numerics.assert_within(y, *numerics.exact_matmul(x[:1], packed, None, fast))
+
+
+def check_f32_scales(name, format, fast):
+    """Weights far outside f16's range keep f32 scales."""
+    for size in (1e-12, 1e12):
+        w = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)) * size
+        packed = quantize_weight(w, format)
+        assert packed.scales.dtype == torch.float32
+        x = torch.randn(7, 96, generator=torch.Generator().manual_seed(2))
+        y = run(name, "cpp", x, packed, None, fast)
+        numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, fast))
+
+
+def check_integers_exact(name, format: str, code_low: int, code_high: int, isa: str):
+    """With scales of 1 and integer activations whose largest is 127 in every group, the fast mode
+    computes integers: exactly, at the extremes of codes and activations too, where the 16-bit
+    sums of the AVX2 path are fullest."""
+    memlm.set_isa(isa)
+    format = Format.parse(format)
+    dtype = torch.int8 if format.bits == 8 else torch.uint8
+    generator = torch.Generator().manual_seed(0)
+    n, k, m = 48, 256, 8
+    random_q = torch.randint(code_low, code_high + 1, (n, k), generator=generator)
+    random_x = torch.randint(-127, 128, (m, k), generator=generator)
+    random_x[:, ::32] = 127
+    signs = torch.where(torch.arange(k) % 2 == 0, 1, -1)
+    for q in (random_q, torch.full((n, k), code_low), torch.full((n, k), code_high)):
+        for x in (random_x, torch.full((m, k), 127), torch.full((m, k), -127), 127 * signs.expand(m, k)):
+            scales = torch.ones(n, format.groups(k))
+            offsets = None if format.symmetric else torch.full((n, format.groups(k)), -8.0)
+            packed = pack(q.to(dtype), scales, offsets, format)
+            zero = 8 if format.bits == 4 else 0
+            exact = x.long() @ (q.long() - zero).T
+            y = run(name, "cpp", x.float(), packed, None, True)
+            assert torch.equal(y, exact.float())
+            y = run(name, "cpp", x[:1].float(), packed, None, True)
+            assert torch.equal(y, exact[:1].float())
+
+
+def check_threads(name, format, fast):
+    x, packed, bias = random_case(format, 333, 555, 70, torch.float32)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append([run(name, "cpp", x[:m], packed, bias, fast) for m in (1, 5, 70)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def check_not_finite(name, format, fast):
+    """What is not finite stays in its own row; its row does not pass for finite."""
+    x, packed, bias = random_case(format, 20, 70, 3, torch.float32)
+    clean = run(name, "cpp", x, packed, bias, fast)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = x.clone()
+        bad[1, 69] = value
+        y = run(name, "cpp", bad, packed, bias, fast)
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+        assert not torch.isfinite(y[1]).all()
+        if fast:
+            assert torch.isnan(y[1]).all()
+
+
+def check_small_activations(name, format):
+    """Groups of zeros, and of numbers so small that their reciprocal overflows, give no NaN."""
+    x, packed, _ = random_case(format, 20, 96, 2, torch.float32)
+    x[0, :32] = 0
+    x[0, 32:64] = 1e-40
+    x[1] = 0
+    y = run(name, "cpp", x, packed, None, True)
+    numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, True))
+    assert torch.equal(y[1], torch.zeros(20))
+
+
+def check_shapes_and_strides(name, format):
+    x, packed, bias = random_case(format, 20, 70, 12, torch.float32)
+    flat = run(name, "cpp", x, packed, bias, False)
+    assert torch.equal(run(name, "cpp", x.view(3, 2, 2, 70), packed, bias, False).view(12, 20), flat)
+    assert torch.equal(run(name, "cpp", x[0], packed, bias, False), flat[0])
+    strided = torch.randn(70, 24)[:, ::2].T.copy_(x)
+    assert not strided.is_contiguous()
+    assert torch.equal(run(name, "cpp", strided, packed, bias, False), flat)
+    assert run(name, "cpp", x[:0], packed, bias, False).shape == (0, 20)
+    assert run(name, "cpp", x.view(3, 4, 70)[:, :0], packed, bias, True).shape == (3, 0, 20)
+
+
+def check_torch_op(name, format, fast):
+    op = getattr(torch.ops.memlm, name).default
+    x, packed, bias = random_case(format, 20, 96, 6, torch.float32)
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    torch.library.opcheck(op, arguments(x, packed, bias, fast))
+    torch.library.opcheck(op, arguments(x.detach().bfloat16(), packed, None, fast))
+
+
+def check_gradient(name, format):
+    """The gradient is that of a linear layer with the dequantised weights."""
+    from memlm.ops import _matmul
+
+    original, _matmul.GRAD_ROWS = _matmul.GRAD_ROWS, 64  # several pieces
+    try:
+        x, packed, bias = random_case(format, 150, 100, 6, torch.float32)
+        w = ops.dequantize(packed)
+        for fast in (True, False):
+            a, b = x.clone().requires_grad_(), bias.clone().requires_grad_()
+            c, d = x.clone().requires_grad_(), bias.clone().requires_grad_()
+            seed = torch.randn(6, 150, generator=torch.Generator().manual_seed(3))
+            ops.matmul(a, packed, b, "fast" if fast else "accurate").backward(seed)
+            torch.nn.functional.linear(c, w, d).backward(seed)
+            torch.testing.assert_close(a.grad, c.grad, rtol=1e-5, atol=1e-5 * c.grad.abs().max().item())
+            torch.testing.assert_close(b.grad, d.grad)
+            assert not packed.codes.requires_grad
+    finally:
+        _matmul.GRAD_ROWS = original
+
+
+def check_compile(format):
+    x, packed, bias = random_case(format, 20, 96, 6, torch.float32)
+
+    def layer(x, bias):
+        return ops.matmul(x.relu(), packed, bias, "accurate") * 2
+
+    compiled = torch.compile(layer, fullgraph=True)
+    expected = layer(x, bias)
+    torch.testing.assert_close(compiled(x, bias), expected)
+    a = x.clone().requires_grad_()
+    compiled(a, bias).sum().backward()
+    b = x.clone().requires_grad_()
+    layer(b, bias).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.compile(layer, fullgraph=True)(x, bias).dtype == torch.bfloat16
+
+
+def check_autocast(format):
+    x, packed, bias = random_case(format, 20, 96, 6, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            y = ops.matmul(x, packed, bias)
+        assert y.dtype == dtype
+        assert torch.equal(y, ops.matmul(x.to(dtype), packed, bias.to(dtype)))
+
+
+def check_bad_input(name, format):
+    x, packed, bias = random_case(format, 20, 96, 6, torch.float32)
+    op = getattr(torch.ops.memlm, name).default
+
+    def refused(error, match, x=x, bias=bias, **changes):
+        parts = {"codes": packed.codes, "scales": packed.scales, "offsets": packed.offsets}
+        sizes = {"n": packed.n, "k": packed.k, "group": packed.format.group}
+        parts |= {k: v for k, v in changes.items() if k in parts}
+        sizes |= {k: v for k, v in changes.items() if k in sizes}
+        tensors = list(parts.values())[: 3 if packed.format.bits == 4 else 2]
+        given = (x, *tensors, *sizes.values(), bias, True)
+        with pytest.raises(error, match=match):
+            getattr(ops, name)(*given)
+        if all(isinstance(t, torch.Tensor) or t is None for t in (x, bias, *tensors)):
+            with pytest.raises(RuntimeError):  # the op itself reads nothing it should not
+                op(*given)
+
+    refused(TypeError, "x: got torch.float64", x=x.double(), bias=None)
+    refused(TypeError, "x: got list", x=[1.0])
+    refused(ValueError, r"x: got shape \[6, 95\]", x=x[:, :95])
+    refused(ValueError, r"x: got shape \[\]", x=torch.tensor(1.0))
+    refused(TypeError, "bias: got torch.bfloat16", bias=bias.bfloat16())
+    refused(ValueError, r"bias: got shape \[19\]", bias=bias[:19])
+    refused(memlm.FormatError, "codes: got torch.int32", codes=packed.codes.int())
+    refused(memlm.FormatError, "codes: got", codes=packed.codes[:1])
+    refused(memlm.FormatError, "codes: must be contiguous", codes=packed.codes.transpose(2, 3).contiguous().transpose(2, 3))  # fmt: skip
+    refused(memlm.FormatError, "scales: got torch.float64", scales=packed.scales.double())
+    refused(memlm.FormatError, "codes: got|scales: got", n=33)
+    refused(memlm.FormatError, "codes: got|scales: got", k=300)
+    refused(ValueError, "group: got 48", group=48)
+    refused(ValueError, "shape: got n=0", n=0)
+    with pytest.raises(ValueError, match="mode: got 'best'"):
+        ops.matmul(x, packed, bias, "best")
