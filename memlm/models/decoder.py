@@ -1,5 +1,6 @@
 """The reference decoder: rotary positions, grouped-query attention, RMSNorm, SwiGLU (the Llama
-architecture, arXiv:2302.13971; GQA arXiv:2305.13245; RoPE arXiv:2104.09864).
+architecture, arXiv:2302.13971; GQA arXiv:2305.13245; RoPE arXiv:2104.09864; SwiGLU
+arXiv:2002.05202).
 
 Query, key and value are one linear layer, and so are gate and up: fewer, larger matmuls.  Linear
 layers and embeddings are plain torch modules until :func:`memlm.quantize_` replaces them.
@@ -8,6 +9,7 @@ layers and embeddings are plain torch modules until :func:`memlm.quantize_` repl
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +17,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm.errors import FormatError
+from memlm.models.config import MAX_LAYERS, integer, number
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder.  ``rope`` is Hugging Face's rope parameters (``rope_type`` and so on)."""
+
+    MODEL_TYPES = ("llama", "mistral", "qwen2")
+    ROPE_TYPES = {  # rope_type -> the numbers it needs besides rope_theta
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }
 
     vocab_size: int
     hidden_size: int
@@ -41,41 +56,28 @@ class DecoderConfig:
         Raises FormatError for what this decoder does not compute.
         """
         kind = config.get("model_type")
-        if kind not in ("llama", "mistral", "qwen2"):
-            raise FormatError(f"config: model_type {kind!r}; known are llama, mistral, qwen2")
+        if kind not in cls.MODEL_TYPES:
+            known = ", ".join(cls.MODEL_TYPES)
+            raise FormatError(f"config: model_type {kind!r}; known are {known}")
         if config.get("hidden_act", "silu") != "silu":
             raise FormatError(f"config: hidden_act {config['hidden_act']!r}; known is 'silu'")
         if config.get("mlp_bias") or (kind == "llama" and config.get("attention_bias")):
             raise FormatError("config: biases beyond those of query, key and value are not known")
-        if config.get("use_sliding_window") or (kind == "mistral" and config.get("sliding_window")):
+        windowed = config.get("use_sliding_window")
+        if windowed or (kind == "mistral" and config.get("sliding_window") is not None):
             raise FormatError("config: sliding-window attention is not known")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            raise FormatError(
-                f"config: rope_type {rope['rope_type']!r}; known are default, linear, llama3"
-            )
-
-        def size(key: str, default=None) -> int:
-            value = config.get(key)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise FormatError(f"config: {key} is {value!r}, expected a positive integer")
-            return value
-
-        heads, hidden = size("num_attention_heads"), size("hidden_size")
+        heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
         made = cls(
-            vocab_size=size("vocab_size"),
+            vocab_size=integer(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            layers=size("num_hidden_layers"),
+            intermediate_size=integer(config, "intermediate_size"),
+            layers=integer(config, "num_hidden_layers", most=MAX_LAYERS),
             heads=heads,
-            kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", hidden // heads),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=rope,
-            max_positions=size("max_position_embeddings", 2048),
+            kv_heads=integer(config, "num_key_value_heads", heads),
+            head_dim=integer(config, "head_dim", hidden // heads),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
+            rope=cls._rope(config),
+            max_positions=integer(config, "max_position_embeddings", 2048),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2",
         )
@@ -85,6 +87,24 @@ class DecoderConfig:
                 f"{made.head_dim} do not divide evenly"
             )
         return made
+
+    @classmethod
+    def _rope(cls, config: dict) -> dict:
+        """The rope parameters, wherever this version of the config keeps them, checked."""
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
+            raise FormatError(f"config: rope parameters {given!r} are not one flat object")
+        merged = {**config, **given}
+        kind = given.get("rope_type") or given.get("type") or "default"
+        if not isinstance(kind, str) or kind not in cls.ROPE_TYPES:
+            known = ", ".join(cls.ROPE_TYPES)
+            raise FormatError(f"config: rope_type {kind!r}; known are {known}")
+        if merged.get("partial_rotary_factor", 1) != 1:
+            raise FormatError("config: partial_rotary_factor: only whole heads are rotated here")
+        rope = {key: number(given, key) for key in cls.ROPE_TYPES[kind]}
+        if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise FormatError("config: low_freq_factor must be below high_freq_factor")
+        return {"rope_type": kind, "rope_theta": number(merged, "rope_theta", 10000.0), **rope}
 
 
 class KVCache:
@@ -102,22 +122,29 @@ class KVCache:
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
         """Adds the keys and values of new tokens; returns all of the layer's so far (views).
 
-        ``length`` counts the tokens before these until :meth:`advance`.
+        ``length`` counts the tokens before these until :meth:`advance`.  Raises ValueError for
+        another batch size than before.
         """
         end = self.length + keys.shape[2]
-        if end > self.max_positions:
-            raise ValueError(f"ids: {end} tokens, the model takes at most {self.max_positions}")
-        for store, new in ((self._keys, keys), (self._values, values)):
-            old = store[layer]
-            if old is None or old.shape[2] < end:
-                room = min(self.max_positions, max(2 * self.length, -(-end // self.STEP) * self.STEP))
-                store[layer] = new.new_empty(*new.shape[:2], room, new.shape[3])
-                if old is not None:
-                    store[layer][:, :, : self.length] = old[:, :, : self.length]
-            store[layer][:, :, self.length : end] = new
+        for stores, new in ((self._keys, keys), (self._values, values)):
+            store = stores[layer]
+            if store is None or store.shape[2] < end or store.shape[0] != new.shape[0]:
+                store = stores[layer] = self._grown(store, new, end)
+            store[:, :, self.length : end] = new
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
+    def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
+        if old is not None and old.shape[0] != new.shape[0]:
+            raise ValueError(f"ids: a batch of {new.shape[0]}, the cache holds {old.shape[0]}")
+        steps = -(-end // self.STEP) * self.STEP
+        room = min(self.max_positions, max(2 * self.length, steps))
+        grown = new.new_empty(*new.shape[:2], room, new.shape[3])
+        if old is not None:
+            grown[:, :, : self.length] = old[:, :, : self.length]
+        return grown
+
     def advance(self, tokens: int) -> None:
+        """Counts the tokens that every layer has appended."""
         self.length += tokens
 
     @property
@@ -128,15 +155,19 @@ class KVCache:
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of the rotary position embedding, ``[positions, head_dim / 2]``, computed
-    up to the longest sequence seen."""
+    """The angles of the rotary position embedding, computed up to the longest sequence seen:
+    cos ``[positions, 1, 1, head_dim / 2]`` and sin ``[positions, 1, 2, head_dim / 2]``, the latter
+    once with each sign, as :func:`rotate` needs them."""
+
+    # Positions computed at first: enough for most texts, and 256 KB for heads of 64.
+    FIRST = 1024
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _frequencies(self, device) -> torch.Tensor:
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
         rope, dim = self.config.rope, self.config.head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
         frequencies = 1.0 / rope["rope_theta"] ** exponents
@@ -153,93 +184,95 @@ class Rotary(nn.Module):
         return frequencies
 
     def forward(self, start: int, count: int, like: torch.Tensor):
-        """cos, sin ``[1, count, 1, head_dim / 2]`` for positions ``start ..``, in like's dtype."""
-        if (
-            self._tables is None
-            or self._tables[0].shape[0] < start + count
-            or self._tables[0].device != like.device
-        ):
-            length = max(1024, 2 * (start + count))
+        """cos and sin of positions ``start .. start + count - 1``, in like's dtype."""
+        end = start + count
+        tables = self._tables
+        if tables is None or tables[0].shape[0] < end or tables[0].device != like.device:
+            length = min(self.config.max_positions, max(self.FIRST, 2 * end))
             with torch.inference_mode(False):  # usable with autograd later
                 positions = torch.arange(length, device=like.device, dtype=torch.float32)
-                angles = positions[:, None] * self._frequencies(like.device)
-                self._tables = (angles.cos(), angles.sin())
-        cos, sin = (t[None, start : start + count, None] for t in self._tables)
-        return cos.to(like.dtype), sin.to(like.dtype)
+                angles = positions[:, None, None, None] * self._frequencies(like.device)
+                sin = angles.sin()
+                tables = self._tables = (angles.cos(), torch.cat((-sin, sin), dim=-2))
+        return tables[0][start:end].to(like.dtype), tables[1][start:end].to(like.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``x [batch, length, heads, head_dim]``, halves ``(i, i + head_dim / 2)`` turned."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """``x [batch, length, heads, head_dim]``, each pair ``(i, i + head_dim / 2)`` turned:
+    ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
+    halves = x.view(*x.shape[:-1], 2, -1)
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).view(x.shape)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_dim
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache: KVCache, layer: int):
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None):
         batch, length, _ = x.shape
+        rotated = self.heads + self.kv_heads
         qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=2)
-        past = cache.length
-        keys, values = cache.append(layer, k.transpose(1, 2), v.transpose(1, 2))
+        qk = rotate(qkv[:, :, :rotated], cos, sin)
+        q = qk[:, :, : self.heads]
+        k, v = qk[:, :, self.heads :].transpose(1, 2), qkv[:, :, rotated:].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
         if length == 1:
-            # The query heads that share a key-value head stand as its queries: no copy of keys.
+            # The query heads that share a key-value head stand as its queries: the cache is read
+            # once for all of them.
             q = q.reshape(batch, self.kv_heads, -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, keys, values)
-            return self.o_proj(y.reshape(batch, 1, -1))
-        mask = None
-        if past:
-            positions = torch.arange(past + length, device=x.device)
-            mask = positions <= positions[past:, None]
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, mask, is_causal=not past, enable_gqa=True
-        )
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True
+            ).transpose(1, 2)
+        return self.o_proj(y.reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.width = config.intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * self.width, bias=False)
+        self.down_proj = nn.Linear(self.width, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate_up[..., : self.width]) * gate_up[..., self.width :])
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.input_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache: KVCache, layer: int):
-        x = x + self.attention(self.input_norm(x), cos, sin, cache, layer)
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+        x = x + self.attention(self.input_norm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_norm(x))
 
 
 class Decoder(nn.Module):
-    """A decoder language model.  ``tokenizer`` is set by :func:`memlm.load`."""
+    """A decoder language model.  ``tokenizer`` is set by :func:`memlm.load`, where there is one."""
 
     tokenizer = None
+    # What a checkpoint may hold and this model computes itself.
+    hf_ignored = re.compile(r".*\.rotary_emb\.inv_freq")
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -255,41 +288,55 @@ class Decoder(nn.Module):
         ``[batch, 1, vocab]`` of the last position with ``last_only``.
 
         With a ``cache`` the ids continue what it holds, and are added to it.  Raises ValueError
-        for ids that are not a non-empty matrix, or beyond the model's positions.
+        for ids that are not a non-empty matrix, or that go beyond the model's positions.
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(f"ids: got shape {list(ids.shape)}, expected [batch, length]")
-        cache = self.new_cache() if cache is None else cache
+        past, length = cache.length if cache is not None else 0, ids.shape[1]
+        if past + length > self.config.max_positions:
+            raise ValueError(
+                f"ids: {past + length} tokens, the model takes {self.config.max_positions}"
+            )
         x = self.embed_tokens(ids)
-        cos, sin = self.rotary(cache.length, ids.shape[1], x)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache, i)
-        cache.advance(ids.shape[1])
+        cos, sin = self.rotary(past, length, x)
+        mask = None  # plainly causal, or one token that sees everything
+        if past and length > 1:
+            positions = torch.arange(past + length, device=x.device)
+            mask = positions <= positions[past:, None]
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(length)
         x = self.norm(x[:, -1:] if last_only else x)
         return self.lm_head(x).float()
 
-    def hf_tensors(self) -> dict[str, list[str]]:
-        """This model's tensor names -> the Hugging Face tensors they are made of (concatenated
-        along the rows where there are several)."""
-        names = {
-            "embed_tokens.weight": ["model.embed_tokens.weight"],
-            "norm.weight": ["model.norm.weight"],
+    def hf_tensors(self) -> dict[str, dict[str, int]]:
+        """This model's tensor names -> the Hugging Face tensors they are made of and the rows of
+        each (one below the other where there are several)."""
+        config = self.config
+        width, inner = config.hidden_size, config.intermediate_size
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        tensors = {
+            "embed_tokens.weight": {"model.embed_tokens.weight": config.vocab_size},
+            "norm.weight": {"model.norm.weight": width},
         }
-        if not self.config.tied:
-            names["lm_head.weight"] = ["lm_head.weight"]
-        for i in range(self.config.layers):
-            ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-            qkv = [f"{theirs}self_attn.{p}_proj" for p in "qkv"]
-            for kind in ("weight", "bias") if self.config.qkv_bias else ("weight",):
-                names[f"{ours}attention.qkv_proj.{kind}"] = [f"{n}.{kind}" for n in qkv]
-            names |= {
-                f"{ours}input_norm.weight": [f"{theirs}input_layernorm.weight"],
-                f"{ours}attention.o_proj.weight": [f"{theirs}self_attn.o_proj.weight"],
-                f"{ours}post_norm.weight": [f"{theirs}post_attention_layernorm.weight"],
-                f"{ours}mlp.gate_up_proj.weight": [
-                    f"{theirs}mlp.gate_proj.weight",
-                    f"{theirs}mlp.up_proj.weight",
-                ],
-                f"{ours}mlp.down_proj.weight": [f"{theirs}mlp.down_proj.weight"],
+        if not config.tied:
+            tensors["lm_head.weight"] = {"lm_head.weight": config.vocab_size}
+        for i in range(config.layers):
+            ours, theirs = f"layers.{i}", f"model.layers.{i}"
+            for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+                tensors[f"{ours}.attention.qkv_proj.{kind}"] = {
+                    f"{theirs}.self_attn.{part}_proj.{kind}": rows
+                    for part, rows in (("q", q), ("k", kv), ("v", kv))
+                }
+            tensors[f"{ours}.mlp.gate_up_proj.weight"] = {
+                f"{theirs}.mlp.{part}_proj.weight": inner for part in ("gate", "up")
             }
-        return names
+            for mine, source in (
+                ("input_norm", "input_layernorm"),
+                ("attention.o_proj", "self_attn.o_proj"),
+                ("post_norm", "post_attention_layernorm"),
+                ("mlp.down_proj", "mlp.down_proj"),
+            ):
+                tensors[f"{ours}.{mine}.weight"] = {f"{theirs}.{source}.weight": width}
+        return tensors
