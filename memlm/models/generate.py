@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -46,8 +47,12 @@ def generate(
 
     ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable.
 
-    Raises ValueError naming the argument that is out of range.
+    Raises TypeError for a model that is no decoder, ValueError naming the argument that is out of
+    range: at once, not when the first token is asked for.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model: got {type(model).__name__}, expected a Decoder")
+    ids = list(ids)
     if not ids:
         raise ValueError("ids: the prompt is empty")
     if not all(0 <= i < model.config.vocab_size for i in ids):
@@ -56,8 +61,8 @@ def generate(
         raise ValueError(f"ids: {len(ids)} tokens, the model takes {model.config.max_positions}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature: got {temperature}, at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, finite and at least 0")
     if top_k < 0:
         raise ValueError(f"top_k: got {top_k}, at least 1, or 0 for all")
     if not 0 < top_p <= 1:
@@ -70,48 +75,50 @@ def generate(
 
 def _generate(model, ids, max_tokens, temperature, top_k, top_p, stop_ids, generator):
     cache = model.new_cache()
-    step = torch.tensor([ids])
+    device = model.norm.weight.device
+    step = torch.tensor([ids], device=device)
     for _ in range(max_tokens):
         if cache.length + step.shape[1] > model.config.max_positions:
             return
         with torch.inference_mode():  # not across the yield: it would hold in the caller
-            logits = model(step, cache, last_only=True)[0, -1]
+            logits = model(step, cache, last_only=True)[0, -1].cpu()
             token = choose(logits, temperature, top_k, top_p, generator)
         if token in stop_ids:
             return
         yield token
-        step = torch.tensor([[token]])
+        step = torch.tensor([[token]], device=device)
 
 
 class TextStream:
-    """Token ids in, text out, as soon as it is certain: never half a character."""
+    """Token ids in, text out, as soon as it is certain: never part of a character.
 
-    # A character of UTF-8 has at most 4 bytes, and a token at least one.
-    _LONGEST = 4
+    A tokenizer may spread a character's bytes over several tokens, and its decoder may treat the
+    first token of a text in its own way (dropping a space).  So each step decodes from the last
+    piece given out, and gives out what is new behind it, unless it ends in a replacement character
+    that further bytes may still complete.
+    """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._done = 0  # characters given out of the text of _ids
+        self._ids: list[int] = []  # the last piece given out, and what came since
+        self._given = 0  # how many of them have been given out
+
+    def _new(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given])
+        return self._tokenizer.decode(self._ids)[len(before) :]
 
     def push(self, token: int) -> str:
         """The text that this token completes, possibly none."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") and not self._invalid():
+        new = self._new()
+        if not new or new.endswith("\ufffd"):
             return ""
-        new = text[self._done :]
-        self._done = len(text)
-        if "\n" in new:  # what follows a line break does not depend on what came before it
-            self._ids, self._done = [], 0
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
         return new
-
-    def _invalid(self) -> bool:
-        """Whether the replacement character at the end can no longer become another one."""
-        tail = self._tokenizer.decode(self._ids[-self._LONGEST :])
-        return len(self._ids) >= self._LONGEST and set(tail) == {"\ufffd"}
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
-        text = self._tokenizer.decode(self._ids)
-        return text[self._done :]
+        new = self._new()
+        self._given = len(self._ids)
+        return new
