@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from memlm.models.decoder import Decoder
 
 WINDOW = 512  # tokens per window; each is scored on its own, without a beginning-of-text token
+LARGEST = math.log(sys.float_info.max)
+BLOCK = 64  # positions whose probabilities are held at once: 12 MB for a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,15 @@ def evaluate_all(
     Every token of a window but the first is predicted from those before it.  Sums are f64; the
     memory beyond the models is that of two windows' logits.
 
-    Raises ValueError for a text shorter than one window, a window out of range, or vocabularies
-    that differ.
+    Raises TypeError for a model that is no decoder, ValueError for no models, a text shorter than
+    one window, a window out of range, or vocabularies that differ.
     """
     everyone = [*models.values(), *([base] if base is not None else [])]
+    if not models:
+        raise ValueError("models: none given")
+    for model in everyone:
+        if not isinstance(model, Decoder):
+            raise TypeError(f"models: got {type(model).__name__}, perplexity is for decoders")
     longest = min(m.config.max_positions for m in everyone)
     if not 2 <= window <= longest:
         raise ValueError(f"window: got {window}, accepted is 2 to {longest}")
@@ -60,28 +68,37 @@ def evaluate_all(
     if len({m.config.vocab_size for m in everyone}) > 1:
         raise ValueError("base: has another vocabulary than the models")
     windows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
-    sums = {name: [0.0, 0.0, 0] for name in models}  # negative log-likelihood, KL, agreements
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     with torch.inference_mode():
         for done, row in enumerate(windows, 1):
-            log_q = None if base is None else torch.log_softmax(base(row[None])[0, :-1], dim=-1)
+            base_logits = None if base is None else base(row[None])[0, :-1]
             for name, model in models.items():
-                log_p = log_q
-                if model is not base:
-                    log_p = torch.log_softmax(model(row[None])[0, :-1], dim=-1)
-                sums[name][0] -= log_p.gather(1, row[1:, None]).sum(dtype=torch.float64).item()
-                if log_q is not None:
-                    kl = log_q.exp() * (log_q - log_p)
-                    sums[name][1] += kl.sum(dtype=torch.float64).item()
-                    sums[name][2] += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+                logits = base_logits if model is base else model(row[None])[0, :-1]
+                sums[name] += _sums(logits, row[1:], base_logits)
+                del logits
             if progress:
                 progress(done, len(windows), "")
     tokens = windows.shape[0] * (window - 1)
-    return {
-        name: Score(
-            math.exp(nll / tokens),
-            tokens,
-            None if base is None else kl / tokens,
-            None if base is None else agree / tokens,
-        )
-        for name, (nll, kl, agree) in sums.items()
-    }
+    scores = {}
+    for name, (nll, kl, agree) in ((name, (s / tokens).tolist()) for name, s in sums.items()):
+        against = (None, None) if base is None else (kl, agree)
+        perplexity = math.inf if nll > LARGEST else math.exp(nll)
+        scores[name] = Score(perplexity, tokens, *against)
+    return scores
+
+
+def _sums(
+    logits: torch.Tensor, targets: torch.Tensor, base_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """``logits [n, vocab]``, ``targets [n]`` -> f64 sums over n of the negative log-likelihood,
+    of KL(base || model) and of equal likeliest tokens (0 without a base)."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(targets), BLOCK):
+        rows = slice(start, start + BLOCK)
+        log_p = torch.log_softmax(logits[rows], dim=-1)
+        total[0] -= log_p.gather(1, targets[rows, None]).sum(dtype=torch.float64)
+        if base_logits is not None:
+            log_q = torch.log_softmax(base_logits[rows], dim=-1)
+            total[1] += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64)
+            total[2] += (log_q.argmax(-1) == log_p.argmax(-1)).sum()
+    return total
