@@ -10,13 +10,13 @@ all packed codes are, starts at a multiple of 64 in the file and, mapped, in mem
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from memlm.errors import FormatError
+from memlm.io.files import replacing
 
 ALIGNMENT = 64
 _DTYPES = {
@@ -28,9 +28,16 @@ _DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+_METADATA = "__metadata__"
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer one
 
 
 def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
@@ -38,43 +45,50 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str
 
     Atomic: the file appears under its name only when complete.  Memory: one tensor at a time.
 
-    Raises TypeError for a dtype that safetensors does not know.
+    Raises TypeError for a dtype that safetensors does not know, a tensor without dense data, a
+    name or metadata that are not strings; ValueError for the name that the format reserves or a
+    header that is too long.
     """
-    path = Path(path)
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: the name {name!r} is not a string")
+        if name == _METADATA:
+            raise ValueError(f"tensors: the name {name!r} is reserved")
         if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: safetensors holds no {tensor.dtype}")
-
-    def size(name: str) -> int:
-        return tensors[name].numel() * tensors[name].element_size()
+            raise TypeError(f"tensors: {name}: safetensors holds no {tensor.dtype}")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"tensors: {name}: has no dense data (device {tensor.device}, {tensor.layout})"
+            )
+    if not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise TypeError(f"metadata: got {metadata!r:.200}, accepted are strings only")
 
     def divisor(name: str) -> int:
-        return min(ALIGNMENT, size(name) & -size(name)) or ALIGNMENT
+        size = tensors[name].nbytes
+        return min(ALIGNMENT, size & -size) or ALIGNMENT
 
-    order = sorted(tensors, key=lambda name: -divisor(name))
-    header, position = {"__metadata__": metadata}, 0
+    # Sizes fall from multiples of 64 to smaller powers of two, so each tensor starts at a multiple
+    # of its own: there are no holes, and every element is aligned.
+    order = sorted(tensors, key=divisor, reverse=True)
+    header, position = {_METADATA: metadata}, 0
     for name in order:
+        end = position + tensors[name].nbytes
         header[name] = {
             "dtype": _DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
-            "data_offsets": [position, position + size(name)],
+            "data_offsets": [position, end],
         }
-        position += size(name)
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"tensors: a header of {len(text)} bytes; at most {_MAX_HEADER} are read")
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                flat = tensors[name].detach().cpu().contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+            file.write(data.numpy())
     return 8 + len(text) + position
 
 
@@ -93,5 +107,8 @@ def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     try:
         with safe_open(path, "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
-        raise FormatError(f"{path}: not a valid safetensors file: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # its own, and torch's of any type, for sizes that overflow
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{path}: not a valid safetensors file: {reason}") from None
