@@ -21,7 +21,8 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A Hugging Face folder (safetensors, sharded or not) or a GGUF file.
+    """A Hugging Face folder (safetensors, sharded or not; a packed memlm folder is one) or a GGUF
+    file.
 
     Raises FileNotFoundError, or FormatError for what is neither.
     """

@@ -10,6 +10,8 @@ import torch
 from memlm.errors import FormatError
 from memlm.io import safetensors
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; FileNotFoundError, or FormatError where it is none."""
@@ -24,14 +26,21 @@ def read_json(path: Path) -> dict:
 
 class Folder:
     """A checkpoint (see :class:`memlm.io.checkpoint.Checkpoint`) in a folder; shards are mapped
-    when a tensor of theirs is first asked for."""
+    when a tensor of theirs is first asked for.
+
+    Raises FileNotFoundError for a folder without config.json or safetensors; FormatError.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"{self.path}: has no config.json, so it holds no model")
         self.config = read_json(self.path / "config.json")
         self._shards: dict[str, dict[str, torch.Tensor]] = {}
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
+        index = self.path / _INDEX
+        if (self.path / _SINGLE).is_file():
+            self._file_of = dict.fromkeys(self._shard(_SINGLE), _SINGLE)
+        elif index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise FormatError(f"{index}: has no weight_map")
@@ -40,7 +49,9 @@ class Folder:
                     raise FormatError(f"{index}: {name}: {shard!r} is not a file of this folder")
             self._file_of = weight_map
         else:
-            self._file_of = dict.fromkeys(self._shard("model.safetensors"), "model.safetensors")
+            pickles = ", ".join(sorted(file.name for file in self.path.glob("*.bin")))
+            reason = f" ({pickles}: pickles can run code, so they are not read)" if pickles else ""
+            raise FileNotFoundError(f"{self.path}: has neither {_SINGLE} nor {_INDEX}{reason}")
 
     def _shard(self, file: str) -> dict[str, torch.Tensor]:
         if file not in self._shards:
@@ -51,6 +62,7 @@ class Folder:
         return list(self._file_of)
 
     def tensor(self, name: str) -> torch.Tensor:
+        """KeyError for an unknown name, FormatError where the index is wrong."""
         file = self._file_of[name]
         shard = self._shard(file)
         if name not in shard:
