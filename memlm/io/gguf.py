@@ -1,4 +1,4 @@
-"""GGUF files, read over a memory map (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""GGUF files, memory-mapped (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
 A file is a header, key-value metadata, a table of tensors, and the tensors' data.  Everything is
 checked against the file's size before it is read: a malformed file raises FormatError.
@@ -12,7 +12,7 @@ Of the quantised types those are read whose blocks hold 32 values:
 
 from __future__ import annotations
 
-import mmap
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +33,21 @@ _MAX_DIMS = 4
 @dataclass(frozen=True)
 class TensorType:
     name: str
-    block: np.dtype  # one block as stored
-    values: int  # per block
+    block: torch.dtype | np.dtype  # one block as stored; float types are blocks of one value
+    values: int = 1  # per block
 
 
-def _blocks(*fields) -> np.dtype:
+def _block(*fields) -> np.dtype:
     return np.dtype(list(fields))
 
 
 TYPES = {
-    0: TensorType("F32", np.dtype("<f4"), 1),
-    1: TensorType("F16", np.dtype("<f2"), 1),
-    30: TensorType("BF16", np.dtype("<u2"), 1),
-    8: TensorType("Q8_0", _blocks(("d", "<f2"), ("q", "i1", 32)), 32),
-    2: TensorType("Q4_0", _blocks(("d", "<f2"), ("q", "u1", 16)), 32),
-    3: TensorType("Q4_1", _blocks(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32),
+    0: TensorType("F32", torch.float32),
+    1: TensorType("F16", torch.float16),
+    30: TensorType("BF16", torch.bfloat16),
+    8: TensorType("Q8_0", _block(("d", "<f2"), ("q", "i1", 32)), 32),
+    2: TensorType("Q4_0", _block(("d", "<f2"), ("q", "u1", 16)), 32),
+    3: TensorType("Q4_1", _block(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32),
 }
 
 
@@ -60,41 +60,49 @@ class Tensor:
     type: TensorType
     offset: int  # from the start of the file
 
+    @property
+    def end(self) -> int:
+        blocks = math.prod(self.shape) // self.type.values  # Python integers: no overflow
+        return self.offset + blocks * self.type.block.itemsize
+
 
 class _Cursor:
-    """Reads forward over the map; never beyond its end."""
+    """Reads forward over a file's bytes; never beyond their end."""
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: memoryview, path: Path):
         self.data, self.path, self.at = data, path, 0
 
-    def fail(self, what: str):
-        raise FormatError(f"{self.path}: {what} (at byte {self.at})")
+    def error(self, what: str) -> FormatError:
+        return FormatError(f"{self.path}: {what} (at byte {self.at})")
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
-            self.fail(f"truncated: {count} bytes wanted, {len(self.data) - self.at} left")
+            raise self.error(f"truncated: {count} bytes wanted, {len(self.data) - self.at} left")
         self.at += count
-        return self.data[self.at - count : self.at]
+        return bytes(self.data[self.at - count : self.at])
 
     def scalar(self, format: str):
         return struct.unpack(format, self.take(struct.calcsize(format)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("<Q")).decode("utf-8", errors="replace")
+        text = self.take(self.scalar("<Q"))
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self.error(f"a string that is not UTF-8: {text[:40]!r}") from None
 
     def value(self, kind: int, in_array: bool = False):
+        """A metadata value; arrays do not nest here."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY or in_array:
-            self.fail(f"metadata type {kind} is not known here")
+            raise self.error(f"metadata type {kind}{' in an array' * in_array} is not read here")
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind in _SCALARS:
-            dtype = np.dtype(_SCALARS[kind].replace("?", "b1"))
+            dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-        if count * 8 > len(self.data) - self.at:  # a string is at least its length
-            self.fail(f"truncated: an array of {count} does not fit")
         return [self.value(kind, in_array=True) for _ in range(count)]
 
 
@@ -102,105 +110,112 @@ class GGUF:
     """A GGUF file as a checkpoint: Hugging Face names, layouts and config (llama architecture).
 
     ``metadata`` and ``tensors`` hold what the file says, under its own names.
+
+    Raises FileNotFoundError, or FormatError for a file that is malformed or of a kind that is not
+    read here.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with open(self.path, "rb") as file:
-            try:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except ValueError:
-                raise FormatError(f"{self.path}: empty") from None
-        cursor = _Cursor(self._data, self.path)
-        if cursor.take(4) != b"GGUF":
-            raise FormatError(f"{self.path}: not a GGUF file")
-        version = cursor.scalar("<I")
-        if version not in (2, 3):
-            raise FormatError(f"{self.path}: GGUF version {version}; read are 2 and 3")
-        tensor_count, metadata_count = cursor.scalar("<Q"), cursor.scalar("<Q")
-        self.metadata = {}
-        for _ in range(metadata_count):
-            key = cursor.string()
-            self.metadata[key] = cursor.value(cursor.scalar("<I"))
-        table = [self._tensor_entry(cursor) for _ in range(tensor_count)]
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise FormatError(f"{self.path}: general.alignment is {alignment!r}")
-        start = -(-cursor.at // alignment) * alignment
+            if file.read(4) != b"GGUF":
+                raise FormatError(f"{self.path}: not a GGUF file; a model is one, or a folder")
+            size = file.seek(0, 2)
+        # Private: whoever writes to a tensor changes his own copy of the page, never the file.
+        storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
-        for name, shape, type, offset in table:
-            if name in self.tensors:
-                raise FormatError(f"{self.path}: two tensors are named {name!r}")
-            self.tensors[name] = tensor = Tensor(name, shape, type, start + offset)
-            end = tensor.offset + self._blocks_of(tensor) * type.block.itemsize
-            if end > len(self._data):
-                raise FormatError(
-                    f"{self.path}: {name} ends at byte {end}, the file at {len(self._data)}"
-                )
+        self._parse(_Cursor(memoryview(self._bytes.numpy()), self.path))
         self.config = _config(self)
         self._names = _hf_names(self)
 
+    def _parse(self, cursor: _Cursor) -> None:
+        cursor.take(4)
+        version = cursor.scalar("<I")
+        if version not in (2, 3):
+            raise cursor.error(f"GGUF version {version}; read are 2 and 3, little-endian")
+        tensor_count, metadata_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+        for _ in range(metadata_count):
+            key = cursor.string()
+            if key in self.metadata:
+                raise cursor.error(f"metadata {key:.80} is there twice")
+            self.metadata[key] = cursor.value(cursor.scalar("<I"))
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0 or alignment % 8:
+            raise cursor.error(f"metadata general.alignment is {alignment!r:.80}")
+        table = [self._table_entry(cursor) for _ in range(tensor_count)]
+        end = start = -(-cursor.at // alignment) * alignment
+        for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
+            if name in self.tensors:
+                raise FormatError(f"{self.path}: tensor {name:.80} is there twice")
+            tensor = Tensor(name, shape, kind, start + offset)
+            if offset % alignment or tensor.offset < end or tensor.end > len(self._bytes):
+                raise FormatError(
+                    f"{self.path}: tensor {name:.80} is said to lie in bytes {tensor.offset} to "
+                    f"{tensor.end}: it overlaps another tensor, is not aligned to {alignment}, or "
+                    f"goes beyond the file's {len(self._bytes)} bytes (truncated?)"
+                )
+            self.tensors[name], end = tensor, tensor.end
+
     @staticmethod
-    def _tensor_entry(cursor: _Cursor):
+    def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], TensorType, int]:
         name, dims = cursor.string(), cursor.scalar("<I")
         if not 1 <= dims <= _MAX_DIMS:
-            cursor.fail(f"{name}: {dims} dimensions")
-        shape = tuple(cursor.scalar("<Q") for _ in range(dims))
+            raise cursor.error(f"tensor {name:.80} has {dims} dimensions")
+        shape = tuple(cursor.scalar("<Q") for _ in range(dims))  # fastest dimension first
         kind, offset = cursor.scalar("<I"), cursor.scalar("<Q")
         if kind not in TYPES:
-            known = ", ".join(t.name for t in TYPES.values())
-            cursor.fail(f"{name}: tensor type {kind} is not read here; read are {known}")
+            known = ", ".join(f"{t.name} ({number})" for number, t in TYPES.items())
+            raise cursor.error(f"tensor {name:.80} is of ggml type {kind}; read are {known}")
         if 0 in shape or shape[0] % TYPES[kind].values:
-            cursor.fail(f"{name}: shape {shape} does not fit {TYPES[kind].name}")
+            raise cursor.error(f"tensor {name:.80}: shape {shape} does not fit {TYPES[kind].name}")
         return name, shape[::-1], TYPES[kind], offset
 
-    @staticmethod
-    def _blocks_of(tensor: Tensor) -> int:
-        count = 1
-        for size in tensor.shape:  # Python integers: no overflow
-            count *= size
-        return count // tensor.type.values
-
     def read(self, name: str) -> torch.Tensor:
-        """A tensor under the file's own name, in f32 (F16 and BF16 as they are).  A copy."""
+        """A tensor under the file's own name: F32, F16 and BF16 mapped, quantised types
+        dequantised to f32.  KeyError for an unknown name."""
         tensor = self.tensors[name]
-        raw = np.frombuffer(
-            self._data, tensor.type.block, self._blocks_of(tensor), tensor.offset
-        )
-        kind = tensor.type.name
-        if kind == "BF16":
-            flat = torch.from_numpy(raw.astype(np.int16)).view(torch.bfloat16)
-        elif kind in ("F32", "F16"):
-            flat = torch.from_numpy(raw.astype(raw.dtype.newbyteorder("=")))
-        else:
-            flat = torch.from_numpy(_dequantize(raw, kind).reshape(-1))
-        return flat.view(tensor.shape)
+        raw = self._bytes[tensor.offset : tensor.end]
+        if isinstance(tensor.type.block, torch.dtype):
+            return raw.view(tensor.type.block).view(tensor.shape)
+        return torch.from_numpy(_dequantize(raw.numpy().view(tensor.type.block))).view(tensor.shape)
 
     def names(self) -> list[str]:
         return list(self._names)
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A tensor under Hugging Face's name, in its layout.  KeyError for an unknown name."""
         tensor = self.read(self._names[name])
-        heads = {
-            "q_proj": self.config["num_attention_heads"],
-            "k_proj": self.config["num_key_value_heads"],
-        }.get(name.split(".")[-2] if "." in name else "")
-        if heads is None:
-            return tensor
-        # llama.cpp rotates neighbouring pairs (2i, 2i+1), Hugging Face the halves (i, i + d/2):
-        # the rows of q and k are stored in the former's order.
-        rows = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+        for projection, key in _ROTATED.items():
+            if f".{projection}." in name:
+                return self._unpermute(tensor, self.config[key], name)
+        return tensor
+
+    def _unpermute(self, tensor: torch.Tensor, heads: int, name: str) -> torch.Tensor:
+        """llama.cpp rotates neighbouring pairs (2i, 2i + 1), Hugging Face the halves (i, i + d/2):
+        the file has the rows of q and k in the former's order."""
+        half = self.config["head_dim"] // 2
+        if tensor.shape[0] != heads * 2 * half:
+            raise FormatError(
+                f"{self.path}: {name}: {tensor.shape[0]} rows, the metadata says {heads} heads of "
+                f"{self.config['head_dim']}"
+            )
+        rows = tensor.view(heads, half, 2, *tensor.shape[1:])
         return rows.transpose(1, 2).reshape(tensor.shape)
 
 
-def _dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
-    d = raw["d"].astype(np.float32)[:, None]
-    if kind == "Q8_0":
-        return raw["q"] * d
-    out = np.empty((len(raw), 32), np.float32)
-    np.multiply(raw["q"] & 15, d, out=out[:, :16])
-    np.multiply(raw["q"] >> 4, d, out=out[:, 16:])
-    out += raw["m"].astype(np.float32)[:, None] if kind == "Q4_1" else -8 * d
+def _dequantize(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of Q8_0, Q4_0 or Q4_1 as f32 [blocks, 32]."""
+    d = blocks["d"].astype(np.float32)[:, None]
+    q = blocks["q"]
+    if q.dtype == np.int8:
+        return q * d
+    out = np.empty((len(blocks), 32), np.float32)
+    np.multiply(q & 15, d, out=out[:, :16])
+    np.multiply(q >> 4, d, out=out[:, 16:])
+    # d q and 8 d are exact in f32, so this is d (q - 8) to the bit.
+    out += blocks["m"].astype(np.float32)[:, None] if "m" in blocks.dtype.names else -8 * d
     return out
 
 
@@ -220,52 +235,73 @@ _HF_TOP = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def _hf_names(file: GGUF) -> dict[str, str]:
     """Hugging Face name -> the file's name."""
     names = {}
     for name in file.tensors:
-        if name == "rope_freqs.weight":
-            raise FormatError(f"{file.path}: scaled rotary frequencies are not read here")
         parts = name.split(".")
         if name in _HF_TOP:
             names[_HF_TOP[name]] = name
         elif len(parts) == 4 and parts[0] == "blk" and parts[2] in _HF_NAMES:
             names[f"model.layers.{parts[1]}.{_HF_NAMES[parts[2]]}.{parts[3]}"] = name
+        elif name == "rope_freqs.weight":
+            raise FormatError(f"{file.path}: scaled rotary frequencies ({name}) are not read here")
         else:
-            raise FormatError(f"{file.path}: tensor {name!r} is not known in a llama model")
+            raise FormatError(f"{file.path}: tensor {name!r:.80} is not known in a llama model")
     return names
 
 
 def _config(file: GGUF) -> dict:
-    architecture = file.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise FormatError(f"{file.path}: architecture {architecture!r}; read is 'llama'")
+    """The metadata as a Hugging Face config.json has it."""
+
+    def error(key: str, known: str) -> FormatError:
+        given = f"{file.metadata[key]!r:.80}" if key in file.metadata else "missing"
+        return FormatError(f"{file.path}: metadata {key} is {given}; expected {known}")
 
     def get(key: str, kind: type, default=None):
         value = file.metadata.get(f"llama.{key}", default)
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise FormatError(f"{file.path}: metadata llama.{key} is {value!r}")
+        if type(value) not in (kind, int) or not 0 < value < 2**31:
+            raise error(f"llama.{key}", f"a positive {kind.__name__}")
+        return kind(value)
+
+    def token(key: str) -> int | None:
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and (type(value) is not int or value < 0):
+            raise error(f"tokenizer.ggml.{key}", "a token's number")
         return value
 
+    # What would change the model's results if it went unnoticed.
+    for key, known in (
+        ("general.architecture", ("llama",)),
+        ("split.count", (None, 0, 1)),
+        ("llama.expert_count", (None, 0)),
+        ("llama.rope.scaling.type", (None, "none")),
+        ("llama.rope.scale_linear", (None, 1.0)),
+    ):
+        if file.metadata.get(key) not in known:
+            raise error(key, " or ".join(repr(k) for k in known if k is not None))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise FormatError(f"{file.path}: has no token_embd.weight matrix")
-    heads = get("attention.head_count", int)
+    layers, heads = get("block_count", int), get("attention.head_count", int)
+    if layers > len(file.tensors):
+        raise error("llama.block_count", f"at most the number of tensors, {len(file.tensors)}")
     width = get("embedding_length", int)
     head_dim = get("attention.key_length", int, width // heads)
+    if head_dim % 2:
+        raise FormatError(f"{file.path}: heads of {head_dim} values; expected an even number")
     if get("rope.dimension_count", int, head_dim) != head_dim:
-        raise FormatError(f"{file.path}: rotates only part of each head, which is not read here")
+        raise error("llama.rope.dimension_count", f"the whole head, {head_dim}")
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length", int),
-        "num_hidden_layers": get("block_count", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
@@ -274,6 +310,6 @@ def _config(file: GGUF) -> dict:
         "max_position_embeddings": get("context_length", int),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": token("bos_token_id"),
+        "eos_token_id": token("eos_token_id"),
     }
