@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from memlm.errors import FormatError
+from memlm.io.files import replacing
 from memlm.io.gguf import GGUF
 from memlm.io.huggingface import read_json
 
@@ -24,6 +26,9 @@ _PRE_TOKENIZERS = {
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
+_TOKENIZER_FILE, _SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -33,15 +38,21 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict):
+        """``settings``: what tokenizer_config.json holds."""
         self.backend = backend
-        self._settings = settings  # what tokenizer_config.json holds
-        self.chat_template: str | None = settings.get("chat_template")
-        self.bos_id = self._id(settings.get("bos_token"))
-        self.eos_ids = [i for i in [self._id(settings.get("eos_token"))] if i is not None]
+        self._settings = settings
+        self._special = {  # "bos_token" -> its text; some files hold more than the text
+            key: token.get("content") if isinstance(token, dict) else token
+            for key, token in settings.items()
+            if key.endswith("_token") and isinstance(token, (str, dict))
+        }
+        template = settings.get("chat_template")
+        self.chat_template: str | None = template if isinstance(template, str) else None
+        self.bos_id = self._id("bos_token")
+        self.eos_ids = [i for i in [self._id("eos_token")] if i is not None]
 
-    def _id(self, token) -> int | None:
-        if isinstance(token, dict):
-            token = token.get("content")
+    def _id(self, key: str) -> int | None:
+        token = self._special.get(key)
         return self.backend.token_to_id(token) if isinstance(token, str) else None
 
     @property
@@ -53,33 +64,62 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def apply_chat(self, messages: list[dict[str, str]]) -> str:
         """The model's prompt for ``[{"role": ..., "content": ...}, ...]``, up to where the answer
-        starts.  Templates come from model files, so they run in jinja2's sandbox.
+        starts.
 
-        Raises ValueError where the model has no chat template, FormatError for a broken one.
+        Templates come from model files: they run in jinja2's sandbox, with the few helpers that
+        Hugging Face's templates expect.
+
+        Raises ValueError where the model has no chat template, or where the template refuses the
+        messages; FormatError for a broken template.
         """
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.chat_template is None:
             raise ValueError("messages: this model has no chat template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        special = {k: v for k, v in self._settings.items() if k in ("bos_token", "eos_token")}
+        if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise ValueError(
+                f"messages: got {messages!r:.80}, expected [{{'role': ..., 'content': ...}}, ...]"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True, **special)
-        except TemplateError as error:
-            raise FormatError(f"chat template: {error}") from None
+            return template.render(
+                messages=messages, add_generation_prompt=True, **self._special
+            )
+        except _Refusal as refusal:
+            raise ValueError(f"messages: the chat template says: {refusal}") from None
+        except Exception as error:  # jinja2's own, and whatever the template's expressions raise
+            raise FormatError(f"chat template: {type(error).__name__}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        folder = Path(folder)
-        self.backend.save(str(folder / "tokenizer.json"))
-        text = json.dumps(self._settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text, "utf-8")
+        with replacing(Path(folder) / _TOKENIZER_FILE) as file:
+            file.write(self.backend.to_str(pretty=True).encode())
+        with replacing(Path(folder) / _SETTINGS_FILE) as file:
+            file.write(json.dumps(self._settings, indent=2, ensure_ascii=False).encode())
+
+
+class _Refusal(Exception):
+    """What a template raises about the messages."""
+
+
+def _refuse(message: str):
+    raise _Refusal(message)
+
+
+def _to_json(value, indent: int | None = None) -> str:
+    """jinja2's own filter escapes for HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -90,54 +130,76 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_dir():
         return from_gguf(GGUF(path))
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file")
+    file = path / _TOKENIZER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: has no {_TOKENIZER_FILE}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise FormatError(f"{file}: {error}") from None
     backend.no_padding()
     backend.no_truncation()
-    settings = path / "tokenizer_config.json"
-    return Tokenizer(backend, read_json(settings) if settings.exists() else {})
+    settings = read_json(path / _SETTINGS_FILE) if (path / _SETTINGS_FILE).is_file() else {}
+    if (path / _TEMPLATE_FILE).is_file():
+        settings["chat_template"] = (path / _TEMPLATE_FILE).read_text("utf-8")
+    elif isinstance(templates := settings.get("chat_template"), list):  # of named templates
+        named = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+        settings["chat_template"] = named.get("default")
+    return Tokenizer(backend, settings)
 
 
 def from_gguf(file: GGUF) -> Tokenizer:
-    """Rebuilds a byte-level BPE tokenizer from ``tokenizer.ggml.*``."""
+    """Rebuilds a byte-level BPE tokenizer from ``tokenizer.ggml.*``.
 
-    def get(key: str, kind: type, default=None):
-        value = file.metadata.get(f"tokenizer.ggml.{key}", default)
-        if not isinstance(value, kind):
-            raise FormatError(f"{file.path}: metadata tokenizer.ggml.{key} is missing or no {kind.__name__}")
-        return value
+    Raises FormatError for other kinds of tokenizers and for metadata that do not fit together.
+    """
 
-    model, pre = get("model", str), get("pre", str, "gpt-2")
+    def error(reason: str) -> FormatError:
+        return FormatError(f"{file.path}: tokenizer: {reason}")
+
+    model, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise FormatError(
-            f"{file.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; read are 'gpt2' with "
-            f"one of {sorted(_PRE_TOKENIZERS)}"
+        raise error(
+            f"model {model!r:.40} with pre-tokenizer {pre!r:.40}; read is 'gpt2' with one of "
+            f"{', '.join(map(repr, _PRE_TOKENIZERS))}"
         )
-    tokens, types = get("tokens", list), get("token_type", list, [])
-    merges = [tuple(m.split(" ", 1)) for m in get("merges", list) if isinstance(m, str)]
+
+    def array(key: str, kind: type) -> list:
+        values = file.metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise error(f"{key} is no array of {kind.__name__}")
+        return values
+
+    tokens, types = array("tokens", str), array("token_type", int)
+    merges = [tuple(merge.split(" ")) for merge in array("merges", str)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens) or any(len(m) != 2 for m in merges):
-        raise FormatError(f"{file.path}: tokens that are not unique, or malformed merges")
-    try:
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # a merge of tokens that are not in the vocabulary
-        raise FormatError(f"{file.path}: {error}") from None
+    if len(types) != len(tokens):
+        raise error(f"{len(tokens)} tokens, but {len(types)} token types")
+    if len(vocabulary) != len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise error(f"the token {twice!r:.40} is there twice")
+    if len(tokens) > file.config["vocab_size"]:
+        raise error(f"{len(tokens)} tokens, but {file.config['vocab_size']} embeddings")
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise error(f"the merge {' '.join(merge)!r:.80} is not of two tokens into a third")
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [t for t, k in zip(tokens, types) if k == kind]
-        backend.add_tokens([AddedToken(t, normalized=False, special=special) for t in added])
+    added = [
+        AddedToken(token, normalized=False, special=kind == _CONTROL)
+        for token, kind in zip(tokens, types)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    backend.add_tokens(added)
 
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for key, name in (("bos_token_id", "bos_token"), ("eos_token_id", "eos_token")):
-        index = file.metadata.get(f"tokenizer.ggml.{key}")
-        if isinstance(index, int) and 0 <= index < len(tokens):
-            settings[name] = tokens[index]
+    for key in ("bos_token", "eos_token"):
+        index = file.config[f"{key}_id"]
+        if index is not None:
+            if index >= len(tokens):
+                raise error(f"{key}_id is {index}, there are {len(tokens)} tokens")
+            settings[key] = tokens[index]
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         settings["chat_template"] = template
