@@ -119,7 +119,7 @@ class GGUF:
         self.path = Path(path)
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
-                raise FormatError(f"{self.path}: not a GGUF file; a model is one, or a folder")
+                raise FormatError(f"{self.path}: not a GGUF file; expected one, or a folder")
             size = file.seek(0, 2)
         # Private: whoever writes to a tensor changes his own copy of the page, never the file.
         storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
@@ -149,13 +149,15 @@ class GGUF:
         for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
             if name in self.tensors:
                 raise FormatError(f"{self.path}: tensor {name:.80} is there twice")
-            tensor = Tensor(name, shape, kind, start + offset)
-            if offset % alignment or tensor.offset < end or tensor.end > len(self._bytes):
-                raise FormatError(
-                    f"{self.path}: tensor {name:.80} is said to lie in bytes {tensor.offset} to "
-                    f"{tensor.end}: it overlaps another tensor, is not aligned to {alignment}, or "
-                    f"goes beyond the file's {len(self._bytes)} bytes (truncated?)"
-                )
+            tensor, problem = Tensor(name, shape, kind, start + offset), None
+            if offset % alignment:
+                problem = f"has offset {offset}, which is no multiple of {alignment}"
+            elif tensor.offset < end:
+                problem = "overlaps the tensor before it"
+            elif tensor.end > len(self._bytes):
+                problem = f"ends at byte {tensor.end}, the file at {len(self._bytes)} (truncated?)"
+            if problem:
+                raise FormatError(f"{self.path}: tensor {name:.80} {problem}")
             self.tensors[name], end = tensor, tensor.end
 
     @staticmethod
