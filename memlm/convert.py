@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from memlm.formats import SCALE_DTYPES, Format, Packed, layout
+from memlm.formats import Format, Packed, layout
 from memlm.layers import Embedding, Linear, PackedModule
+from memlm.layers.linear import is_conv1d, linear_weight
+from memlm.layers.packed import PARTS
 from memlm.ops import check_mode
+from memlm.ops._matmul import X_DTYPES
 from memlm.quantize import quantize_weight
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Set on a module that quantize_ was asked for and left as it is: the reason, for explain.
+# Set on a module that quantize_ left as it is: the reason, for explain.
 LEFT_ALONE = "_memlm_left_alone"
+# Set on torch's encoder modules while they hold packed layers: the value that was there before.
+_FAST_PATH = "_memlm_fast_path"
 
 
 @dataclass(frozen=True)
@@ -48,177 +53,305 @@ class QuantConfig:
         check_mode(self.mode)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's Conv1D (known without importing transformers)."""
-    cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-
-
 def quantize_(
     model: nn.Module,
-    config: QuantConfig | str = QuantConfig(),
+    config: QuantConfig | str | Format = QuantConfig(),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    *,
     strict: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> nn.Module:
     """Replaces the linear and embedding layers of ``model`` by packed ones, in place.
 
     Layer by layer: a float weight is let go as soon as its packed form exists, so the peak is the
-    model plus one packed layer.  Weights shared by several modules (a tied head) are packed once
-    and stay shared.
+    model plus one packed layer and the work on it.  Weights shared by several layers (a tied head)
+    are packed once and stay shared.  Decided first, then done: whatever is refused is refused
+    before anything is changed.
 
-    config: a :class:`QuantConfig`, or the name of a format for the linear layers.
+    config: a :class:`QuantConfig`, or a format for the linear layers.
     filter_fn: ``filter_fn(module, name) -> bool``: which of the layers to replace.
-    strict: refuse (ValueError naming the layers and reasons, model unchanged) rather than leave a
-        layer alone that ``config`` and ``filter_fn`` selected.
-    progress: called with (done, total, name) for each layer.
+    strict: refuse (ValueError naming the layers and reasons) rather than leave alone a linear or
+        embedding layer that ``config`` and ``filter_fn`` selected.
+    progress: called with (done, total, name) after each layer.
 
     Returns the model.  :func:`memlm.explain` lists what runs where, and what was left alone and
     why.  Raises ValueError naming the layer for a weight with NaN or Inf, and for a ``model`` that
-    is itself one layer; the model is then unchanged.
+    is itself one layer, which nobody can replace in place.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    _check_model(model)
     if isinstance(config, (str, Format)):
         config = QuantConfig(linear=config)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: got {type(config).__name__}, accepted are QuantConfig or a name")
-    if isinstance(model, (nn.Linear, nn.Embedding)):
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: got {type(filter_fn).__name__}, expected a function")
+    if _is_layer(model):
         raise ValueError(
-            "model: is itself a layer and cannot be replaced in place; use "
+            f"model: is itself a {type(model).__name__}, which cannot be replaced in place; use "
             "memlm.layers.Linear.from_float or memlm.layers.Embedding.from_float"
         )
 
     plan, left = _plan(model, config, filter_fn)
-    if strict and left:
-        listed = "; ".join(f"{name}: {reason}" for name, (_, reason) in left.items())
-        raise ValueError(f"strict: {len(left)} layers cannot be replaced: {listed}")
-    for module, reason in left.values():
-        setattr(module, LEFT_ALONE, reason)
+    if strict and (refused := [x for x in left if x.wanted]):
+        listed = "; ".join(f"{x.name}: {x.reason}" for x in refused)
+        raise ValueError(f"strict: {len(refused)} layers cannot be replaced: {listed}")
+    for x in left:
+        setattr(x.module, LEFT_ALONE, x.reason)
+    del left
 
-    # A weight held by several modules is packed with the first of them, its owner.
-    owner_of_weight: dict[int, str] = {}
-    owners = {name: owner_of_weight.setdefault(id(m.weight), name) for name, (m, _) in plan.items()}
-    shared = {owner for name, owner in owners.items() if owner != name}
-    packed_of: dict[str, Packed] = {}
-    total = len(plan)
-    for done, (name, owner) in enumerate(owners.items(), 1):
-        module, format = plan.pop(name)
-        packed = packed_of.get(owner)
-        if packed is None:
-            weight = module.weight.T if is_conv1d(module) else module.weight
-            packed = quantize_weight(weight, format)
-            del weight
-            if name in shared:
-                packed_of[name] = packed
-        if isinstance(module, nn.Embedding):
-            new = Embedding(packed, module.weight.dtype)
-        else:
-            new = Linear(packed, module.bias, config.mode)
-        new.train(module.training)
-        _replace(model, module, new)
-        del module
-        if progress:
-            progress(done, total, name)
-    _disable_fused_encoder(model)
+    places = _places(model)
+    done, total = 0, sum(len(group.layers) for group in plan)
+    while plan:  # emptied on the way: it holds the float layers
+        group = plan.popleft()
+        packed = None
+        while group.layers:
+            name, module = group.layers.popleft()
+            if packed is None:
+                packed = _quantize(name, module, group.format)
+            if isinstance(module, nn.Embedding):
+                new = Embedding(packed, module.weight.dtype, module.padding_idx)
+            else:
+                new = Linear(packed, module.bias, config.mode, module.weight.dtype)
+            _put(places, module, new)
+            del module
+            done += 1
+            if progress:
+                progress(done, total, name)
+    _tell_parents(model)
     return model
 
 
-def _plan(model, config: QuantConfig, filter_fn):
-    """name -> (module, format) of what to replace; name -> (module, reason) of what is left."""
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    used_by_parent = {
-        id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-    }
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    plan, left = {}, {}
-    for name, module in model.named_modules():
-        is_embedding = isinstance(module, nn.Embedding)
-        if not (is_embedding or isinstance(module, nn.Linear) or is_conv1d(module)):
-            continue
-        if is_embedding or id(module.weight) in embedded:
-            field = "embedding"
-        elif module is head or name.split(".")[-1] == "lm_head":
-            field = "head"
-        else:
-            field = "linear"
+@dataclass(frozen=True)
+class _Group:
+    """Layers to replace that share one weight."""
+
+    layers: deque[tuple[str, nn.Module]]
+    format: Format
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A layer to leave as it is; ``wanted``: although config and filter_fn selected it."""
+
+    name: str
+    module: nn.Module
+    reason: str
+    wanted: bool
+
+
+def _plan(model, config: QuantConfig, filter_fn) -> tuple[deque[_Group], list[_Left]]:
+    """What to replace, and what to leave alone.  Changes nothing."""
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if _is_layer(module)}
+    holders = defaultdict(list)  # id of a parameter -> names of all modules that hold it
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            holders[id(parameter)].append(name)
+    heads = _heads(modules)
+    attention = {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
+
+    def field_of(name: str) -> str:
+        if isinstance(layers[name], nn.Embedding):
+            return "embedding"
+        return "head" if name in heads else "linear"
+
+    left, planned = [], {}
+    for name, module in layers.items():
+        weight = module._parameters.get("weight")
+        owners = [name] if weight is None else holders[id(weight)]
+        fields = {field_of(owner) for owner in owners if owner in layers}
+        field = next(f for f in ("embedding", "head", "linear") if f in fields)
         format = getattr(config, field)
         if format is None:
-            setattr(module, LEFT_ALONE, f"config: {field}=None")
+            left.append(_Left(name, module, f"config: {field}=None", wanted=False))
         elif filter_fn is not None and not filter_fn(module, name):
-            setattr(module, LEFT_ALONE, "filter_fn")
-        elif reason := _obstacle(module, id(module) in used_by_parent):
-            left[name] = (module, reason)
+            left.append(_Left(name, module, "filter_fn", wanted=False))
+        elif reason := _obstacle(module, weight):
+            left.append(_Left(name, module, reason, wanted=True))
+        elif id(module) in attention:
+            reason = "nn.MultiheadAttention reads its weight without calling it"
+            left.append(_Left(name, module, reason, wanted=True))
         else:
-            plan[name] = (module, format)
-    # A tied weight is packed for all its owners or for none: half of them would keep it alive.
-    for name, (module, _) in list(plan.items()):
-        owners = [n for n, (m, _) in left.items() if m.weight is module.weight]
-        if owners:
-            left[name] = (module, f"shares its weight with {owners[0]}, which is left alone")
-            del plan[name]
-    for name, (module, _) in plan.items():
-        if not torch.isfinite(module.weight).all():
-            raise ValueError(f"{name}: its weight contains NaN or Inf")
-    return plan, left
+            planned[name] = format
+
+    groups = {}
+    for name, format in planned.items():
+        module = layers[name]
+        # All holders of a weight or none: one that is left would keep the float weight alive.
+        stays = [owner for owner in holders[id(module.weight)] if owner not in planned]
+        if stays:
+            reason = f"shares its weight with {stays[0] or 'the model itself'}, which keeps it"
+            left.append(_Left(name, module, reason, wanted=True))
+            continue
+        # Conv1D holds its weight transposed: sharing with a Linear is not sharing packed forms.
+        key = (id(module.weight), is_conv1d(module))
+        if key not in groups:
+            if not all(torch.isfinite(end) for end in torch.aminmax(module.weight.detach())):
+                raise ValueError(f"{name}: its weight contains NaN or Inf")
+            groups[key] = _Group(deque(), format)
+        groups[key].layers.append((name, module))
+    return deque(groups.values()), left
 
 
-def _obstacle(module: nn.Module, used_by_parent: bool) -> str | None:
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _heads(modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the output heads, of the model and of models inside it."""
+    heads = {name for name in modules if name.rpartition(".")[2] == "lm_head"}
+    found = set()
+    for module in modules.values():
+        get_head = getattr(module, "get_output_embeddings", None)
+        if callable(get_head):
+            try:
+                found.add(id(get_head()))
+            except NotImplementedError:  # Hugging Face's way to say that there is none
+                pass
+    return heads | {name for name, module in modules.items() if id(module) in found}
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _obstacle(module: nn.Module, weight: nn.Parameter | None) -> str | None:
     """Why a layer cannot be replaced, or None."""
-    if used_by_parent:
-        return "nn.MultiheadAttention reads its weight without calling it"
-    if type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module):
-        known = type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
-        if not known:
-            return f"{type(module).__name__} may do more than its base class"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    kind = type(module).__name__
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrised: computed anew by each call"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
         return "has hooks, which a new layer would lose"
-    if module.weight.device.type == "meta":
+    if weight is None:
+        return "its weight is not a parameter of its own"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    bases = (nn.Linear, nn.Embedding)
+    base = next(c for c in type(module).__mro__ if c in bases or c.__name__ == "Conv1D")
+    if type(module).forward is not base.forward or "forward" in vars(module):
+        return f"{kind} has a forward of its own: not just a {base.__name__}"
+    if weight.is_meta:
         return "its weight is on the meta device: nothing to quantise"
-    if module.weight.dtype not in _FLOATS:
-        return f"its weight is {module.weight.dtype}"
-    if module.weight.dim() != 2 or module.weight.numel() == 0:
-        return f"its weight has shape {list(module.weight.shape)}"
+    if weight.dtype not in X_DTYPES:
+        return f"its weight is {weight.dtype}, kernels take {_names(X_DTYPES)}"
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"its weight has shape {list(weight.shape)}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its weight"
     return None
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` stands (a module may have several parents)."""
-    for parent in list(model.modules()):
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _quantize(name: str, module: nn.Module, format: Format) -> Packed:
+    weight = module.weight if isinstance(module, nn.Embedding) else linear_weight(module)
+    try:
+        return quantize_weight(weight, format)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a module -> the (parent, name) pairs where it stands: there may be several."""
+    places = defaultdict(list)
+    for parent in model.modules():
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            places[id(child)].append((parent, name))
+    return places
 
 
-def _disable_fused_encoder(model: nn.Module) -> None:
-    """In eval mode nn.TransformerEncoderLayer hands its weights to one fused operation, which
-    knows only float matrices; a layer with packed ones must take its ordinary path."""
+def _put(places, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    for parent, name in places[id(old)]:
+        parent._modules[name] = new
+
+
+def _tell_parents(model: nn.Module) -> None:
+    """What parents know about their layers' weights, after layers were replaced."""
     for module in model.modules():
+        # In eval mode torch's encoder hands its layers' weights to one fused operation, which
+        # would dequantise them: with packed layers inside, it takes its ordinary path.
         if isinstance(module, nn.TransformerEncoderLayer):
-            if isinstance(module.linear1, Linear) or isinstance(module.linear2, Linear):
-                module.activation_relu_or_gelu = 0
+            _set_fast_path(module, "activation_relu_or_gelu", 0)
         elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+            _set_fast_path(module, "use_nested_tensor", False)
+        # Hugging Face ties, saves and resizes by the names of the tied tensors.
+        for table in ("_tied_weights_keys", "all_tied_weights_keys"):
+            names = getattr(module, table, None)
+            if isinstance(names, dict):
+                renamed = _rename_tied(module, names)
+                if renamed != names:
+                    setattr(module, table, renamed)
+
+
+def _set_fast_path(module: nn.Module, attribute: str, off) -> None:
+    packed = any(isinstance(child, PackedModule) for child in module.modules())
+    if packed and _FAST_PATH not in vars(module):
+        setattr(module, _FAST_PATH, getattr(module, attribute))
+        setattr(module, attribute, off)
+    elif not packed and _FAST_PATH in vars(module):
+        setattr(module, attribute, vars(module).pop(_FAST_PATH))
+
+
+def _rename_tied(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """{target: source} names of tied tensors, with ``weight`` for float layers and the names of
+    the packed tensors for packed ones."""
+    modules = dict(model.named_modules())
+    renamed = {}
+    for target, source in names.items():
+        (layer, _, leaf), source_layer = target.rpartition("."), source.rpartition(".")[0]
+        module = modules.get(layer)
+        leaves = [leaf]
+        if leaf == "weight" and isinstance(module, PackedModule):
+            leaves = list(module.packed.tensors())
+        elif leaf in PARTS and not isinstance(module, PackedModule):
+            leaves = ["weight"]
+        if leaves == [leaf]:
+            renamed[target] = source
+        else:
+            renamed |= {f"{layer}.{new}": f"{source_layer}.{new}" for new in leaves}
+    return renamed
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replaces memlm's layers by ``torch.nn.Linear`` and ``torch.nn.Embedding`` with the
-    dequantised weights, in place (a Conv1D comes back as Linear, which computes the same).  Tied
-    weights stay tied.  Returns the model."""
-    weight_of: dict[int, nn.Parameter] = {}
-    for module in list(model.modules()):
-        if not isinstance(module, PackedModule):
-            continue
-        new = module.to_float(dtype)
-        key = module.codes.data_ptr()
-        new.weight = weight_of.setdefault(key, new.weight)
-        new.train(module.training)
-        _replace(model, module, new)
+    dequantised weights and the biases in ``dtype`` (f32, bf16 or f16), in place and layer by layer
+    (a Conv1D comes back as Linear, which computes the same).  Tied weights stay tied.
+
+    Returns the model.  Raises TypeError for another dtype, ValueError for a ``model`` that is
+    itself one layer (use its ``to_float``); the model is then unchanged.
+    """
+    _check_model(model)
+    if dtype not in X_DTYPES:
+        raise TypeError(f"dtype: got {dtype}, accepted are {X_DTYPES}")
+    if isinstance(model, PackedModule):
+        raise ValueError("model: is itself a layer and cannot be replaced in place; use to_float")
+    layers = deque(module for module in model.modules() if isinstance(module, PackedModule))
+    uses = defaultdict(int)
+    for layer in layers:
+        uses[memory_of(layer.codes)] += 1
+    weights: dict[int, nn.Parameter] = {}
+    places = _places(model)
+    while layers:
+        layer = layers.popleft()
+        key = memory_of(layer.codes)
+        new = layer.to_float(dtype)
+        if uses[key] > 1:
+            new.weight = weights.setdefault(key, new.weight)
+        _put(places, layer, new)
+        del layer
+    _tell_parents(model)
     return model
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory (of which there is none on the meta device)."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 def layer_specs(model: nn.Module) -> dict[str, dict]:
@@ -234,49 +367,66 @@ def layer_specs(model: nn.Module) -> dict[str, dict]:
             "format": module.format.name,
             "n": module.n,
             "k": module.k,
-            "scale_dtype": str(module.scales.dtype).removeprefix("torch."),
+            "scale_dtype": _names([module.scales.dtype]),
+            "dtype": _names([module.dtype]),
         }
         if isinstance(module, Linear):
             spec |= {"bias": module.bias is not None, "mode": module.mode}
-        owner = first.setdefault(module.codes.data_ptr(), name)
+        owner = first.setdefault(memory_of(module.codes), name)
         if owner != name:
             spec["tied_to"] = owner
         specs[name] = spec
     return specs
 
 
+_DTYPES = {_names([dtype]): dtype for dtype in X_DTYPES}
+
+
 def build_layers_(model: nn.Module, specs: dict[str, dict]) -> nn.Module:
     """Replaces the modules named in ``specs`` (:func:`layer_specs`) by memlm layers whose tensors
-    are on the meta device, to be assigned.
+    are on the meta device, to be assigned (``load_state_dict(..., assign=True)``).  A layer that
+    is ``tied_to`` another holds that one's tensors.
 
-    Raises ValueError for a spec that is malformed or does not fit the module it replaces.
+    Raises ValueError for a spec that is malformed or does not fit the module it replaces; the
+    model is then unchanged.
     """
     modules = dict(model.named_modules())
+    new: dict[str, PackedModule] = {}
     for name, spec in specs.items():
         old = modules.get(name)
+        if old is None or old is model or not _is_layer(old):
+            raise ValueError(f"layers: {name}: the model has no such layer to replace")
         try:
-            format, n, k = Format.parse(spec["format"]), spec["n"], spec["k"]
-            scale_dtype = {str(d).removeprefix("torch."): d for d in SCALE_DTYPES}[
-                spec["scale_dtype"]
-            ]
-            shapes = layout(format, n, k, scale_dtype)
-            tensors = {
-                part: torch.empty(shape, dtype=dtype, device="meta")
-                for part, (shape, dtype) in shapes.items()
-            }
-            packed = Packed(format, n, k, **tensors)
-            if spec["type"] == "Linear":
-                bias = torch.empty(n, device="meta") if spec["bias"] else None
-                new = Linear(packed, bias, spec["mode"])
-                fits = isinstance(old, nn.Linear) and (old.out_features, old.in_features) == (n, k)
-            elif spec["type"] == "Embedding":
-                new = Embedding(packed)
-                fits = isinstance(old, nn.Embedding) and tuple(old.weight.shape) == (n, k)
-            else:
-                raise ValueError(f"type {spec['type']!r}")
+            new[name] = _build(old, spec)
+            if "tied_to" in spec:
+                new[name].weight = new[spec["tied_to"]].weight
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"layers: {name}: malformed spec: {error}") from None
-        if not fits:
-            raise ValueError(f"layers: {name}: the model has no such {n}x{k} {spec['type']}")
-        _replace(model, old, new)
+    places = _places(model)
+    for name, layer in new.items():
+        _put(places, modules[name], layer)
+    _tell_parents(model)
     return model
+
+
+def _build(old: nn.Module, spec: dict) -> PackedModule:
+    """The empty layer of a spec.  Raises KeyError, TypeError or ValueError."""
+    kind = "Embedding" if isinstance(old, nn.Embedding) else "Linear"
+    weight = old.weight if kind == "Embedding" else linear_weight(old)
+    n, k = spec["n"], spec["k"]
+    if (spec["type"], n, k) != (kind, *weight.shape):
+        shape = "x".join(map(str, weight.shape))
+        raise ValueError(f"{spec['type']} {n}x{k}, but the model has {kind} {shape}")
+    format, scale_dtype = Format.parse(spec["format"]), _DTYPES[spec["scale_dtype"]]
+    tensors = {
+        part: torch.empty(shape, dtype=dtype, device="meta")
+        for part, (shape, dtype) in layout(format, *weight.shape, scale_dtype).items()
+    }
+    packed = Packed(format, *weight.shape, **tensors)
+    dtype = _DTYPES[spec["dtype"]]
+    if kind == "Embedding":
+        return Embedding(packed, dtype, old.padding_idx)
+    if spec["bias"] is not (old.bias is not None):
+        raise ValueError(f"bias {spec['bias']}, but the model's is {old.bias is not None}")
+    bias = None if old.bias is None else torch.empty(packed.n, dtype=dtype, device="meta")
+    return Linear(packed, bias, spec["mode"], dtype)

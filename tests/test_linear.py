@@ -80,7 +80,7 @@ def test_leading_dimensions_strides_and_empty_batches():
     x = inputs(2, 3, 40)
     flat = layer(x.reshape(6, 40))
     assert torch.equal(layer(x), flat.view(2, 3, 24))
-    assert torch.equal(layer(x[0, 0]), flat[0])
+    torch.testing.assert_close(layer(x[0, 0]), flat[0])  # one row is summed in another order
     strided = inputs(40, 7).T
     assert torch.equal(layer(strided), layer(strided.contiguous()))
     assert layer(x[:0]).shape == (0, 3, 24)
@@ -136,7 +136,7 @@ def test_lora_trains_around_packed_layers():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert model[0].b.abs().max() > 0, "no gradient came through the second packed layer"
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())

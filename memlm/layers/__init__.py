@@ -2,6 +2,6 @@
 
 from memlm.layers.embedding import Embedding
 from memlm.layers.linear import Linear
-from memlm.layers.packed import PackedModule
+from memlm.layers.packed import PackedModule, PackedWeight
 
-__all__ = ["Embedding", "Linear", "PackedModule"]
+__all__ = ["Embedding", "Linear", "PackedModule", "PackedWeight"]

@@ -7,8 +7,29 @@ from torch import nn
 
 from memlm.formats import Format, Packed
 from memlm.layers.packed import PackedModule
-from memlm.ops import check_mode, w4_matmul, w8_matmul
+from memlm.ops import check_mode, dequantize, w4_matmul, w8_matmul
 from memlm.quantize import quantize_weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D, a linear layer whose weight is ``[in, out]`` (known
+    without importing transformers)."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight ``[out, in]`` of a ``torch.nn.Linear`` or a Conv1D.  Raises TypeError for another
+    module."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if is_conv1d(module):
+        return module.weight.T
+    raise TypeError(
+        f"linear: got {type(module).__name__}, accepted are torch.nn.Linear and Conv1D (transformers)"
+    )
 
 
 class Linear(PackedModule):
@@ -21,8 +42,14 @@ class Linear(PackedModule):
     any time.
     """
 
-    def __init__(self, packed: Packed, bias: torch.Tensor | None = None, mode: str = "fast"):
-        super().__init__(packed)
+    def __init__(
+        self,
+        packed: Packed,
+        bias: torch.Tensor | None = None,
+        mode: str = "fast",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(packed, dtype)
         if bias is not None and tuple(bias.shape) != (packed.n,):
             raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{packed.n}]")
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -31,16 +58,22 @@ class Linear(PackedModule):
         self.mode = mode
 
     @classmethod
-    def from_packed(cls, packed: Packed, bias=None, mode: str = "fast") -> Linear:
+    def from_packed(
+        cls, packed: Packed, bias=None, mode: str = "fast", dtype: torch.dtype = torch.float32
+    ) -> Linear:
         """A layer over an already packed matrix and an optional ``bias [n]``."""
-        return cls(packed, bias, mode)
+        return cls(packed, bias, mode, dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Module, format: str | Format, mode: str = "fast") -> Linear:
         """Quantises a ``torch.nn.Linear``, or a Conv1D of Hugging Face (whose weight is
-        ``[in, out]``).  The bias parameter is taken over, not copied."""
-        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-        return cls(quantize_weight(weight, format), linear.bias, mode)
+        ``[in, out]``).  The bias parameter is taken over, not copied.
+
+        Raises TypeError for another module, and what :func:`memlm.quantize_weight` raises.
+        """
+        check_mode(mode)
+        packed = quantize_weight(linear_weight(linear), format)
+        return cls(packed, linear.bias, mode, linear.weight.dtype)
 
     @property
     def in_features(self) -> int:
@@ -73,14 +106,12 @@ class Linear(PackedModule):
         return w8_matmul(x, self.codes, self.scales, self.n, self.k, group, bias, fast)
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The ``torch.nn.Linear`` with the dequantised weights."""
-        from memlm.ops import dequantize
-
+        """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""
         linear = nn.Linear(self.k, self.n, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantize(self.packed, dtype))
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return linear
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype), self.bias.requires_grad)
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return (

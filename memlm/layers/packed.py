@@ -2,39 +2,120 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from memlm.formats import Format, Packed
+from memlm.ops import dequantize
+
+PARTS = ("codes", "scales", "offsets")
+
+# During Module._apply (``.to``, ``.half``): its function -> tensor -> what became of it, so that
+# tensors shared by several layers stay shared.  Entries die with the function and the tensor.
+_moved: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class PackedWeight(torch.Tensor):
+    """A packed matrix seen as ``W [n, k]``, for code that reads ``layer.weight``: shape, dtype and
+    device cost nothing, any computation dequantises all of it.  Read-only (TypeError)."""
+
+    packed: Packed
+
+    @staticmethod
+    def __new__(cls, packed: Packed, dtype: torch.dtype):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (packed.n, packed.k), dtype=dtype, device=packed.codes.device
+        )
+
+    def __init__(self, packed: Packed, dtype: torch.dtype):
+        self.packed = packed
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            raise TypeError(f"weight: is packed and cannot be changed ({func})")
+        args, kwargs = tree_map_only(
+            cls, lambda weight: dequantize(weight.packed, weight.dtype), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"PackedWeight({list(self.shape)}, format={self.packed.format}, dtype={self.dtype})"
 
 
 class PackedModule(nn.Module):
     """Holds a packed ``W [n, k]`` in the buffers ``codes``, ``scales`` and ``offsets`` (None when
     symmetric).  They move between devices with the module; casts such as ``.half()`` leave them as
-    they are."""
+    they are and change ``dtype``, the type that ``weight`` appears in."""
 
-    def __init__(self, packed: Packed):
+    def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
         self.format: Format = packed.format
         self.n, self.k = packed.n, packed.k
-        self.register_buffer("codes", packed.codes)
-        self.register_buffer("scales", packed.scales)
-        self.register_buffer("offsets", packed.offsets)
+        self.dtype = dtype
+        for name in PARTS:
+            self.register_buffer(name, getattr(packed, name))
 
     @property
     def packed(self) -> Packed:
         """The packed matrix, checked against its format (FormatError)."""
         return Packed(self.format, self.n, self.k, self.codes, self.scales, self.offsets)
 
-    def share(self, packed: Packed) -> None:
-        """Holds the tensors of ``packed`` from now on, shared with whoever else holds them."""
-        self.codes, self.scales, self.offsets = packed.codes, packed.scales, packed.offsets
+    @property
+    def weight(self) -> torch.Tensor:
+        """``W [n, k]`` in ``dtype``, dequantised by whoever computes with it (PackedWeight).
+
+        Assigning the ``weight`` of another layer ties the two: they hold the same tensors.  Raises
+        TypeError for another tensor, ValueError for another format or shape.
+        """
+        if torch.compiler.is_compiling():  # drops what is not used, and knows no wrappers
+            return dequantize(self.packed, self.dtype)
+        return PackedWeight(self.packed, self.dtype)
+
+    @weight.setter
+    def weight(self, weight: PackedWeight) -> None:
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(f"weight: got {type(weight).__name__}, expected that of a memlm layer")
+        given, mine = ((p.format.name, p.n, p.k) for p in (weight.packed, self.packed))
+        if given != mine:
+            raise ValueError(f"weight: got {given}, expected {mine}")
+        for name in PARTS:
+            self._buffers[name] = getattr(weight.packed, name)
 
     def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in ("scales", "offsets")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        parts, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = parts
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        moved = _moved.setdefault(fn, WeakTensorKeyDictionary())
+        for name, old in list(parts.items()):
+            if old is None:
+                continue
+            new = moved.get(old)
+            if new is None:
+                new = fn(old)
+                if new.dtype != old.dtype:
+                    new = old.to(new.device)
+                if new is not old:
+                    moved[old] = new
+            parts[name] = new
         return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # copy_() would convert without a word: f32 scales into f16 may overflow.
+        for name in PARTS:
+            mine, given = self._buffers[name], state_dict.get(prefix + name)
+            if mine is not None and given is not None and given.dtype != mine.dtype:
+                error_msgs.append(f"{prefix}{name}: got {given.dtype}, expected {mine.dtype}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,83 @@
+"""The wheel: what is in it, and that it works from anywhere, in an environment of its own."""
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+CHECK = """
+import os, pathlib, sys, torch, memlm, memlm.ops
+home = pathlib.Path(memlm.__file__).resolve()
+assert home.is_relative_to(pathlib.Path(sys.prefix).resolve()), home
+w = torch.randn(50, 70)
+packed = memlm.quantize_weight(w, "int8")
+y = memlm.ops.matmul(torch.eye(70), packed, mode="accurate")
+torch.testing.assert_close(y, memlm.ops.dequantize(packed).T)
+assert (home.parent / "include" / "memlm.h").exists()
+print(os.environ.get("MEMLM_CPU_ISA", "-"), memlm.isa())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    (found,) = folder.glob("memlm-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """The python of a new virtual environment that holds the wheel.  Its dependencies are those
+    installed beside the tests, seen through a path file: which brings no editable memlm along."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True
+    )
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def test_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("memlm/libmemlm.so", "memlm/_torch.so", "memlm/include/memlm.h", "memlm/cli.py"):
+        assert needed in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_works_from_any_directory(environment, tmp_path):
+    done = subprocess.run(
+        [environment, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [environment, "-c", CHECK],
+        cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "MEMLM_CPU_ISA": "scalar"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["scalar", "scalar"], done.stderr
+
+
+def test_command(environment, tmp_path):
+    command = environment.with_name("memlm")
+    done = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("demo", "quantize", "info", "generate", "eval", "bench"):
+        assert name in done.stdout
+    done = subprocess.run(
+        [command, "info", "nowhere"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "nowhere: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
