@@ -89,7 +89,7 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _config(linear: str, embedding: str, mode: str):
+def _config(linear: str, embedding: str, mode: str | None):
     from memlm import QuantConfig
 
     embedding_format = None if embedding == "float" else embedding
@@ -102,7 +102,10 @@ def quantize(
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     linear: Linear = "int4",
     embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
-    mode: Annotated[str, typer.Option(help="fast or accurate.")] = "fast",
+    mode: Annotated[
+        Optional[str],
+        typer.Option(help="fast or accurate (default: fast for 4 bits, accurate for 8)."),
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Refuse to leave a layer alone.")] = False,
     json_file: Json = None,
 ) -> None:

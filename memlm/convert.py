@@ -34,13 +34,13 @@ class QuantConfig:
     head: format of an untied output head (the model's ``get_output_embeddings()``, or a layer
         named ``lm_head``); None leaves it alone.
     mode: arithmetic of the linear layers, ``"fast"`` or ``"accurate"``
-        (:func:`memlm.ops.w4_matmul`).
+        (:func:`memlm.ops.w4_matmul`); None takes fast for 4 bits and accurate for 8.
     """
 
     linear: str | Format | None = "int4"
     embedding: str | Format | None = None
     head: str | Format | None = None
-    mode: str = "fast"
+    mode: str | None = None
 
     def __post_init__(self):
         for field in ("linear", "embedding", "head"):
@@ -50,7 +50,8 @@ class QuantConfig:
                     object.__setattr__(self, field, Format.parse(value))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{field}: {error}") from None
-        check_mode(self.mode)
+        if self.mode is not None:
+            check_mode(self.mode)
 
 
 def quantize_(

@@ -7,8 +7,8 @@ A weight matrix ``W[n, k]`` is cut along ``k`` into groups.  Each row of each gr
     int4   symmetric    w = s * (q - 8)   q in 0..15
     int4   asymmetric   w = s * q + o     q in 0..15
 
-A name says it all: ``int8`` (one scale per row), ``int8-g32``, ``int4-g128``, ``int4a-g64`` (``a``:
-asymmetric).
+A name says it all: ``int8-row`` (one scale per row), ``int8-g32``, ``int4-g128``, ``int4a-g64``
+(``a``: asymmetric).  ``int8`` and ``int4`` alone mean ``DEFAULTS``.
 
 Layout, version 1
 -----------------
@@ -54,9 +54,10 @@ LANE_K = 4  # consecutive k of one row inside a 32-bit lane
 ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it
 GROUPS = {4: (32, 64, 128), 8: (0, 32, 64, 128)}  # 0: one scale per row
 SCALE_DTYPES = (torch.float16, torch.float32)
-DEFAULTS = {"int4": "int4-g32", "int8": "int8"}
+# What int4 and int8 alone mean: the most accurate of each, at 5.0 and 8.5 bits per weight.
+DEFAULTS = {"int4": "int4a-g32", "int8": "int8-g32"}
 
-_NAME = re.compile(r"int(?P<bits>[48])(?P<asym>a?)(?:-g(?P<group>[1-9]\d*))?")
+_NAME = re.compile(r"int(?P<bits>[48])(?P<asym>a?)-(?:row|g(?P<group>[1-9]\d*))")
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,12 @@ class Format:
 
     @property
     def name(self) -> str:
-        suffix = f"-g{self.group}" if self.group else ""
-        return f"int{self.bits}{'' if self.symmetric else 'a'}{suffix}"
+        suffix = f"g{self.group}" if self.group else "row"
+        return f"int{self.bits}{'' if self.symmetric else 'a'}-{suffix}"
 
     @classmethod
     def parse(cls, spec: str | Format) -> Format:
-        """The format of a name such as ``int4-g32``; ``int4`` and ``int8`` are the defaults."""
+        """The format of a name such as ``int4-g32``; ``int4`` and ``int8`` mean ``DEFAULTS``."""
         if isinstance(spec, Format):
             return spec
         if not isinstance(spec, str):
@@ -97,8 +98,8 @@ class Format:
         match = _NAME.fullmatch(DEFAULTS.get(spec, spec))
         if not match:
             raise ValueError(
-                f"format: got {spec!r}, accepted are int4, int4-gG, int4a-gG (G = 32, 64, 128), "
-                "int8, int8-gG"
+                f"format: got {spec!r}, accepted are int4, int4-gG, int4a-gG, int8, int8-gG "
+                "(G = 32, 64, 128) and int8-row"
             )
         return cls(int(match["bits"]), int(match["group"] or 0), not match["asym"])
 

@@ -8,7 +8,7 @@ from memlm import formats, ops
 from memlm.ops import implementations
 from memlm.quantize import quantize_weight
 
-FORMATS = ["int8", "int8-g64", "int4-g32", "int4-g128", "int4a-g64"]
+FORMATS = ["int8-row", "int8-g64", "int4-g32", "int4-g128", "int4a-g64"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from memlm import formats
 from memlm.layers import Embedding
 
-FORMATS = ["int4", "int4a-g32", "int4-g128", "int8", "int8-g64"]
+FORMATS = ["int4", "int4a-g32", "int4-g128", "int8-row", "int8-g64"]
 
 
 def float_embedding(n=50, k=72, dtype=torch.float32, seed=0, **kwargs):
@@ -37,7 +37,7 @@ def test_rows(format, dtype):
         assert ((rows.double() - exact).abs() <= limit).all()
 
 
-@pytest.mark.parametrize("format, cosine", [("int8", 0.9999), ("int4", 0.994), ("int4a-g32", 0.995)])
+@pytest.mark.parametrize("format, cosine", [("int8-row", 0.9999), ("int4-g32", 0.994), ("int4a-g32", 0.995)])
 def test_close_to_the_float_layer(format, cosine):
     source = float_embedding(200, 256)
     rows = Embedding.from_float(source, format)(torch.arange(200))
@@ -99,7 +99,7 @@ def test_back_to_float():
 
 def test_repr():
     assert repr(Embedding.from_float(float_embedding(padding_idx=0), "int8")) == (
-        "Embedding(50, 72, padding_idx=0, format=int8)"
+        "Embedding(50, 72, padding_idx=0, format=int8-g32)"
     )
 
 

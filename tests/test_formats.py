@@ -27,7 +27,7 @@ def random_parts(format: Format, n: int, k: int, seed: int = 0, dtype=torch.floa
 
 
 def test_names_round_trip():
-    assert [f.name for f in ALL if f.bits == 8] == ["int8", "int8-g32", "int8-g64", "int8-g128"]
+    assert [f.name for f in ALL if f.bits == 8] == ["int8-row", "int8-g32", "int8-g64", "int8-g128"]
     for format in ALL:
         assert Format.parse(format.name) == format == Format.parse(format)
     for alias, name in formats.DEFAULTS.items():
@@ -84,7 +84,7 @@ def test_golden_bytes_4_bits():
 def test_golden_bytes_8_bits():
     q = (torch.arange(17)[:, None] * 4 + torch.arange(34) - 20).to(torch.int8)
     scales = torch.arange(1, 18).half()[:, None]
-    packed = pack(q, scales, None, "int8")
+    packed = pack(q, scales, None, "int8-row")
     assert packed.codes.shape == (2, 16, 16, 4)
     data = packed.codes.numpy().tobytes()
     assert data[:8] == bytes([0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF2, 0xF3])  # -20.., -16..

@@ -13,7 +13,7 @@ from torch import nn
 from memlm import formats, quantize_weight
 from memlm.layers import Linear, PackedWeight
 
-FORMATS = ["int4", "int4-g64", "int4-g128", "int4a-g32", "int4a-g64", "int4a-g128", "int8",
+FORMATS = ["int4", "int4-g64", "int4-g128", "int4a-g32", "int4a-g64", "int4a-g128", "int8-row",
            "int8-g32", "int8-g128"]  # fmt: skip
 # n, k: one tile and many, tails in both, less than a group
 SHAPES = [(16, 64), (48, 256), (33, 100), (1, 1), (5, 31), (130, 129)]
@@ -67,7 +67,7 @@ def test_result(format, dtype, mode):
             assert excess.max() <= 0, (n, k, m, bias)
 
 
-@pytest.mark.parametrize("format, cosine", [("int8", 0.9999), ("int4", 0.994), ("int4a-g32", 0.995)])
+@pytest.mark.parametrize("format, cosine", [("int8-row", 0.9999), ("int4-g32", 0.994), ("int4a-g32", 0.995)])
 def test_close_to_the_float_layer(format, cosine):
     source = float_layer(256, 512)
     x = inputs(64, 512)
@@ -194,8 +194,8 @@ def test_copies_and_pickles():
 
 
 def test_state_dict():
-    layer = Linear.from_float(float_layer(24, 40, seed=0), "int4")
-    other = Linear.from_float(float_layer(24, 40, seed=1), "int4")
+    layer = Linear.from_float(float_layer(24, 40, seed=0), "int4-g32")
+    other = Linear.from_float(float_layer(24, 40, seed=1), "int4-g32")
     x = inputs(5, 40)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -209,15 +209,15 @@ def test_state_dict():
 
 @pytest.mark.parametrize(
     "format, n, k",
-    [("int4", 25 + 16, 40), ("int4", 24, 72), ("int4-g64", 24, 64), ("int4a-g32", 24, 40),
-     ("int8", 24, 40)],
+    [("int4-g32", 25 + 16, 40), ("int4-g32", 24, 72), ("int4-g64", 24, 64), ("int4a-g32", 24, 40),
+     ("int8-row", 24, 40)],
 )  # fmt: skip
 def test_state_dict_of_another_matrix_is_refused(format, n, k):
-    layer = Linear.from_float(float_layer(24, 40), "int4")
+    layer = Linear.from_float(float_layer(24, 40), "int4-g32")
     before = layer.codes.clone()
     with pytest.raises(RuntimeError):
         layer.load_state_dict(Linear.from_float(float_layer(n, k), format).state_dict())
-    if format == "int8":
+    if format == "int8-row":
         assert torch.equal(layer.codes, before)
 
 
@@ -251,7 +251,7 @@ def test_assigning_a_weight_ties():
     first, second = (Linear.from_float(float_layer(24, 40, seed=s), "int4") for s in (0, 1))
     second.weight = first.weight
     assert second.codes is first.codes and second.scales is first.scales
-    with pytest.raises(ValueError, match="weight: got .'int8', 24, 40"):
+    with pytest.raises(ValueError, match="weight: got .'int8-g32', 24, 40"):
         second.weight = Linear.from_float(float_layer(24, 40), "int8").weight
 
 
@@ -282,7 +282,7 @@ def test_back_to_float():
 
 
 def test_mode_can_be_changed():
-    layer = Linear.from_float(float_layer(24, 256), "int8")
+    layer = Linear.from_float(float_layer(24, 256), "int4")
     x = inputs(5, 256)
     fast = layer(x)
     layer.mode = "accurate"
@@ -294,7 +294,7 @@ def test_mode_can_be_changed():
 def test_repr():
     layer = Linear.from_float(float_layer(24, 40, bias=False), "int4")
     assert repr(layer) == (
-        "Linear(in_features=40, out_features=24, bias=False, format=int4-g32, mode=fast)"
+        "Linear(in_features=40, out_features=24, bias=False, format=int4a-g32, mode=fast)"
     )
 
 

@@ -373,7 +373,7 @@ BAD_CONFIGS = {
     "tied to a list": (lambda q: q["layers"][QKV].update(tied_to=[]), QKV),
     "group": (lambda q: q["layers"][QKV].update(format="int4-g64"), QKV),
     "bits": (lambda q: q["layers"][QKV].update(format="int8"), QKV),
-    "offsets": (lambda q: q["layers"][QKV].update(format="int4a-g32"), QKV),
+    "offsets": (lambda q: q["layers"][QKV].update(format="int4-g32"), QKV),
     "bias": (lambda q: q["layers"][QKV].update(bias=True), QKV),
 }
 

@@ -6,7 +6,7 @@ import torch
 from memlm.formats import Format, dequantize, pack, unpack
 from memlm.quantize import quantize_weight
 
-FORMATS = ["int8", "int8-g32", "int4-g32", "int4-g128", "int4a-g32", "int4a-g64"]
+FORMATS = ["int8-row", "int8-g32", "int4-g32", "int4-g128", "int4a-g32", "int4a-g64"]
 
 
 def weights(n=48, k=200, seed=0):
@@ -102,10 +102,10 @@ def test_refusals():
         with pytest.raises(ValueError, match="w: contains NaN or Inf"):
             quantize_weight(broken, "int4")
     with pytest.raises(ValueError, match=r"w: got shape \[0, 64\]"):
-        quantize_weight(torch.zeros(0, 64), "int8")
+        quantize_weight(torch.zeros(0, 64), "int8-row")
     with pytest.raises(ValueError, match=r"w: got shape \[64\]"):
-        quantize_weight(torch.zeros(64), "int8")
+        quantize_weight(torch.zeros(64), "int8-row")
     with pytest.raises(TypeError, match="w: got torch.int64"):
-        quantize_weight(torch.zeros(4, 64).long(), "int8")
+        quantize_weight(torch.zeros(4, 64).long(), "int8-row")
     with pytest.raises(ValueError, match="format: got 'int3'"):
         quantize_weight(w, "int3")

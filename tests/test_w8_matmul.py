@@ -7,10 +7,10 @@ import memlm
 from . import matmul_checks as checks
 
 OP = "w8_matmul"
-FORMATS = ["int8", "int8-g32", "int8-g64", "int8-g128"]
+FORMATS = ["int8-row", "int8-g32", "int8-g64", "int8-g128"]
 PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
 both_modes = pytest.mark.parametrize("fast", [True, False], ids=["fast", "accurate"])
-one_of_each = pytest.mark.parametrize("format", ["int8", "int8-g32"])
+one_of_each = pytest.mark.parametrize("format", ["int8-row", "int8-g32"])
 
 
 @both_modes
@@ -21,7 +21,7 @@ def test_against_fp64(format, path, fast, restore_isa):
 
 
 @pytest.mark.parametrize("isa", memlm.isas())
-@pytest.mark.parametrize("format", ["int8", "int8-g32"])
+@pytest.mark.parametrize("format", ["int8-row", "int8-g32"])
 def test_integers_are_exact(format, isa, restore_isa):
     checks.check_integers_exact(OP, format, -128, 127, isa)
 
@@ -58,7 +58,7 @@ def test_torch(format):
 
 
 def test_compile():
-    checks.check_compile("int8")
+    checks.check_compile("int8-row")
 
 
 @one_of_each

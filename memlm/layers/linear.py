@@ -7,7 +7,7 @@ from torch import nn
 
 from memlm.formats import Format, Packed
 from memlm.layers.packed import PackedModule
-from memlm.ops import check_mode, dequantize, w4_matmul, w8_matmul
+from memlm.ops import check_mode, dequantize, mode_for, w4_matmul, w8_matmul
 from memlm.quantize import quantize_weight
 
 
@@ -38,15 +38,15 @@ class Linear(PackedModule):
 
     x is ``[..., in_features]`` in f32, bf16 or f16, and so is y.  The weights are frozen;
     gradients flow to x and to the bias (as training LoRA adapters around the layer needs).
-    ``mode`` is ``"fast"`` or ``"accurate"``: see :func:`memlm.ops.w4_matmul`; it may be changed at
-    any time.
+    ``mode`` is ``"fast"`` or ``"accurate"``: see :func:`memlm.ops.w4_matmul`; None takes fast for
+    4 bits and accurate for 8.  It may be changed at any time.
     """
 
     def __init__(
         self,
         packed: Packed,
         bias: torch.Tensor | None = None,
-        mode: str = "fast",
+        mode: str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(packed, dtype)
@@ -55,23 +55,29 @@ class Linear(PackedModule):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        self.mode = mode
+        self.mode = mode_for(packed.format, mode)
 
     @classmethod
     def from_packed(
-        cls, packed: Packed, bias=None, mode: str = "fast", dtype: torch.dtype = torch.float32
+        cls,
+        packed: Packed,
+        bias=None,
+        mode: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Linear:
         """A layer over an already packed matrix and an optional ``bias [n]``."""
         return cls(packed, bias, mode, dtype)
 
     @classmethod
-    def from_float(cls, linear: nn.Module, format: str | Format, mode: str = "fast") -> Linear:
+    def from_float(
+        cls, linear: nn.Module, format: str | Format, mode: str | None = None
+    ) -> Linear:
         """Quantises a ``torch.nn.Linear``, or a Conv1D of Hugging Face (whose weight is
         ``[in, out]``).  The bias parameter is taken over, not copied.
 
         Raises TypeError for another module, and what :func:`memlm.quantize_weight` raises.
         """
-        check_mode(mode)
+        mode = mode_for(Format.parse(format), mode)
         packed = quantize_weight(linear_weight(linear), format)
         return cls(packed, linear.bias, mode, linear.weight.dtype)
 
