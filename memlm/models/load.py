@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from memlm import formats
 from memlm.convert import build_layers_, layer_specs
@@ -55,6 +56,17 @@ class _LazyTokenizer:
         return getattr(self._tokenizer, name)
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips ``torch.nn.init``: on the meta device there is nothing to fill, and trying to imports
+    torch's compiler, for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def build(config: dict) -> Decoder | Encoder:
     """The model of a Hugging Face config, without storage (on the meta device).
 
@@ -67,7 +79,7 @@ def build(config: dict) -> Decoder | Encoder:
         raise FormatError(f"config: model_type {kind!r}; known are {', '.join(known)}")
     config_type, model_type = known[kind]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             return model_type(config_type.from_hf(config))
     except RuntimeError as error:  # sizes whose product overflows
         raise FormatError(f"config: {error}") from None
