@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from memlm.io.files import replacing
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -51,7 +53,8 @@ def write_json(value: dict, path: Path | None) -> None:
     if str(path) == "-":
         print(text)
     else:
-        path.write_text(text + "\n", "utf-8")
+        with replacing(path) as file:
+            file.write(text.encode() + b"\n")
 
 
 class Bar:
@@ -65,6 +68,7 @@ class Bar:
             TimeElapsedColumn(),
             console=err,
             transient=True,
+            disable=not err.is_terminal,
         )
         self._task = self._progress.add_task(title, total=None, item="")
 
@@ -262,6 +266,7 @@ def demo(
     from memlm.demo import run
 
     _set_threads(threads)
+    out.stderr = str(json_file) == "-"  # standard output is the JSON's
     run(folder, json_file)
 
 

@@ -15,11 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.table import Table
 
 import memlm
 from memlm import data, limits, report
-from memlm.cli import Bar, megabytes, out, stream
+from memlm.cli import Bar, megabytes, out, stream, write_json
 from memlm.convert import QuantConfig
 from memlm.models.evaluate import WINDOW, evaluate_all
 
@@ -29,6 +30,8 @@ VARIANTS: dict[str, torch.dtype | QuantConfig] = {
     "bf16": torch.bfloat16,
     "int8": QuantConfig("int8", embedding="int8"),
     "int4": QuantConfig("int4", embedding="int8"),
+    # Not on the grid of 32 weights that the decoder's publisher rounded them to.
+    "int4a-g64": QuantConfig("int4a-g64", embedding="int8"),
 }
 EVALUATION_TOKENS = 8192  # 16 windows
 SENTENCES = 256
@@ -89,6 +92,7 @@ def encoder_rows(work: Path) -> list[dict]:
             {
                 "format": name,
                 "disk_bytes": disk,
+                "sentences": len(vectors),
                 "cosine_mean": cosine.mean().item(),
                 "cosine_min": cosine.min().item(),
                 "same_nearest": (_nearest(vectors) == _nearest(exact)).float().mean().item(),
@@ -125,20 +129,21 @@ def run(folder: Path, json_file: Path | None = None) -> dict:
             ("SmolLM2-135M", report.DECODER_COLUMNS, result["rows"]),
             ("MiniLM-L6", report.ENCODER_COLUMNS, result["encoder_rows"]),
         ):
-            table = Table(*(heading for heading, _ in columns), title=title)
+            table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+            for heading, _ in columns:
+                table.add_column(heading, justify="left" if heading == "format" else "right",
+                                 no_wrap=True)  # fmt: skip
             for row in rows:
                 table.add_row(*(show(row) for _, show in columns))
             out.print(table)
         out.print(f"int4 answers {QUESTION!r}:\n", highlight=False)
         model = memlm.load(work / "int4")
         text, tokens, seconds = stream(
-            model, QUESTION, True, ANSWER_TOKENS, 0.0, 0, 1.0, None, show=True
+            model, QUESTION, True, ANSWER_TOKENS, 0.0, 0, 1.0, None, show=not out.stderr
         )
     result["chat"] = {"question": QUESTION, "answer": text, "tokens": tokens, "seconds": seconds}
-    (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_json(result, folder / "demo.json")
     written = report.write(result, folder)
     out.print(f"\n{tokens / seconds:.0f} tokens/s; report: {written}", highlight=False)
-    if json_file is not None:
-        text = json.dumps(result, indent=1)
-        print(text) if str(json_file) == "-" else json_file.write_text(text + "\n", "utf-8")
+    write_json(result, json_file)
     return result

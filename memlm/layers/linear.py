@@ -104,12 +104,13 @@ class Linear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        group, bias, fast = self.format.group, self.bias, self._fast
-        if self.format.bits == 4:
+        parts, format = self._buffers, self.format  # attributes of modules are slow
+        codes, scales, bias = parts["codes"], parts["scales"], self._parameters["bias"]
+        if format.bits == 4:
             return w4_matmul(
-                x, self.codes, self.scales, self.offsets, self.n, self.k, group, bias, fast
+                x, codes, scales, parts["offsets"], self.n, self.k, format.group, bias, self._fast
             )
-        return w8_matmul(x, self.codes, self.scales, self.n, self.k, group, bias, fast)
+        return w8_matmul(x, codes, scales, self.n, self.k, format.group, bias, self._fast)
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""

@@ -66,5 +66,9 @@ def w4_matmul(
 
     Raises TypeError, ValueError or FormatError naming the argument that does not fit.
     """
-    _matmul.check(x, _packed(codes, scales, offsets, n, k, group), bias)
-    return _op(x, codes, scales, offsets, n, k, group, bias, fast)
+    try:
+        return _op(x, codes, scales, offsets, n, k, group, bias, fast)
+    except Exception:
+        # The op checks all of this again; saying what is wrong takes longer than a small product.
+        _matmul.check(x, _packed(codes, scales, offsets, n, k, group), bias)
+        raise

@@ -54,5 +54,9 @@ def w8_matmul(
     ``group`` is 0 (one scale per row), 32, 64 or 128; everything else is as for
     :func:`memlm.ops.w4_matmul`.
     """
-    _matmul.check(x, _packed(codes, scales, n, k, group), bias)
-    return _op(x, codes, scales, n, k, group, bias, fast)
+    try:
+        return _op(x, codes, scales, n, k, group, bias, fast)
+    except Exception:
+        # The op checks all of this again; saying what is wrong takes longer than a small product.
+        _matmul.check(x, _packed(codes, scales, n, k, group), bias)
+        raise

@@ -1,0 +1,20 @@
+"""``w4_matmul`` against torch: ``python -m benchmarks.bench_w4_matmul --help``."""
+
+import pytest
+
+from benchmarks import harness, matmul
+
+OPERATION = harness.MATMULS["w4_matmul"]
+FORMATS = ["int4-g32", "int4a-g32"]
+CANDIDATES = [*matmul.memlm_candidates(FORMATS), *matmul.torch_float(), *matmul.torch_int4()]
+
+
+@pytest.mark.parametrize(
+    **harness.pytest_cases(CANDIDATES, matmul.PYTEST_SHAPES, matmul.PYTEST_MS)
+)
+def test_w4_matmul(benchmark, case, candidate):
+    harness.run_benchmark(benchmark, OPERATION, case, candidate)
+
+
+if __name__ == "__main__":
+    harness.main(OPERATION, CANDIDATES, matmul.SHAPES, matmul.MS, matmul.BASELINE)

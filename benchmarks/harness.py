@@ -1,0 +1,417 @@
+"""Timing of operations: cold weights, interleaved rivals, the machine's limits in the same run.
+
+A call is timed alone.  Before its turn comes again all other candidates have run, each on the next
+of its copies of the weights, and a candidate has as many copies as it takes to exceed the largest
+cache twice: what is read comes from memory, as in a model.  Reported is the median.  Limits are
+measured in the same process, before.
+
+Nothing is timed that computes something wrong: each candidate's result is first compared with the
+float product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import memlm
+from memlm import limits
+
+ROUNDS, SECONDS = 9, 0.5  # timed calls of each candidate: at least; and for about so long in all
+COLD = 2  # the copies of a weight together are larger than so many times the largest cache
+
+out = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem with ``W [n, k]`` and an x of m rows."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}, m={self.m}"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is computed: x for a case, the result for float ``w`` in f64, multiply-adds, and the
+    share of the stored bytes that a call reads."""
+
+    name: str
+    x: Callable[[Case], torch.Tensor]
+    exact: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    macs: Callable[[Case], int]
+    share: Callable[[Case], float]
+
+
+MATMULS = {
+    name: Operation(
+        name,
+        x=lambda case: torch.randn(case.m, case.k),
+        exact=lambda x, w: x.double() @ w.double().T,
+        macs=lambda case: case.m * case.n * case.k,
+        share=lambda case: 1.0,
+    )
+    for name in ("w4_matmul", "w8_matmul")
+}
+EMBEDDING = Operation(
+    "embedding",
+    x=lambda case: torch.randint(case.n, (case.m,)),
+    exact=lambda ids, w: w.double()[ids],
+    macs=lambda case: case.m * case.k,
+    share=lambda case: case.m / case.n,
+)
+DEQUANTIZE = Operation(
+    "dequantize",
+    x=lambda case: torch.empty(0),
+    exact=lambda _, w: w.double(),
+    macs=lambda case: case.n * case.k,
+    share=lambda case: 1.0,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a case.
+
+    prepare(w) makes of the float ``w [n, k]`` what is stored, run(x, stored) computes.
+    ``arithmetic``: ``"f32"`` or ``"i8"``, whose limit counts for it.  ``error``: the
+    relative error (Frobenius norm) against the float result beyond which it counts as wrong.
+    """
+
+    impl: str
+    format: str
+    arithmetic: str
+    error: float
+    prepare: Callable[[torch.Tensor], Any]
+    run: Callable[[torch.Tensor, Any], torch.Tensor]
+    dtype: torch.dtype = torch.float32  # of a float x
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the results.  ``us``: median microseconds of a call; ``weight_bytes``: what one
+    call reads of the weights; ``limit_gbps``: bytes from memory, 10^9 per second; ``limit_gops``:
+    multiply-adds of the candidate's arithmetic, 10^9 per second, both as measured in this run."""
+
+    op: str
+    impl: str
+    format: str
+    m: int
+    n: int
+    k: int
+    threads: int
+    us: float
+    weight_bytes: int
+    limit_gbps: float
+    limit_gops: float
+    macs: int
+    arithmetic: str
+    isa: str
+    device: str
+    memlm: str
+    torch: str
+    commit: str
+
+    @property
+    def gbps(self) -> float:
+        return self.weight_bytes / self.us / 1e3
+
+    @property
+    def gops(self) -> float:
+        return self.macs / self.us / 1e3
+
+    @property
+    def of_limit(self) -> float:
+        """Time that the nearer limit would take, as a share of the time it took."""
+        return max(self.gbps / self.limit_gbps, self.gops / self.limit_gops)
+
+
+def stored_bytes(stored, w: torch.Tensor) -> int:
+    """Bytes of what ``prepare`` made of ``w``."""
+    if isinstance(stored, tuple):
+        return sum(part.nbytes for part in stored)
+    # Objects of torch's own do not tell: their weights are int8.
+    return getattr(stored, "nbytes", w.numel())
+
+
+class _Runner:
+    """A candidate with its cold copies."""
+
+    def __init__(self, operation: Operation, candidate: Candidate, w: torch.Tensor, case: Case):
+        self.operation, self.candidate = operation, candidate
+        self.x = operation.x(case)
+        if self.x.is_floating_point():
+            self.x = self.x.to(candidate.dtype)
+        stored = candidate.prepare(w)
+        size = stored_bytes(stored, w)
+        self.weight_bytes = round(size * operation.share(case))
+        copies = 1 + COLD * limits.cache_bytes() // size
+        self.copies = [stored, *(copy.deepcopy(stored) for _ in range(copies))]
+        self.turn, self.times = 0, []
+
+    def check(self, w: torch.Tensor) -> None:
+        exact = self.operation.exact(self.x, w)
+        error = (self.candidate.run(self.x, self.copies[0]).double() - exact).norm() / exact.norm()
+        if not error < self.candidate.error:
+            raise AssertionError(
+                f"{self.candidate.impl} {self.candidate.format}: relative error {error:.3g}, "
+                f"expected below {self.candidate.error}"
+            )
+
+    def step(self) -> float:
+        stored = self.copies[self.turn % len(self.copies)]
+        self.turn += 1
+        start = time.perf_counter()
+        self.candidate.run(self.x, stored)
+        return time.perf_counter() - start
+
+
+def measure(
+    operation: Operation, cases: Iterable[Case], candidates: list[Candidate], threads: list[int]
+) -> list[Measurement]:
+    """Times every candidate on every case with every number of threads.
+
+    A rival that refuses a case is left out, with a message.  Raises AssertionError for a result
+    that is wrong.
+    """
+    cases, results, before = list(cases), [], torch.get_num_threads()
+    about = {
+        "isa": memlm.isa(),
+        "device": limits.cpu_name(),
+        "memlm": memlm.__version__,
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(operation.name, total=len(threads) * len(cases))
+        for count in threads:
+            torch.set_num_threads(count)
+            limit = limits.measure(count)
+            for case in cases:
+                progress.update(task, description=f"{operation.name} {case}, {count} threads")
+                for runner in _time(operation, case, candidates):
+                    c = runner.candidate
+                    gops = limit.f32_gmacs if c.arithmetic == "f32" else limit.i8_gmacs
+                    results.append(
+                        Measurement(
+                            operation.name, c.impl, c.format, case.m, case.n, case.k, count,
+                            statistics.median(runner.times) * 1e6, runner.weight_bytes,
+                            limit.dram_gbps, gops, operation.macs(case), c.arithmetic, **about,
+                        )  # fmt: skip
+                    )
+                progress.advance(task)
+    torch.set_num_threads(before)
+    return results
+
+
+def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
+    torch.manual_seed(0)
+    w = torch.randn(case.n, case.k)
+    runners = []
+    for candidate in candidates:
+        try:
+            runner = _Runner(operation, candidate, w, case)
+            runner.check(w)
+        except RuntimeError as error:
+            if candidate.impl.startswith("memlm"):
+                raise
+            out.print(f"{candidate.impl}: not for {case}: {str(error).splitlines()[0]}")
+            continue
+        runner.step()
+        runners.append(runner)
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < ROUNDS or time.perf_counter() - start < SECONDS * len(runners):
+        for runner in runners:
+            runner.times.append(runner.step())
+        rounds += 1
+    return runners
+
+
+def commit() -> str:
+    """The commit that is measured, with a + where files differ from it; "unknown" elsewhere."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def table(results: list[Measurement], baseline: str) -> Table:
+    """Results with the times relative to ``baseline``'s on the same case."""
+    base = {(r.m, r.n, r.k, r.threads): r.us for r in results if r.impl == baseline}
+    shown = Table(title=f"{results[0].op}, {results[0].device}, {results[0].isa}")
+    for heading in ("W", "m", "threads", "impl", "format"):
+        shown.add_column(heading, justify="left" if heading in ("impl", "format") else "right")
+    for heading in ("us", "GB/s", "GMAC/s", "of limit", f"{baseline} / this"):
+        shown.add_column(heading, justify="right")
+    last = None
+    for r in results:
+        case = (r.m, r.n, r.k, r.threads)
+        if last not in (None, case):
+            shown.add_section()
+        last = case
+        ratio = f"{base[case] / r.us:.2f}" if case in base else ""
+        shown.add_row(
+            f"{r.n}x{r.k}", str(r.m), str(r.threads), r.impl, r.format, f"{r.us:,.0f}",
+            f"{r.gbps:.1f}", f"{r.gops:.1f}", f"{r.of_limit:.0%}", ratio,
+        )  # fmt: skip
+    return shown
+
+
+def roofline(results: list[Measurement], path: Path) -> None:
+    """Speed over intensity (multiply-adds per byte of weights), below the machine's roofs."""
+    try:
+        import matplotlib
+    except ImportError:
+        warnings.warn("matplotlib is not installed (pip install 'memlm[plots]'): no plot")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    threads = max(r.threads for r in results)
+    results = [r for r in results if r.threads == threads]
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    intensities = [r.macs / r.weight_bytes for r in results]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    roofs = {r.arithmetic: r.limit_gops for r in results}
+    bandwidth = results[0].limit_gbps
+    for style, (arithmetic, roof) in zip(("-", "--"), sorted(roofs.items())):
+        xs = sorted({low, min(max(roof / bandwidth, low), high), high})
+        axis.plot(xs, [min(bandwidth * x, roof) for x in xs], style, color="black", linewidth=1,
+                  label=f"limit, {arithmetic}: {roof:.0f} GMAC/s")  # fmt: skip
+    markers = "os^Dvp*XPhd<>"
+    names = list(dict.fromkeys((r.impl, r.format) for r in results))
+    for i, name in enumerate(names):
+        points = sorted(
+            (x, r.gops) for x, r in zip(intensities, results) if (r.impl, r.format) == name
+        )
+        axis.plot(*zip(*points), markers[i % len(markers)], markersize=6, alpha=0.85,
+                  label=" ".join(name))  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of weights",
+             ylabel="10⁹ multiply-adds per second",
+             title=f"{results[0].op} on {results[0].device}, {threads} threads, "
+                   f"{bandwidth:.0f} GB/s")  # fmt: skip
+    axis.grid(which="major", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_lines(results: list[Measurement], path: Path) -> None:
+    """Appends one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(r)) + "\n" for r in results)
+
+
+def default_results() -> Path:
+    """benchmarks/results/<device>.jsonl"""
+    name = "".join(c if c.isalnum() else "-" for c in limits.cpu_name()).strip("-").lower()
+    return Path(__file__).parent / "results" / f"{name}-{platform.machine()}.jsonl"
+
+
+def _numbers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers from 1")
+    return values
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for part in text.split(","):
+        n, _, k = part.partition("x")
+        if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
+            raise argparse.ArgumentTypeError(f"{part!r}: expected NxK, such as 4096x4096")
+        shapes.append((int(n), int(k)))
+    return shapes
+
+
+def main(
+    operation: Operation,
+    candidates: list[Candidate],
+    shapes: str,
+    ms: str,
+    baseline: str,
+    arguments: list[str] | None = None,
+) -> list[Measurement]:
+    """The command line of a benchmark."""
+    impls = list(dict.fromkeys(c.impl for c in candidates))
+    formats = list(dict.fromkeys(c.format for c in candidates))
+    parser = argparse.ArgumentParser(
+        prog=f"bench_{operation.name}",
+        description=f"Times {operation.name}; cold weights, interleaved, medians.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one line per measurement")
+    parser.add_argument("--record", action="store_true", help=f"append to {default_results().name}")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline")
+    parser.add_argument("--shapes", type=_shapes, default=shapes, help="NxK,... (%(default)s)")
+    parser.add_argument("--ms", type=_numbers, default=ms, help="rows of x (%(default)s)")
+    parser.add_argument("--impls", default=",".join(impls), help="%(default)s")
+    parser.add_argument("--formats", default=",".join(formats), help="%(default)s")
+    parser.add_argument("--threads", type=_numbers, default=str(torch.get_num_threads()))
+    options = parser.parse_args(arguments)
+    for name, known in (("impls", impls), ("formats", formats)):
+        wanted = getattr(options, name).split(",")
+        if unknown := set(wanted) - set(known):
+            parser.error(f"--{name}: {sorted(unknown)} not known; known are {', '.join(known)}")
+        candidates = [c for c in candidates if getattr(c, name[:-1]) in wanted]
+    if not candidates:
+        parser.error("--impls and --formats leave nothing to measure")
+    cases = [Case(m, n, k) for n, k in options.shapes for m in options.ms]
+    with torch.inference_mode():
+        results = measure(operation, cases, candidates, options.threads)
+    Console(width=None if sys.stdout.isatty() else 110).print(table(results, baseline))
+    if options.json:
+        write_lines(results, options.json)
+    if options.record:
+        write_lines(results, default_results())
+    if options.plot:
+        roofline(results, options.plot)
+    return results
+
+
+def pytest_cases(candidates: list[Candidate], shapes: list[tuple[int, int]], ms: list[int]):
+    """(case, candidate) pairs and their names, for ``pytest.mark.parametrize``."""
+    pairs = [(Case(m, n, k), c) for n, k in shapes for m in ms for c in candidates]
+    return {
+        "argnames": "case, candidate",
+        "argvalues": pairs,
+        "ids": [f"{case.n}x{case.k}-m{case.m}-{c.impl}-{c.format}" for case, c in pairs],
+    }
+
+
+def run_benchmark(benchmark, operation: Operation, case: Case, candidate: Candidate) -> None:
+    """One entry of pytest-benchmark, with cold weights."""
+    torch.manual_seed(0)
+    w = torch.randn(case.n, case.k)
+    runner = _Runner(operation, candidate, w, case)
+    with torch.inference_mode():
+        runner.check(w)
+        benchmark(runner.step)
+    benchmark.extra_info.update(m=case.m, n=case.n, k=case.k, weight_bytes=runner.weight_bytes)

@@ -1,0 +1,121 @@
+"""The candidates of ``bench_w4_matmul`` and ``bench_w8_matmul``: memlm, torch's float matmul, and
+torch's own low-bit CPU operations."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from memlm import ops
+from memlm.formats import Format
+from memlm.quantize import quantize_weight
+
+from .harness import Candidate
+
+SHAPES, MS = "4096x4096,1536x576,49152x576", "1,4,16,64,512"
+PYTEST_SHAPES, PYTEST_MS = [(4096, 4096)], [1, 512]
+BASELINE = "torch_f32"
+
+# Relative error of the product for random weights: rounding to 4 bits costs about 0.1, to 8 bits
+# 0.01, bf16 0.005; a result that is wrong is off by about 1.
+ERROR = {4: 0.2, 8: 0.03}
+
+
+def memlm_candidates(formats: list[str]) -> list[Candidate]:
+    """``memlm`` (fast mode) and ``memlm_accurate`` for each format."""
+    return [_memlm(Format.parse(name), mode) for name in formats for mode in ops.MODES]
+
+
+def _memlm(format: Format, mode: str) -> Candidate:
+    fast = mode == "fast"
+
+    return Candidate(
+        "memlm" if fast else "memlm_accurate",
+        format.name,
+        "i8" if fast else "f32",
+        ERROR[format.bits],
+        lambda w: quantize_weight(w, format),
+        lambda x, packed: ops.matmul(x, packed, mode=mode),
+    )
+
+
+def torch_float() -> list[Candidate]:
+    """``torch_f32``, ``torch_bf16``: what a user has before quantising."""
+    return [
+        Candidate(
+            f"torch_{name}",
+            name,
+            "f32",
+            0.02,
+            lambda w, dtype=dtype: w.to(dtype),
+            F.linear,
+            dtype,
+        )
+        for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
+    ]
+
+
+def torch_int4() -> list[Candidate]:
+    """torch's 4-bit CPU matmul: asymmetric groups of 32, dequantised in the kernel; in bf16, since
+    for f32 it has only a scalar loop, 70 times slower at m=512."""
+
+    def prepare(w):
+        n, k = w.shape
+        groups = w.view(n, -1, 32)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = (high - low) / 15
+        q = ((groups - low) / scale).round().clamp(0, 15).int().view(n, k)
+        packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        scales_and_zeros = torch.cat((scale, low + 8 * scale), -1).transpose(0, 1)  # [g, n, 2]
+        return packed, scales_and_zeros.to(torch.bfloat16).contiguous()
+
+    return [
+        Candidate(
+            "torch_int4pack",
+            "int4a-g32",
+            "f32",
+            ERROR[4],
+            prepare,
+            lambda x, stored: torch._weight_int4pack_mm_for_cpu(x, stored[0], 32, stored[1]),
+            torch.bfloat16,
+        )
+    ]
+
+
+def torch_int8() -> list[Candidate]:
+    """torch's 8-bit CPU matmuls, one scale per row: weight-only, and with dynamically quantised
+    activations (one scale per tensor)."""
+
+    def prepare(w):
+        scale = w.abs().amax(1) / 127
+        return (w / scale[:, None]).round().to(torch.int8), scale.to(torch.bfloat16)
+
+    def prepare_dynamic(w):
+        scale = (w.abs().amax(1) / 127).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates these tensors, not the operation
+            zero = torch.zeros(len(w), dtype=torch.int64)
+            q = torch.quantize_per_channel(w, scale, zero, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(q, None)
+
+    return [
+        Candidate(
+            "torch_int8pack",
+            "int8-row",
+            "f32",
+            ERROR[8],
+            prepare,
+            lambda x, stored: torch._weight_int8pack_mm(x, *stored),
+            torch.bfloat16,
+        ),
+        Candidate(
+            "torch_dynamic_int8",
+            "int8-row",
+            "i8",
+            ERROR[8],
+            prepare_dynamic,
+            lambda x, stored: torch.ops.quantized.linear_dynamic(x, stored, False),
+        ),
+    ]

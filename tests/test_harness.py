@@ -1,0 +1,131 @@
+"""The benchmarks' harness: what it measures, refuses, writes and draws."""
+
+import json
+
+import pytest
+import torch
+
+import memlm
+from benchmarks import harness, matmul
+from benchmarks.bench_dequantize import CANDIDATES as DEQUANTIZE
+from benchmarks.bench_embedding import CANDIDATES as EMBEDDING
+from benchmarks.bench_w4_matmul import CANDIDATES as W4
+from benchmarks.bench_w8_matmul import CANDIDATES as W8
+from memlm import limits
+
+FIELDS = {
+    "op", "impl", "format", "m", "n", "k", "threads", "us", "weight_bytes", "limit_gbps",
+    "limit_gops",
+}  # fmt: skip
+LIMITS = limits.Limits(1, 20.0, 19.0, 50.0, 200.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, restore_threads):
+    monkeypatch.setattr(harness, "ROUNDS", 2)
+    monkeypatch.setattr(harness, "SECONDS", 0.0)
+    monkeypatch.setattr(limits, "cache_bytes", lambda: 100_000)
+    monkeypatch.setattr(limits, "measure", lambda threads: LIMITS)
+
+
+def run(op, candidates, *arguments):
+    return harness.main(
+        harness.MATMULS[op], candidates, "48x64", "1,3", "torch_f32", [str(a) for a in arguments]
+    )
+
+
+@pytest.mark.parametrize("op, candidates", [("w4_matmul", W4), ("w8_matmul", W8)])
+def test_lines_of_json(tmp_path, capsys, op, candidates):
+    file = tmp_path / "lines.jsonl"
+    results = run(op, candidates, "--json", file, "--threads", "1,2")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len(results) == 2 * 2 * len(candidates)
+    assert all(FIELDS <= line.keys() and line["op"] == op and line["us"] > 0 for line in lines)
+    assert {(line["m"], line["n"], line["k"]) for line in lines} == {(1, 48, 64), (3, 48, 64)}
+    assert {line["threads"] for line in lines} == {1, 2}
+    by_impl = {line["impl"]: line for line in lines}
+    assert by_impl["torch_f32"]["weight_bytes"] == 4 * 48 * 64
+    assert by_impl["torch_f32"]["limit_gops"] == 50 and by_impl["memlm"]["limit_gops"] == 200
+    assert by_impl["memlm"]["isa"] == memlm.isa()
+    assert "torch_f32 / this" in capsys.readouterr().out
+    run(op, candidates, "--json", file, "--impls", "memlm", "--ms", "5", "--shapes", "16x32,32x64")
+    added = file.read_text().splitlines()[len(lines):]  # fmt: skip
+    assert {(x["impl"], x["m"], x["n"]) for x in map(json.loads, added)} == {
+        ("memlm", 5, 16), ("memlm", 5, 32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "operation, candidates", [(harness.EMBEDDING, EMBEDDING), (harness.DEQUANTIZE, DEQUANTIZE)]
+)
+def test_other_operations(operation, candidates):
+    results = harness.measure(operation, [harness.Case(5, 48, 64)], candidates, [1])
+    assert [r.impl for r in results] == [c.impl for c in candidates]
+    float_bytes = {"embedding": 5 * 64 * 4, "dequantize": 48 * 64 * 2}[operation.name]
+    assert results[-1].weight_bytes == float_bytes
+
+
+def test_a_wrong_result_is_not_timed():
+    wrong = harness.Candidate("zeros", "f32", "f32", 0.5, lambda w: w, lambda x, w: x @ w.T * 0)
+    with pytest.raises(AssertionError, match="zeros f32: relative error 1, expected below 0.5"):
+        run("w4_matmul", [wrong])
+
+
+def test_a_rival_that_refuses_is_left_out_and_memlm_is_not(capsys):
+    def refuse(w):
+        raise RuntimeError("k must be a multiple of 1024")
+
+    rival = harness.Candidate("rival", "x", "f32", 0.5, refuse, None)
+    results = run("w4_matmul", [rival, *matmul.torch_float()])
+    assert {r.impl for r in results} == {"torch_f32", "torch_bf16"}
+    assert "rival: not for 48x64, m=1: k must be" in capsys.readouterr().err.replace("\n", " ")
+    ours = harness.Candidate("memlm", "x", "f32", 0.5, refuse, None)
+    with pytest.raises(RuntimeError, match="multiple of 1024"):
+        run("w4_matmul", [ours])
+
+
+def test_weights_are_cold_and_rivals_interleaved():
+    log, made = [], []
+
+    def candidate(name):
+        def run(x, w):
+            log.append((name, w.data_ptr()))
+            return x @ w.T
+
+        return harness.Candidate(name, "f32", "f32", 1e-5, lambda w: made.append(1) or w.clone(), run)
+
+    case = harness.Case(1, 48, 64)
+    harness.measure(harness.MATMULS["w4_matmul"], [case], [candidate("a"), candidate("b")], [1])
+    assert made == [1, 1]  # copied, not prepared again
+    timed = log[-4:]
+    assert [name for name, _ in timed] == ["a", "b", "a", "b"]
+    assert timed[0][1] != timed[2][1]
+    copies = {pointer for name, pointer in log if name == "a"}
+    assert len(copies) == 3  # of check and first step, and of the two rounds
+    runner = harness._Runner(
+        harness.MATMULS["w4_matmul"], candidate("a"), torch.zeros(48, 64), case
+    )
+    assert sum(c.nbytes for c in runner.copies) > harness.COLD * limits.cache_bytes()
+
+
+def test_roofline(tmp_path):
+    pytest.importorskip("matplotlib")
+    run("w4_matmul", W4, "--plot", tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--impls", "cublas"), "['cublas'] not known"),
+        (("--shapes", "12"), "expected NxK"),
+        (("--shapes", "0x4"), "expected NxK"),
+        (("--ms", "0"), "numbers from 1"),
+        (("--threads", "x"), "--threads"),
+        (("--impls", "torch_f32", "--formats", "int4-g32"), "nothing to measure"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run("w4_matmul", W4, *arguments)
+    assert message in capsys.readouterr().err
