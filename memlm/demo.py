@@ -129,12 +129,12 @@ def run(folder: Path, json_file: Path | None = None) -> dict:
             ("SmolLM2-135M", report.DECODER_COLUMNS, result["rows"]),
             ("MiniLM-L6", report.ENCODER_COLUMNS, result["encoder_rows"]),
         ):
-            table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-            for heading, _ in columns:
-                table.add_column(heading, justify="left" if heading == "format" else "right",
-                                 no_wrap=True)  # fmt: skip
+            table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+            for heading, unit, _ in columns:
+                justify = "left" if heading == "format" else "right"
+                table.add_column(f"{heading}\n{unit}", justify=justify, no_wrap=True)
             for row in rows:
-                table.add_row(*(show(row) for _, show in columns))
+                table.add_row(*(show(row) for *_, show in columns))
             out.print(table)
         out.print(f"int4 answers {QUESTION!r}:\n", highlight=False)
         model = memlm.load(work / "int4")

@@ -5,31 +5,34 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-# Heading (and its unit below), and how a row shows the value.
+from memlm.models.evaluate import WINDOW
+
+# Heading, unit, and how a row shows the value.
 DECODER_COLUMNS = (
-    ("format", lambda r: r["format"]),
-    ("on disk\nMB", lambda r: f"{r['disk_bytes'] / 1e6:.1f}"),
-    ("resident\nMB", lambda r: f"{r['resident_bytes'] / 1e6:.0f}"),
-    ("load\ns", lambda r: f"{r['load_s']:.2f}"),
-    ("prefill\ntokens/s", lambda r: f"{r['prefill_tps']:.0f}"),
-    ("decode\ntokens/s", lambda r: f"{r['decode_tps']:.1f}"),
-    ("perplexity", lambda r: f"{r['perplexity']:.2f}"),
-    ("KL\nnats/token", lambda r: f"{r['kl']:.5f}"),
-    ("same top\ntoken", lambda r: f"{r['agreement']:.1%}"),
+    ("format", "", lambda r: r["format"]),
+    ("on disk", "MB", lambda r: f"{r['disk_bytes'] / 1e6:.1f}"),
+    ("resident", "MB", lambda r: f"{r['resident_bytes'] / 1e6:.0f}"),
+    ("load", "s", lambda r: f"{r['load_s']:.2f}"),
+    ("prefill", "tokens/s", lambda r: f"{r['prefill_tps']:.0f}"),
+    ("decode", "tokens/s", lambda r: f"{r['decode_tps']:.1f}"),
+    ("perplexity", "", lambda r: f"{r['perplexity']:.2f}"),
+    ("KL", "nats", lambda r: f"{r['kl']:.5f}"),
+    ("same top", "%", lambda r: f"{100 * r['agreement']:.1f}"),
 )
 ENCODER_COLUMNS = (
-    ("format", lambda r: r["format"]),
-    ("on disk\nMB", lambda r: f"{r['disk_bytes'] / 1e6:.1f}"),
-    ("cosine to f32\nmean", lambda r: f"{r['cosine_mean']:.5f}"),
-    ("cosine to f32\nleast", lambda r: f"{r['cosine_min']:.5f}"),
-    ("same nearest\nsentence", lambda r: f"{r['same_nearest']:.1%}"),
+    ("format", "", lambda r: r["format"]),
+    ("on disk", "MB", lambda r: f"{r['disk_bytes'] / 1e6:.1f}"),
+    ("cosine to f32", "mean", lambda r: f"{r['cosine_mean']:.5f}"),
+    ("cosine to f32", "least", lambda r: f"{r['cosine_min']:.5f}"),
+    ("same nearest", "%", lambda r: f"{100 * r['same_nearest']:.1f}"),
 )
 
 
 def markdown_table(columns, rows: list[dict]) -> str:
     """Rows of dicts as a Markdown table."""
-    lines = [[heading.replace("\n", ", ") for heading, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
-    lines += [[show(row) for _, show in columns] for row in rows]
+    headings = [f"{heading}, {unit}" if unit else heading for heading, unit, _ in columns]
+    lines = [headings, ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[show(row) for *_, show in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -49,8 +52,8 @@ billion multiply-adds per second.
 
 {markdown_table(DECODER_COLUMNS, result["rows"])}
 
-Perplexity, KL and top token on Moby-Dick: {result["rows"][0]["tokens"]:,} predictions in windows of
-512; KL and top token against f32. Prefill of {result["rows"][0]["prefill_tokens"]} tokens at once.
+Perplexity on Moby-Dick: {result["rows"][0]["tokens"]:,} predictions in windows of {WINDOW} tokens; KL divergence
+per token and how often the likeliest token is the same, against f32. Prefill of {result["rows"][0]["prefill_tokens"]} tokens at once.
 Resident: growth of the process from before loading to after running; load: with the file in the
 page cache.
 
@@ -63,8 +66,8 @@ grid again, which flatters it; int4a-g64, with groups of 64, does not. The true 
 
 {markdown_table(ENCODER_COLUMNS, result["encoder_rows"])}
 
-Sentence embeddings of {result["encoder_rows"][0]["sentences"]} sentences of Moby-Dick, compared with
-those of f32.
+Embeddings of {result["encoder_rows"][0]["sentences"]} sentences of Moby-Dick, and how often the
+nearest other sentence is the same, against f32.
 
 ## A question to the int4 decoder
 
