@@ -1,25 +1,19 @@
 """``dequantize`` against a cast from bf16: ``python -m benchmarks.bench_dequantize --help``."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
+
 from benchmarks import harness
 from memlm import ops
-from memlm.formats import Format
-from memlm.quantize import quantize_weight
 
+FORMATS = ["int4-g32", "int4a-g32", "int8-row", "int8-g32"]
 CANDIDATES = [
-    *(
-        harness.Candidate(
-            "memlm",
-            name,
-            "f32",
-            0.2 if Format.parse(name).bits == 4 else 0.03,
-            lambda w, name=name: quantize_weight(w, name),
-            lambda _, packed: ops.dequantize(packed),
-        )
-        for name in ("int4-g32", "int4a-g32", "int8-row", "int8-g32")
-    ),
+    *(harness.packed(name, lambda _, w: ops.dequantize(w)) for name in FORMATS),
     harness.Candidate("torch_bf16", "bf16", "f32", 0.02, torch.Tensor.bfloat16, lambda _, w: w.float()),
 ]
 

@@ -1,25 +1,19 @@
 """``embedding`` against torch: ``python -m benchmarks.bench_embedding --help``."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
+
 from benchmarks import harness
 from memlm import ops
-from memlm.formats import Format
-from memlm.quantize import quantize_weight
 
+FORMATS = ["int8-row", "int8-g32", "int4a-g32"]
 CANDIDATES = [
-    *(
-        harness.Candidate(
-            "memlm",
-            name,
-            "f32",
-            0.2 if Format.parse(name).bits == 4 else 0.03,
-            lambda w, name=name: quantize_weight(w, name),
-            ops.embedding,
-        )
-        for name in ("int8-row", "int8-g32", "int4a-g32")
-    ),
+    *(harness.packed(name, ops.embedding) for name in FORMATS),
     harness.Candidate("torch_f32", "f32", "f32", 1e-6, lambda w: w, F.embedding),
 ]
 

@@ -1,6 +1,11 @@
 """``w4_matmul`` against torch: ``python -m benchmarks.bench_w4_matmul --help``."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
 from benchmarks import harness, matmul
 

@@ -9,36 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from memlm import ops
-from memlm.formats import Format
-from memlm.quantize import quantize_weight
 
-from .harness import Candidate
+from .harness import ROUNDING, Candidate, packed
 
 SHAPES, MS = "4096x4096,1536x576,49152x576", "1,4,16,64,512"
 PYTEST_SHAPES, PYTEST_MS = [(4096, 4096)], [1, 512]
 BASELINE = "torch_f32"
 
-# Relative error of the product for random weights: rounding to 4 bits costs about 0.1, to 8 bits
-# 0.01, bf16 0.005; a result that is wrong is off by about 1.
-ERROR = {4: 0.2, 8: 0.03}
-
 
 def memlm_candidates(formats: list[str]) -> list[Candidate]:
     """``memlm`` (fast mode) and ``memlm_accurate`` for each format."""
-    return [_memlm(Format.parse(name), mode) for name in formats for mode in ops.MODES]
-
-
-def _memlm(format: Format, mode: str) -> Candidate:
-    fast = mode == "fast"
-
-    return Candidate(
-        "memlm" if fast else "memlm_accurate",
-        format.name,
-        "i8" if fast else "f32",
-        ERROR[format.bits],
-        lambda w: quantize_weight(w, format),
-        lambda x, packed: ops.matmul(x, packed, mode=mode),
-    )
+    return [
+        packed(name, lambda x, w, mode=mode: ops.matmul(x, w, mode=mode), impl, arithmetic)
+        for name in formats
+        for impl, mode, arithmetic in (("memlm", "fast", "i8"), ("memlm_accurate", "accurate", "f32"))
+    ]
 
 
 def torch_float() -> list[Candidate]:
@@ -76,7 +61,7 @@ def torch_int4() -> list[Candidate]:
             "torch_int4pack",
             "int4a-g32",
             "f32",
-            ERROR[4],
+            ROUNDING[4],
             prepare,
             lambda x, stored: torch._weight_int4pack_mm_for_cpu(x, stored[0], 32, stored[1]),
             torch.bfloat16,
@@ -105,7 +90,7 @@ def torch_int8() -> list[Candidate]:
             "torch_int8pack",
             "int8-row",
             "f32",
-            ERROR[8],
+            ROUNDING[8],
             prepare,
             lambda x, stored: torch._weight_int8pack_mm(x, *stored),
             torch.bfloat16,
@@ -114,7 +99,7 @@ def torch_int8() -> list[Candidate]:
             "torch_dynamic_int8",
             "int8-row",
             "i8",
-            ERROR[8],
+            ROUNDING[8],
             prepare_dynamic,
             lambda x, stored: torch.ops.quantized.linear_dynamic(x, stored, False),
         ),
