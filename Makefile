@@ -32,4 +32,4 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 clean:
-	rm -rf build dist *.egg-info memlm/*.so memlm/include $(VENV)
+	rm -rf build dist *.egg-info memlm/*.so $(VENV)

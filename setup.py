@@ -6,7 +6,6 @@
 """
 
 import platform
-import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -53,14 +52,6 @@ class BuildExt(build_ext):
             folder = Path(self.get_ext_fullpath("memlm.libmemlm")).parent
             ext.extra_link_args += [f"-L{folder}", "-lmemlm", "-Wl,-rpath,$ORIGIN"]
         super().build_extension(ext)
-
-    def run(self):
-        super().run()
-        root = Path("." if self.inplace or self.editable_mode else self.build_lib)
-        include = root / "memlm" / "include"
-        include.mkdir(parents=True, exist_ok=True)
-        for header in Path("csrc/include").glob("*.h"):
-            shutil.copy(header, include / header.name)
 
 
 torch = find_torch()

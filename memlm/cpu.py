@@ -26,5 +26,12 @@ def set_isa(name: str) -> None:
 
 
 def lib_path() -> Path:
-    """The shared library behind the C ABI (``memlm.h`` lies in ``include`` beside it)."""
+    """The shared library behind the C ABI."""
     return Path(__file__).parent / "libmemlm.so"
+
+
+def include_path() -> Path:
+    """The folder of ``memlm.h``, which declares and documents the C ABI."""
+    here = Path(__file__).parent
+    installed = here / "include"
+    return installed if installed.exists() else here.parent / "csrc" / "include"  # editable
