@@ -21,6 +21,9 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 ISA_FLAGS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
+    avx512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own headers
+    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], *avx512]
 
 HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
 

@@ -63,42 +63,42 @@ __attribute__((target("avx2"))) uint64_t read_avx2(const char* p, int64_t bytes)
   return static_cast<uint64_t>(_mm256_extract_epi64(all, 0) ^ _mm256_extract_epi64(all, 3));
 }
 
-// 12 independent chains: an FMA takes 4 cycles, two start in each.  Named variables, because GCC
-// keeps an array in memory; the empty asm statements, so that no operation is left out.
-#define MEMLM_TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
-
-__attribute__((target("avx2,fma"))) void fma_avx2() {
-  const __m256 x = _mm256_set1_ps(0.5f);
-#define MEMLM_SET(i) __m256 a##i = x;
-#define MEMLM_STEP(i)                  \
-  a##i = _mm256_fmadd_ps(a##i, x, x); \
-  __asm__ volatile("" : "+x"(a##i));
-  MEMLM_TWELVE(MEMLM_SET)
-  for (int64_t i = 0; i < kRounds; ++i) {
-    MEMLM_TWELVE(MEMLM_STEP)
-  }
-#undef MEMLM_SET
-#undef MEMLM_STEP
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
 }
 
-__attribute__((target("avx2"))) void maddubs_avx2() {
-  __m256i x = _mm256_set1_epi8(3);
-#define MEMLM_SET(i) __m256i a##i = x;
-#define MEMLM_STEP(i)                                           \
-  __asm__ volatile("" : "+x"(x)); /* the product is computed anew */ \
-  a##i = _mm256_add_epi16(a##i, _mm256_maddubs_epi16(x, x));    \
-  __asm__ volatile("" : "+x"(a##i));
-  MEMLM_TWELVE(MEMLM_SET)
-  for (int64_t i = 0; i < kRounds; ++i) {
-    MEMLM_TWELVE(MEMLM_STEP)
+// name() runs kRounds steps of 12 independent chains a = step(a, x): an operation takes 4 or 5
+// cycles, two start in each.  Named variables, because GCC keeps an array in memory; the empty asm
+// statements, so that no operation is left out.
+#define MEMLM_STEP(chain, step)       \
+  {                                   \
+    auto& a = chain;                  \
+    __asm__ volatile("" : "+v"(x));   \
+    a = step;                         \
+    __asm__ volatile("" : "+v"(a));   \
   }
-#undef MEMLM_SET
+#define MEMLM_CHAINS(name, isa, type, start, step)                                          \
+  __attribute__((target(isa))) void name() {                                                \
+    type x = start, a0 = x, a1 = x, a2 = x, a3 = x, a4 = x, a5 = x, a6 = x, a7 = x, a8 = x, \
+         a9 = x, a10 = x, a11 = x;                                                          \
+    for (int64_t i = 0; i < kRounds; ++i) {                                                 \
+      MEMLM_STEP(a0, step) MEMLM_STEP(a1, step) MEMLM_STEP(a2, step) MEMLM_STEP(a3, step)   \
+      MEMLM_STEP(a4, step) MEMLM_STEP(a5, step) MEMLM_STEP(a6, step) MEMLM_STEP(a7, step)   \
+      MEMLM_STEP(a8, step) MEMLM_STEP(a9, step) MEMLM_STEP(a10, step) MEMLM_STEP(a11, step) \
+    }                                                                                       \
+  }
+MEMLM_CHAINS(fma_avx2, "avx2,fma", __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(a, x, x))
+MEMLM_CHAINS(fma_avx512, "avx512f", __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(a, x, x))
+MEMLM_CHAINS(maddubs_avx2, "avx2", __m256i, _mm256_set1_epi8(3),
+             _mm256_add_epi16(a, _mm256_maddubs_epi16(x, x)))
+MEMLM_CHAINS(dot_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03030303),
+             _mm512_dpbusd_epi32(a, x, x))
+#undef MEMLM_CHAINS
 #undef MEMLM_STEP
-}
-#undef MEMLM_TWELVE
 
 #else
 bool has_avx2() { return false; }
+bool has_avx512vnni() { return false; }
 #endif
 
 uint64_t read_scalar(const char* p, int64_t bytes) {
@@ -112,10 +112,10 @@ uint64_t read_scalar(const char* p, int64_t bytes) {
 }
 
 void fma_scalar() {
-  float a[16];
+  float a[12];
   for (float& v : a) v = 0.5f;
   for (int64_t i = 0; i < kRounds; ++i)
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < 12; ++j) {
       a[j] = a[j] * 0.5f + 0.5f;
       __asm__ volatile("" : "+m"(a[j]));
     }
@@ -146,24 +146,24 @@ double memlm_limit_dram_gbps(int threads, int64_t bytes, int huge_pages, int rep
   return static_cast<double>(share) * threads / seconds / 1e9;
 }
 
+// Multiply-adds per second, 10^9, of 12 chains of so many lanes.
+static double gmacs(int threads, int repeats, int lanes, void (*run)()) {
+  const double seconds = shortest(threads, repeats, [run](int) { run(); });
+  return 12.0 * lanes * kRounds * threads / seconds / 1e9;
+}
+
 double memlm_limit_f32_gmacs(int threads, int repeats) {
-  double lanes = 16;
-  const double seconds = shortest(threads, repeats, [&](int) {
 #if defined(__x86_64__)
-    if (has_avx2()) return fma_avx2();
+  if (has_avx512vnni()) return gmacs(threads, repeats, 16, fma_avx512);
+  if (has_avx2()) return gmacs(threads, repeats, 8, fma_avx2);
 #endif
-    fma_scalar();
-  });
-  if (has_avx2()) lanes = 12 * 8;
-  return lanes * kRounds * threads / seconds / 1e9;
+  return gmacs(threads, repeats, 1, fma_scalar);
 }
 
 double memlm_limit_i8_gmacs(int threads, int repeats) {
 #if defined(__x86_64__)
-  if (has_avx2()) {
-    const double seconds = shortest(threads, repeats, [](int) { maddubs_avx2(); });
-    return 12.0 * 32 * kRounds * threads / seconds / 1e9;
-  }
+  if (has_avx512vnni()) return gmacs(threads, repeats, 64, dot_avx512vnni);
+  if (has_avx2()) return gmacs(threads, repeats, 32, maddubs_avx2);
 #endif
   (void)threads, (void)repeats;
   return 0;

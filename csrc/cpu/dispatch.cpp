@@ -29,9 +29,15 @@ struct Candidate {
 };
 
 const Candidate kCandidates[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__)  // these also check that the system saves the registers (XGETBV)
+    {&avx512vnni::kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vnni");
+     }},
     {&avx2::kernels,
-     [] {  // these also check that the system saves the registers (XGETBV)
+     [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      }},

@@ -15,5 +15,6 @@ struct Kernels {
 
 namespace scalar { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
 
 }  // namespace memlm

@@ -149,7 +149,8 @@ inline void pack_fast(const float* x, int64_t padded, int mt, int row, void* pac
 }
 
 // A weight type (w4_matmul-inl.h, w8_matmul-inl.h) gives:
-//   kBits; kOffsets: has offsets; kZero: what to subtract from a code, where there are none
+//   kBits; kOffsets: has offsets; kZero: what to subtract from a code, where there are none;
+//   kDotBias: the same for what load2 gives, in integer sums
 //   kUnpacks: prefill unpacks codes into bytes (else it reads them where they are)
 //   Sums: the integer sums of 16 rows; zero(), dot(sums, block, x), total(sums)
 //   load2(p, i, b0, b1): blocks 2i and 2i+1 of the 32 k at p
@@ -293,7 +294,7 @@ struct IntegerSums {
       memcpy(&x_scale, x_scales + 4 * m, 4);
       memcpy(&x_sum, x_scales + 4 * (MT + m), 4);
       I dot = W::total(p[m]);
-      if (!W::kOffsets && W::kZero) dot = i_sub(dot, i_set1(W::kZero * x_sum));
+      if (W::kDotBias) dot = i_sub(dot, i_set1(W::kDotBias * x_sum));
       v[m] = f_fma(f_mul(f_from_i(dot), f_set1(x_scale)), scale, v[m]);
       if (W::kOffsets) v[m] = f_fma(f_set1(x_scale * static_cast<float>(x_sum)), offset, v[m]);
     }

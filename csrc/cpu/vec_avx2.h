@@ -124,6 +124,8 @@ inline I pairs_sum(Pairs p) {
   return {_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)};
 }
 
+constexpr int kSignedBias = 0;
+inline B b_bias(B w) { return w; }
 inline I i_dot_s8(I acc, B w, const int8_t* x) {
   // |w| unsigned times x with w's sign: |w| <= 128, |x| <= 127, so a pair is at most 32,512.
   const __m256i x4 = broadcast4(x), ones = _mm256_set1_epi16(1);

@@ -111,7 +111,11 @@ inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) {
   return acc;
 }
 inline I pairs_sum(Pairs p) { return p; }
-// The same for w in -128..127.
+// What i_dot_s8 wants added to signed weights, and how: products of kSignedBias with x are part of
+// its result.
+constexpr int kSignedBias = 0;
+inline B b_bias(B w) { return w; }
+// As pairs_dot_u4, for b_bias(w) with w in -128..127.
 inline I i_dot_s8(I acc, B w, const int8_t* x) {
   MEMLM_LANES for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int8_t>(w.v[4 * i + j]) * x[j];
   return acc;

@@ -7,7 +7,7 @@ namespace MEMLM_ISA {
 
 template <bool kHasOffsets>
 struct W4 {
-  static constexpr int kBits = 4, kZero = 8, kLoadK = 8;
+  static constexpr int kBits = 4, kZero = 8, kDotBias = kHasOffsets ? 0 : kZero, kLoadK = 8;
   static constexpr bool kOffsets = kHasOffsets, kUnpacks = true;
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
   using Sums = Pairs;

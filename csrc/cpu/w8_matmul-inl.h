@@ -6,8 +6,8 @@ namespace memlm {
 namespace MEMLM_ISA {
 
 struct W8 {
-  static constexpr int kBits = 8, kZero = 0, kLoadK = 4;
-  static constexpr bool kOffsets = false, kUnpacks = false;
+  static constexpr int kBits = 8, kZero = 0, kDotBias = kSignedBias, kLoadK = 4;
+  static constexpr bool kOffsets = false, kUnpacks = kSignedBias != 0;
   using LoadIndices = Indices<0, 1, 2, 3>;
   using Sums = I;
 
@@ -15,8 +15,8 @@ struct W8 {
   static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
   static I total(Sums acc) { return acc; }
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {
-    b0 = b_load(p + 2 * i * kBlock);
-    b1 = b_load(p + (2 * i + 1) * kBlock);
+    b0 = b_bias(b_load(p + 2 * i * kBlock));
+    b1 = b_bias(b_load(p + (2 * i + 1) * kBlock));
   }
   template <int J>
   static F weight(B b) {

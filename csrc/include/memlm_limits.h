@@ -16,8 +16,9 @@ MEMLM_API double memlm_limit_dram_gbps(int threads, int64_t bytes, int huge_page
 /* f32 multiply-adds per second, in G/s, from registers: `threads` threads of FMAs. */
 MEMLM_API double memlm_limit_f32_gmacs(int threads, int repeats);
 
-/* int8 multiply-adds per second, in G/s, from registers, by the instructions that the fast kernels
- * use for 4-bit weights (vpmaddubsw + vpaddw).  0 where the CPU has no AVX2. */
+/* int8 multiply-adds per second, in G/s, from registers, by the best instructions that the fast
+ * kernels have for 4-bit weights: vpdpbusd with AVX-512 VNNI, vpmaddubsw + vpaddw with AVX2.
+ * 0 where the CPU has neither. */
 MEMLM_API double memlm_limit_i8_gmacs(int threads, int repeats);
 
 #ifdef __cplusplus

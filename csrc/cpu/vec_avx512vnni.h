@@ -1,0 +1,92 @@
+// The vector vocabulary for AVX-512 (F, BW, VL, DQ) + VNNI: 16 lanes are one 512-bit register.
+// vec_scalar.h says what each function computes.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace memlm {
+namespace avx512vnni {
+
+using F = __m512;
+using I = __m512i;
+using B = __m512i;
+using Pairs = __m512i;  // vpdpbusd adds all four products of a lane: no pairs are left to add
+
+// Rows of x per register tile: 12 integer and 12 f32 sums, 2 weights, scale and offset are 28 of 32
+// registers; activations come as broadcast memory operands.
+constexpr int kTileM = 12;
+
+inline F f_zero() { return _mm512_setzero_ps(); }
+inline F f_set1(float x) { return _mm512_set1_ps(x); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
+inline F f_add(F x, F y) { return _mm512_add_ps(x, y); }
+inline F f_fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+
+inline __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline F f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load256(p)); }
+inline F f_load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+}
+inline void f_store_f16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline F f_from_i(I x) { return _mm512_cvtepi32_ps(x); }
+inline I f_round(F x) { return _mm512_cvtps_epi32(x); }
+inline I f_magnitude_bits(F x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+inline I i_zero() { return _mm512_setzero_si512(); }
+inline I i_set1(int32_t x) { return _mm512_set1_epi32(x); }
+inline I i_add(I x, I y) { return _mm512_add_epi32(x, y); }
+inline I i_sub(I x, I y) { return _mm512_sub_epi32(x, y); }
+inline I i_max(I x, I y) { return _mm512_max_epi32(x, y); }
+inline int32_t i_reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t i_reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
+inline void i_store_i8(int8_t* p, I x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+inline B b_load(const void* p) { return _mm512_loadu_si512(p); }
+inline void b_store(void* p, B x) { _mm512_storeu_si512(p, x); }
+inline B b_low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline B b_high_nibbles(B x) { return b_low_nibbles(_mm512_srli_epi16(x, 4)); }
+template <int kShift>
+inline F b_nibble_to_f(B x) {
+  // vpermps looks at the lowest 4 bits of a lane only.
+  const F values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), values);
+}
+template <int kByte>
+inline F b_byte_to_f(B x) {
+  return f_from_i(_mm512_srai_epi32(_mm512_slli_epi32(x, 24 - 8 * kByte), 24));
+}
+
+inline __m512i broadcast4(const int8_t* x) {
+  int32_t bits;
+  memcpy(&bits, x, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+inline Pairs pairs_zero() { return i_zero(); }
+inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) {
+  return _mm512_dpbusd_epi32(acc, w, broadcast4(x));
+}
+inline I pairs_sum(Pairs p) { return p; }
+
+// vpdpbusd wants unsigned weights: w + 128, and what that adds is taken off by kSignedBias.
+constexpr int kSignedBias = 128;
+inline B b_bias(B w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+inline I i_dot_s8(I acc, B w, const int8_t* x) {
+  return _mm512_dpbusd_epi32(acc, w, broadcast4(x));
+}
+
+}  // namespace avx512vnni
+}  // namespace memlm
