@@ -60,7 +60,6 @@ inline I f_magnitude_bits(F x) {
 inline I i_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I i_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-inline I i_sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 inline I i_max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 inline int32_t i_reduce_max(I x) {
   __m256i v = _mm256_max_epi32(x.a, x.b);
@@ -113,15 +112,15 @@ inline __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(bits);
 }
 
-inline Pairs pairs_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Pairs pairs_start(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) {
   const __m256i x4 = broadcast4(x);
   return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x4)),
           _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x4))};
 }
-inline I pairs_sum(Pairs p) {
+inline I pairs_sum(Pairs p, int32_t start) {  // which int16 could not hold
   const __m256i ones = _mm256_set1_epi16(1);
-  return {_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)};
+  return i_add({_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)}, i_set1(start));
 }
 
 constexpr int kSignedBias = 0;

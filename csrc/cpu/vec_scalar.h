@@ -74,7 +74,6 @@ inline I f_magnitude_bits(F x) {
 inline I i_set1(int32_t x) { I r; MEMLM_LANES r.v[i] = x; return r; }
 inline I i_zero() { return i_set1(0); }
 inline I i_add(I x, I y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
-inline I i_sub(I x, I y) { MEMLM_LANES x.v[i] -= y.v[i]; return x; }
 inline I i_max(I x, I y) { MEMLM_LANES x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return x; }
 inline int32_t i_reduce_max(I x) {
   int32_t r = x.v[0];
@@ -104,13 +103,14 @@ inline F b_byte_to_f(B x) {
   return r;
 }
 
-inline Pairs pairs_zero() { return i_zero(); }
+// Sums that start at x: pairs_sum takes the same x, and either of the two adds it.
+inline Pairs pairs_start(int32_t x) { return i_set1(x); }
 // acc[r] += sum over 4 k of w[r][k] * x[k]; w in 0..15, x in -127..127.
 inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) {
   MEMLM_LANES for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * x[j];
   return acc;
 }
-inline I pairs_sum(Pairs p) { return p; }
+inline I pairs_sum(Pairs p, int32_t) { return p; }
 // What i_dot_s8 wants added to signed weights, and how: products of kSignedBias with x are part of
 // its result.
 constexpr int kSignedBias = 0;

@@ -12,9 +12,9 @@ struct W4 {
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
   using Sums = Pairs;
 
-  static Sums zero() { return pairs_zero(); }
+  static Sums start(int32_t x) { return pairs_start(x); }
   static Sums dot(Sums acc, B w, const int8_t* x) { return pairs_dot_u4(acc, w, x); }
-  static I total(Sums acc) { return pairs_sum(acc); }
+  static I total(Sums acc, int32_t start) { return pairs_sum(acc, start); }
   // A byte holds k + j in its low nibble and k + j + 4 in its high one.
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {
     const B both = b_load(p + i * kBlock);

@@ -11,9 +11,9 @@ struct W8 {
   using LoadIndices = Indices<0, 1, 2, 3>;
   using Sums = I;
 
-  static Sums zero() { return i_zero(); }
+  static Sums start(int32_t x) { return i_set1(x); }
   static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
-  static I total(Sums acc) { return acc; }
+  static I total(Sums acc, int32_t) { return acc; }
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {
     b0 = b_bias(b_load(p + 2 * i * kBlock));
     b1 = b_bias(b_load(p + (2 * i + 1) * kBlock));
