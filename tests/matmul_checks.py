@@ -5,6 +5,7 @@ import torch
 
 import memlm
 from memlm import ops
+from memlm.ops import _matmul
 from memlm.formats import Format, Packed, pack
 from memlm.ops._registry import implementations
 from memlm.quantize import quantize_weight
@@ -13,21 +14,24 @@ from . import numerics
 
 # n, k: one of each, tails in both, several stretches of k, more tiles than one block.
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 129), (100, 300), (33, 2111), (130, 4128)]
-# Both sides of every register tile (4 rows scalar, 6 AVX2), several tiles, tails of tiles.
+# Both sides of every register tile (4 rows scalar, 6 AVX2, 12 AVX-512), several tiles, tails.
 ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 31]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def arguments(x, packed: Packed, bias, fast: bool) -> tuple:
+def arguments(
+    x, packed: Packed, bias, fast: bool, norm=None, eps=0.0, swiglu=False, residual=None
+) -> tuple:
     """The torch op's arguments."""
     offsets = (packed.offsets,) if packed.format.bits == 4 else ()
     return (
         x, packed.codes, packed.scales, *offsets, packed.n, packed.k, packed.format.group, bias, fast,
+        norm, eps, swiglu, residual,
     )  # fmt: skip
 
 
-def run(name: str, implementation: str, x, packed, bias, fast):
-    return implementations(name)[implementation](*arguments(x, packed, bias, fast))
+def run(name: str, implementation: str, x, packed, bias, fast, **around):
+    return implementations(name)[implementation](*arguments(x, packed, bias, fast, **around))
 
 
 def random_case(format: str, n: int, k: int, m: int, dtype, seed: int = 0):
@@ -53,6 +57,73 @@ def check_against_fp64(name, format, implementation, isa, fast):
                 numerics.assert_within(y, exact[:m], bound[:m])
             y = run(name, implementation, x[:1], packed, None, fast)
             numerics.assert_within(y, *numerics.exact_matmul(x[:1], packed, None, fast))
+
+
+def around_cases(format: str, n: int, k: int, m: int, dtype):
+    """(x, packed, the layers around the product), each kind of them and together."""
+    x, packed, _ = random_case(format, n, 2 * k, m, dtype)
+    packed = random_case(format, n, k, 1, dtype)[1]
+    generator = torch.Generator().manual_seed(7)
+    x = x.clamp(-200, 200)  # silu's product stays within f16
+    norm = (1 + torch.randn(k, generator=generator)).to(dtype)
+    residual = torch.randn(m, n, generator=generator).to(dtype)
+    half = x[:, :k].contiguous()
+    return [
+        (half, packed, {"norm": norm, "eps": 1e-5}),
+        (x, packed, {"swiglu": True}),
+        (half, packed, {"residual": residual}),
+        (x, packed, {"swiglu": True, "residual": residual}),
+        (half, packed, {"norm": norm, "eps": 1e-5, "residual": residual}),
+    ]
+
+
+def check_around(name, format, implementation, isa, fast):
+    if isa is not None:
+        memlm.set_isa(isa)
+    for n, k, m in ((1, 1, 1), (17, 33, 7), (100, 300, 1), (40, 1056, 31)):
+        for dtype in DTYPES:
+            for x, packed, around in around_cases(format, n, k, m, dtype):
+                y = run(name, implementation, x, packed, None, fast, **around)
+                numerics.assert_within(y, *numerics.exact_around(x, packed, fast, **around))
+
+
+def check_around_extremes(name, format):
+    """Activations at which exp over- or underflows, zeros, and what is not finite."""
+    packed = random_case(format, 20, 64, 1, torch.float32)[1]
+    gate = torch.tensor([-1e4, -100.0, -88.0, -87.0, 0.0, 87.0, 88.0, 1e4]).repeat(8)
+    x = torch.cat((gate, torch.ones(64)))[None]
+    y = run(name, "cpp", x, packed, None, False, swiglu=True)
+    numerics.assert_within(y, *numerics.exact_around(x, packed, False, swiglu=True))
+    norm, zeros = torch.ones(64), torch.zeros(1, 64)
+    assert torch.equal(run(name, "cpp", zeros, packed, None, True, norm=norm, eps=1e-5), torch.zeros(1, 20))
+    for value in (float("nan"), float("inf")):
+        for fast in (True, False):
+            bad = x.clone()
+            bad[0, 3] = value
+            assert not run(name, "cpp", bad, packed, None, fast, swiglu=True).isfinite().all()
+            bad = bad[:, :64].contiguous()
+            assert not run(name, "cpp", bad, packed, None, fast, norm=norm, eps=1e-5).isfinite().all()
+
+
+def check_around_gradient(name, format):
+    for x, packed, around in around_cases(format, 40, 96, 5, torch.float32):
+        def leaves():
+            return [t.clone().requires_grad_() for t in (x, *(v for v in around.values() if isinstance(v, torch.Tensor)))]
+
+        tensors = [key for key, value in around.items() if isinstance(value, torch.Tensor)]
+        mine, theirs = leaves(), leaves()
+        settings = {key: value for key, value in around.items() if key not in tensors}
+        ops.matmul(mine[0], packed, mode="accurate", **settings, **dict(zip(tensors, mine[1:]))).square().sum().backward()
+        given = dict(zip(tensors, theirs[1:]))
+        h = _matmul.prologue(theirs[0], 96, given.get("norm"), around.get("eps", 0.0), around.get("swiglu", False))
+        y = h @ ops.dequantize(packed).T
+        (y + given["residual"] if "residual" in given else y).square().sum().backward()
+        for a, b in zip(mine, theirs):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item())
+        torch.library.opcheck(
+            getattr(torch.ops.memlm, name).default,
+            arguments(mine[0], packed, None, False, **settings, **dict(zip(tensors, mine[1:]))),
+        )
 
 
 def check_f32_scales(name, format, fast):
@@ -149,8 +220,6 @@ def check_torch_op(name, format, fast):
 
 def check_gradient(name, format):
     """The gradient is that of a linear layer with the dequantised weights."""
-    from memlm.ops import _matmul
-
     original, _matmul.GRAD_ROWS = _matmul.GRAD_ROWS, 64  # several pieces
     try:
         x, packed, bias = random_case(format, 150, 100, 6, torch.float32)
@@ -205,7 +274,9 @@ def check_bad_input(name, format):
         parts |= {k: v for k, v in changes.items() if k in parts}
         sizes |= {k: v for k, v in changes.items() if k in sizes}
         tensors = list(parts.values())[: 3 if packed.format.bits == 4 else 2]
-        given = (x, *tensors, *sizes.values(), bias, True)
+        around = [changes.get(name) for name in ("norm", "eps", "swiglu", "residual")]
+        given = (x, *tensors, *sizes.values(), bias, True, around[0], around[1] or 0.0,
+                 around[2] or False, around[3])  # fmt: skip
         with pytest.raises(error, match=match):
             getattr(ops, name)(*given)
         if all(isinstance(t, torch.Tensor) or t is None for t in (x, bias, *tensors)):
@@ -225,6 +296,12 @@ def check_bad_input(name, format):
     refused(memlm.FormatError, "codes: got|scales: got", n=33)
     refused(memlm.FormatError, "codes: got|scales: got", k=300)
     refused(ValueError, "group: got 48", group=48)
+    refused(ValueError, r"norm: got shape \[95\]", norm=torch.ones(95))
+    refused(TypeError, "norm: got torch.float16", norm=torch.ones(96).half())
+    refused(ValueError, r"x: got shape \[6, 96\], expected \[..., 192\]", swiglu=True)
+    refused(ValueError, "swiglu: got True together with norm", x=torch.ones(6, 192), swiglu=True, norm=torch.ones(96))
+    refused(ValueError, r"residual: got shape \[5, 20\]", residual=torch.ones(5, 20))
+    refused(TypeError, "residual: got torch.bfloat16", residual=torch.ones(6, 20).bfloat16())
     refused(ValueError, "shape: got n=0", n=0)
     with pytest.raises(ValueError, match="mode: got 'best'"):
         ops.matmul(x, packed, bias, "best")

@@ -11,7 +11,7 @@ import torch
 
 from memlm import formats
 from memlm.formats import ACT_GROUP, Packed
-from memlm.ops._matmul import quantize_activations
+from memlm.ops._matmul import prologue, quantize_activations
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -43,6 +43,33 @@ def exact_matmul(x: torch.Tensor, packed: Packed, bias, fast: bool):
         y, size = y + bias.double(), size + bias.double().abs()
     # 4: the dequantised weight, the product, the scale and the bias round once each.
     bound = (4 + 5 * math.sqrt(terms)) * u * size
+    bound += ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
+    shape = (*x.shape[:-1], packed.n)
+    return y.view(shape), bound.view(shape)
+
+
+def exact_around(x, packed: Packed, fast: bool, norm=None, eps=0.0, swiglu=False, residual=None):
+    """As exact_matmul, for a product with the layers around it.
+
+    The kernel's left side h is off by a few roundings (exp, division, products), by those of a sum
+    of k squares with norm, and in fast mode by half a step of 1/127 of its group's largest.
+    """
+    u, k = ROUNDOFF[torch.float32], packed.k
+    h = prologue(x.double(), k, norm, eps, swiglu).reshape(-1, k)
+    off = (16 + (5 * math.sqrt(k) if norm is not None else 0)) * u * h.abs()
+    if fast:
+        groups = torch.zeros(h.shape[0], -(-k // ACT_GROUP) * ACT_GROUP, dtype=torch.float64)
+        groups[:, :k] = h.abs()
+        largest = groups.view(h.shape[0], -1, ACT_GROUP).amax(-1, keepdim=True)
+        step = (largest / 127).expand(-1, -1, ACT_GROUP).reshape(h.shape[0], -1)[:, :k]
+        off += 0.5001 * step
+    w = formats.dequantize(packed, torch.float64)
+    y = h @ w.T
+    bound = off @ magnitudes(packed).T
+    bound += (4 + 5 * math.sqrt(k)) * u * ((h.abs() + off) @ magnitudes(packed).T)
+    if residual is not None:
+        rows = residual.reshape(y.shape).double()
+        y, bound = y + rows, bound + u * (y.abs() + rows.abs())
     bound += ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
     shape = (*x.shape[:-1], packed.n)
     return y.view(shape), bound.view(shape)

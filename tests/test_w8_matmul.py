@@ -64,3 +64,16 @@ def test_compile():
 @one_of_each
 def test_bad_input(format):
     checks.check_bad_input(OP, format)
+
+
+@both_modes
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: "-".join(filter(None, p)))
+@one_of_each
+def test_with_the_layers_around_it(format, path, fast, restore_isa):
+    checks.check_around(OP, format, *path, fast)
+
+
+@one_of_each
+def test_layers_around_it_at_extremes_and_their_gradients(format):
+    checks.check_around_extremes(OP, format)
+    checks.check_around_gradient(OP, format)

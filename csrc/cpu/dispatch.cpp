@@ -115,9 +115,15 @@ memlm_status check(const memlm_packed& w, const memlm_matmul_args* args) {
     return fail(MEMLM_INVALID, "dtype: got %d, accepted are f32, f16, bf16", args->dtype);
   if (args->m > 0 && (!args->x || !args->y))
     return fail(MEMLM_INVALID, "%s: is NULL", args->x ? "y" : "x");
-  if (args->x_stride < w.k)
-    return fail(MEMLM_INVALID, "x_stride: got %lld, k is %lld", (long long)args->x_stride,
-                (long long)w.k);
+  if (args->norm && args->swiglu)
+    return fail(MEMLM_INVALID, "swiglu: together with norm; one of them is accepted");
+  const int64_t columns = args->swiglu ? 2 * w.k : w.k;
+  if (args->x_stride < columns)
+    return fail(MEMLM_INVALID, "x_stride: got %lld, x has %lld columns", (long long)args->x_stride,
+                (long long)columns);
+  if (args->residual && args->residual_stride < w.n)
+    return fail(MEMLM_INVALID, "residual_stride: got %lld, n is %lld",
+                (long long)args->residual_stride, (long long)w.n);
   if (args->y_stride < w.n)
     return fail(MEMLM_INVALID, "y_stride: got %lld, n is %lld", (long long)args->y_stride,
                 (long long)w.n);

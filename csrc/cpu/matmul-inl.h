@@ -1,4 +1,4 @@
-// The skeleton of y = x W^T + bias over packed weights, shared by w4_matmul and w8_matmul.
+// The skeleton of y = f(x) W^T + bias + residual over packed weights, shared by w4_matmul and w8_matmul.
 //
 // One register tile is kTileM rows of x by one tile (16 rows) of W; it runs along k and adds to
 // 16 f32 sums per row of x.  Who reads W:
@@ -21,6 +21,7 @@
 
 #include "../formats.h"
 #include "../include/memlm.h"
+#include "input-inl.h"
 #include "threads.h"
 
 namespace memlm {
@@ -61,26 +62,6 @@ struct Scales {
   }
 };
 
-// One row of x in f32, zero up to padded; in place when it already is so.
-inline const float* row_as_f32(const memlm_matmul_args& args, int64_t row, int64_t k,
-                               int64_t padded, float* buffer) {
-  if (args.dtype == MEMLM_F32) {
-    const float* x = static_cast<const float*>(args.x) + row * args.x_stride;
-    if (k == padded) return x;
-    memcpy(buffer, x, sizeof(float) * k);
-  } else {
-    const uint16_t* x = static_cast<const uint16_t*>(args.x) + row * args.x_stride;
-    const bool f16 = args.dtype == MEMLM_F16;
-    int64_t i = 0;
-    for (; i + 16 <= k; i += 16) f_store(buffer + i, f16 ? f_load_f16(x + i) : f_load_bf16(x + i));
-    uint16_t tail[16] = {};
-    memcpy(tail, x + i, sizeof(uint16_t) * (k - i));
-    if (i < k) f_store(buffer + i, f16 ? f_load_f16(tail) : f_load_bf16(tail));
-  }
-  memset(buffer + k, 0, sizeof(float) * (padded - k));
-  return buffer;
-}
-
 inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -88,19 +69,16 @@ inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Writes 16 sums, plus bias, to y[row, 16 * tile ...], leaving out rows of W beyond n.
+// Writes 16 sums, plus bias and residual, to y[row, 16 * tile ...], leaving out rows of W beyond n.
 inline void store_tile(const memlm_packed& w, const memlm_matmul_args& args, int64_t tile,
                        int64_t row, F sums) {
   const int64_t n0 = tile * kTileRows;
   const int64_t left = w.n - n0, count = left < kTileRows ? left : kTileRows;
   const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2;
-  if (args.bias) {
-    alignas(64) char bias[64] = {};
-    memcpy(bias, static_cast<const char*>(args.bias) + n0 * size, count * size);
-    const uint16_t* half = reinterpret_cast<const uint16_t*>(bias);
-    sums = f_add(sums, args.dtype == MEMLM_F32   ? f_load(reinterpret_cast<const float*>(bias))
-                       : args.dtype == MEMLM_F16 ? f_load_f16(half)
-                                                 : f_load_bf16(half));
+  if (args.bias) sums = f_add(sums, load_floats(args.bias, args.dtype, n0, count));
+  if (args.residual) {
+    const int64_t at = row * args.residual_stride + n0;
+    sums = f_add(sums, load_floats(args.residual, args.dtype, at, count));
   }
   alignas(64) float f32[kTileRows];
   alignas(64) uint16_t half[kTileRows];
@@ -462,7 +440,7 @@ memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
                  for (int64_t t = begin; t < end; ++t) {
                    for (int i = 0; i < rows_of(t); ++i) {
                      float* buffer = static_cast<float*>(rows.p) + slot * padded;
-                     const float* row = row_as_f32(args, t * kTileM + i, w.k, padded, buffer);
+                     const float* row = input_row(args, t * kTileM + i, w.k, padded, buffer);
                      Mode::pack(row, padded, rows_of(t), i, xp + t * kTileM * row_bytes);
                    }
                  }

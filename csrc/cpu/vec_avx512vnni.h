@@ -23,6 +23,10 @@ inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F f_add(F x, F y) { return _mm512_add_ps(x, y); }
+inline F f_div(F x, F y) { return _mm512_div_ps(x, y); }
+inline F f_min(F x, F y) { return _mm512_min_ps(x, y); }
+inline F f_max(F x, F y) { return _mm512_max_ps(x, y); }
+inline float f_reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 inline F f_fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 
 inline __m256i load256(const void* p) {
@@ -39,6 +43,9 @@ inline void f_store_f16(uint16_t* p, F x) {
 
 inline F f_from_i(I x) { return _mm512_cvtepi32_ps(x); }
 inline I f_round(F x) { return _mm512_cvtps_epi32(x); }
+inline F f_exp2(I n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
 inline I f_magnitude_bits(F x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }

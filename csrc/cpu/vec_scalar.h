@@ -29,6 +29,11 @@ inline F f_load(const float* p) { F r; memcpy(r.v, p, sizeof r.v); return r; }
 inline void f_store(float* p, F x) { memcpy(p, x.v, sizeof x.v); }
 inline F f_mul(F x, F y) { MEMLM_LANES x.v[i] *= y.v[i]; return x; }
 inline F f_add(F x, F y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+inline F f_div(F x, F y) { MEMLM_LANES x.v[i] /= y.v[i]; return x; }
+// y where x is NaN.
+inline F f_min(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] < y.v[i] ? x.v[i] : y.v[i]; return y; }
+inline F f_max(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return y; }
+inline float f_reduce_add(F x) { float r = 0; MEMLM_LANES r += x.v[i]; return r; }
 // x * y + z; fused where the instruction set has it.
 inline F f_fma(F x, F y, F z) { MEMLM_LANES z.v[i] += x.v[i] * y.v[i]; return z; }
 
@@ -62,6 +67,12 @@ inline F f_from_i(I x) { F r; MEMLM_LANES r.v[i] = static_cast<float>(x.v[i]); r
 inline I f_round(F x) {
   I r;
   MEMLM_LANES r.v[i] = static_cast<int32_t>((x.v[i] + 0x1.8p23f) - 0x1.8p23f);
+  return r;
+}
+// 2^n for n in -126..127.
+inline F f_exp2(I n) {
+  F r;
+  MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(n.v[i] + 127) << 23);
   return r;
 }
 // |x| as its bits: ordered like |x|, with Inf at 0x7f800000 and NaN above it.

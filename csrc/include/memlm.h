@@ -43,18 +43,24 @@ typedef struct {
 
 typedef struct {
   int64_t m;
-  const void* x; /* [m, k] */
-  int64_t x_stride; /* elements from one row to the next, at least k */
+  const void* x;    /* [m, k], or [m, 2k] with swiglu */
+  int64_t x_stride; /* elements from one row to the next, at least the above */
   const void* bias; /* [n], or NULL */
   void* y;          /* [m, n]; must not overlap x */
   int64_t y_stride; /* elements from one row to the next, at least n */
-  memlm_dtype dtype; /* of x, bias and y */
+  memlm_dtype dtype; /* of all these arrays, and of norm and residual */
   int fast;    /* 0: accurate, f32 arithmetic.  1: activations rounded to int8 per 32 k, integer
                   products, f32 sums */
   int threads; /* at most this many; the result does not depend on it */
+  /* The steps beside the product, in f32.  At most one of norm and swiglu. */
+  const void* norm;        /* [k], or NULL: x <- x / sqrt(mean(x^2) + norm_eps) * norm, each row */
+  float norm_eps;
+  int swiglu;              /* x <- silu(x[:, :k]) * x[:, k:] */
+  const void* residual;    /* [m, n], added to y, or NULL */
+  int64_t residual_stride; /* elements from one row to the next, at least n */
 } memlm_matmul_args;
 
-/* y = x W^T + bias */
+/* y = x W^T + bias + residual */
 MEMLM_API memlm_status memlm_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args);
 MEMLM_API memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args);
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -80,40 +81,69 @@ std::vector<int64_t> with_last(const Tensor& t, bool replace, int64_t last) {
   return shape;
 }
 
+// What w4_matmul and w8_matmul take beside x and W.
+struct MatmulOptions {
+  OptionalTensor bias;
+  bool fast;
+  OptionalTensor norm;
+  double eps;
+  bool swiglu;
+  OptionalTensor residual;
+};
+
 Tensor matmul(memlm_status (*kernel)(const memlm_packed*, const memlm_matmul_args*), Tensor x,
-              const memlm_packed& w, const OptionalTensor& bias, bool fast) {
+              const memlm_packed& w, MatmulOptions options) {
+  auto& [bias, fast, norm, eps, swiglu, residual] = options;
+  const int64_t columns = swiglu ? 2 * w.k : w.k;
   STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be k = ",
-                  w.k);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns,
+                  "x: the last dimension must be ", columns);
   const ScalarType type = x.scalar_type();
   const memlm_dtype dtype = dtype_of(type, "x");
-  if (bias) {
-    check_part(*bias, "bias", {w.n});
-    STD_TORCH_CHECK(bias->scalar_type() == type, "bias: expected the dtype of x");
+  if (bias) check_part(*bias, "bias", {w.n});
+  if (norm) check_part(*norm, "norm", {w.k});
+  const std::vector<int64_t> shape = with_last(x, true, w.n);
+  if (residual) {
+    if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
+    const auto sizes = residual->sizes();
+    STD_TORCH_CHECK(residual->is_cpu() && std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()),
+                    "residual: must be on the CPU and have the shape of the result");
   }
+  for (const OptionalTensor& t : {bias, norm, residual})
+    STD_TORCH_CHECK(!t || t->scalar_type() == type, "bias, norm, residual: expected the dtype of x");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, with_last(x, true, w.n), type);
-  const memlm_matmul_args args = {x.numel() / w.k,
+  Tensor y = torch::stable::new_empty(x, shape, type);
+  const auto data = [](const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; };
+  const memlm_matmul_args args = {x.numel() / columns,
                                   x.const_data_ptr(),
-                                  w.k,
-                                  bias ? bias->const_data_ptr() : nullptr,
+                                  columns,
+                                  data(bias),
                                   y.mutable_data_ptr(),
                                   w.n,
                                   dtype,
                                   fast,
-                                  static_cast<int>(torch::stable::get_num_threads())};
+                                  static_cast<int>(torch::stable::get_num_threads()),
+                                  data(norm),
+                                  static_cast<float>(eps),
+                                  swiglu,
+                                  data(residual),
+                                  w.n};
   check_status(kernel(&w, &args));
   return y;
 }
 
 Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
-                 int64_t k, int64_t group, OptionalTensor bias, bool fast) {
-  return matmul(memlm_w4_matmul, x, packed(codes, scales, offsets, 4, n, k, group), bias, fast);
+                 int64_t k, int64_t group, OptionalTensor bias, bool fast, OptionalTensor norm,
+                 double eps, bool swiglu, OptionalTensor residual) {
+  return matmul(memlm_w4_matmul, x, packed(codes, scales, offsets, 4, n, k, group),
+                {bias, fast, norm, eps, swiglu, residual});
 }
 
 Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, int64_t group,
-                 OptionalTensor bias, bool fast) {
-  return matmul(memlm_w8_matmul, x, packed(codes, scales, {}, 8, n, k, group), bias, fast);
+                 OptionalTensor bias, bool fast, OptionalTensor norm, double eps, bool swiglu,
+                 OptionalTensor residual) {
+  return matmul(memlm_w8_matmul, x, packed(codes, scales, {}, 8, n, k, group),
+                {bias, fast, norm, eps, swiglu, residual});
 }
 
 Tensor embedding(Tensor ids, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
@@ -147,10 +177,10 @@ Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n
 STABLE_TORCH_LIBRARY(memlm, m) {
   m.def(
       "w4_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, "
-      "Tensor? bias, bool fast) -> Tensor");
+      "Tensor? bias, bool fast, Tensor? norm, float eps, bool swiglu, Tensor? residual) -> Tensor");
   m.def(
       "w8_matmul(Tensor x, Tensor codes, Tensor scales, int n, int k, int group, Tensor? bias, "
-      "bool fast) -> Tensor");
+      "bool fast, Tensor? norm, float eps, bool swiglu, Tensor? residual) -> Tensor");
   m.def(
       "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, "
       "int group, ScalarType dtype) -> Tensor");

@@ -102,15 +102,22 @@ class Linear(PackedModule):
         """The operation that forward runs."""
         return f"w{self.format.bits}_matmul"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        swiglu: bool = False,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``; with the layers around it, where they
+        are given, as :func:`memlm.ops.w4_matmul` says."""
         parts, format = self._buffers, self.format  # attributes of modules are slow
         codes, scales, bias = parts["codes"], parts["scales"], self._parameters["bias"]
+        rest = (self.n, self.k, format.group, bias, self._fast, norm, eps, swiglu, residual)
         if format.bits == 4:
-            return w4_matmul(
-                x, codes, scales, parts["offsets"], self.n, self.k, format.group, bias, self._fast
-            )
-        return w8_matmul(x, codes, scales, self.n, self.k, format.group, bias, self._fast)
+            return w4_matmul(x, codes, scales, parts["offsets"], *rest)
+        return w8_matmul(x, codes, scales, *rest)
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""

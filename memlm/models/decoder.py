@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm.errors import FormatError
+from memlm.layers import Linear
 from memlm.models.config import MAX_LAYERS, integer, number
 
 
@@ -204,7 +205,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(halves * cos, halves.flip(-2), sin).view(x.shape)
 
 
+def linear(layer: nn.Module, x, norm=None, swiglu: bool = False, residual=None):
+    """``layer(f(x)) + residual``, where f is the RMSNorm ``norm`` or SwiGLU: one operation where
+    the layer is packed, torch's several where it is not."""
+    if isinstance(layer, Linear):
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return layer(x, weight, eps, swiglu, residual)
+    if norm is not None:
+        x = norm(x)
+    if swiglu:
+        gate, up = x.chunk(2, dim=-1)
+        x = F.silu(gate) * up
+    y = layer(x)
+    return y if residual is None else residual + y
+
+
 class Attention(nn.Module):
+    """``x + attention(norm(x))``."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -214,10 +232,10 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+    def forward(self, x, norm, cos, sin, mask=None, cache: KVCache | None = None):
         batch, length, _ = x.shape
         rotated = self.heads + self.kv_heads
-        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim)
+        qkv = linear(self.qkv_proj, x, norm).view(batch, length, -1, self.head_dim)
         qk = rotate(qkv[:, :, :rotated], cos, sin)
         q = qk[:, :, : self.heads]
         k, v = qk[:, :, self.heads :].transpose(1, 2), qkv[:, :, rotated:].transpose(1, 2)
@@ -232,19 +250,20 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True
             ).transpose(1, 2)
-        return self.o_proj(y.reshape(batch, length, -1))
+        return linear(self.o_proj, y.reshape(batch, length, -1), residual=x)
 
 
 class MLP(nn.Module):
+    """``x + mlp(norm(x))``, the mlp being SwiGLU's."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.width = config.intermediate_size
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * self.width, bias=False)
-        self.down_proj = nn.Linear(self.width, config.hidden_size, bias=False)
+        width = config.intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x):
-        gate_up = self.gate_up_proj(x)
-        return self.down_proj(F.silu(gate_up[..., : self.width]) * gate_up[..., self.width :])
+    def forward(self, x, norm):
+        return linear(self.down_proj, linear(self.gate_up_proj, x, norm), swiglu=True, residual=x)
 
 
 class Layer(nn.Module):
@@ -256,8 +275,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None):
-        x = x + self.attention(self.input_norm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_norm(x))
+        x = self.attention(x, self.input_norm, cos, sin, mask, cache)
+        return self.mlp(x, self.post_norm)
 
 
 class Decoder(nn.Module):
@@ -307,8 +326,8 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, mask, cache)
         if cache is not None:
             cache.advance(length)
-        x = self.norm(x[:, -1:] if last_only else x)
-        return self.lm_head(x).float()
+        x = x[:, -1:] if last_only else x
+        return linear(self.lm_head, x, self.norm).float()
 
     def hf_tensors(self) -> dict[str, dict[str, int]]:
         """This model's tensor names -> the Hugging Face tensors they are made of and the rows of

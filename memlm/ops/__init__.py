@@ -32,12 +32,20 @@ def mode_for(format: Format, mode: str | None) -> str:
 
 
 def matmul(
-    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, mode: str | None = None
+    x: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None = None,
+    mode: str | None = None,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x W^T + bias`` by the operation that fits ``packed.format``: see :func:`w4_matmul`.
     ``mode`` is ``"fast"``, ``"accurate"``, or None for what ``DEFAULT_MODES`` says."""
     fast = mode_for(packed.format, mode) == "fast"
     p = packed
+    rest = (p.n, p.k, p.format.group, bias, fast, norm, eps, swiglu, residual)
     if p.format.bits == 4:
-        return w4_matmul(x, p.codes, p.scales, p.offsets, p.n, p.k, p.format.group, bias, fast)
-    return w8_matmul(x, p.codes, p.scales, p.n, p.k, p.format.group, bias, fast)
+        return w4_matmul(x, p.codes, p.scales, p.offsets, *rest)
+    return w8_matmul(x, p.codes, p.scales, *rest)

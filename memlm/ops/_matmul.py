@@ -5,6 +5,7 @@ and autocast.  The two files beside this one hold what differs: signature and do
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from memlm import formats
 from memlm.formats import ACT_GROUP, Format, Packed
@@ -14,25 +15,35 @@ X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAD_ROWS = 1024
 
 
-def check(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tuple[int, ...]:
+def check(x, packed: Packed, bias, norm=None, swiglu=False, residual=None) -> tuple[int, ...]:
     """Raises TypeError or ValueError naming the argument that does not fit; returns y's shape."""
     if not isinstance(x, torch.Tensor) or x.dtype not in X_DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x: got {got}, accepted are tensors of {X_DTYPES}")
-    if x.dim() < 1 or x.shape[-1] != packed.k:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {packed.k}]")
+    columns = 2 * packed.k if swiglu else packed.k
+    if x.dim() < 1 or x.shape[-1] != columns:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {columns}]")
+    if norm is not None and swiglu:
+        raise ValueError("swiglu: got True together with norm, accepted is one of them")
+    shape = (*x.shape[:-1], packed.n)
     for name, tensor in packed.tensors().items():
         if tensor.device != x.device:
             raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
-    if bias is not None:
-        if not isinstance(bias, torch.Tensor) or bias.dtype != x.dtype:
-            got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
-            raise TypeError(f"bias: got {got}, expected {x.dtype}, as x")
-        if tuple(bias.shape) != (packed.n,):
-            raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{packed.n}]")
-        if bias.device != x.device:
-            raise ValueError(f"bias: on {bias.device}, but x is on {x.device}")
-    return (*x.shape[:-1], packed.n)
+    for name, tensor, wanted in (
+        ("bias", bias, (packed.n,)),
+        ("norm", norm, (packed.k,)),
+        ("residual", residual, shape),
+    ):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != x.dtype:
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: got {got}, expected {x.dtype}, as x")
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(wanted)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
+    return shape
 
 
 def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,22 +67,33 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, scale
 
 
-def reference(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, fast: bool):
+def prologue(x: torch.Tensor, k: int, norm, eps: float, swiglu: bool) -> torch.Tensor:
+    """The step before the product, in f32 (f64 for f64): ``[..., k]``, or ``[..., 2k]`` with
+    swiglu, -> ``[..., k]``."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if norm is not None:
+        return F.rms_norm(x, (k,), norm.to(x.dtype), eps)
+    return F.silu(x[..., :k]) * x[..., k:] if swiglu else x
+
+
+def reference(x, packed: Packed, bias, fast: bool, norm, eps, swiglu, residual) -> torch.Tensor:
     """The operation in plain torch: what the kernels are measured against."""
-    check(x, packed, bias)
-    rows = x.reshape(-1, packed.k).float()
+    shape = check(x, packed, bias, norm, swiglu, residual)
+    rows = prologue(x, packed.k, norm, eps, swiglu).reshape(-1, packed.k)
     if fast:
         q, scale = quantize_activations(rows)
         rows = (q * scale).view(rows.shape[0], -1)[:, : packed.k]
     y = rows @ formats.dequantize(packed).T
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], packed.n)
+    if residual is not None:
+        y = y + residual.reshape(y.shape).float()
+    return y.to(x.dtype).view(shape)
 
 
-def fake(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def fake(x, packed: Packed, bias, norm, swiglu, residual) -> torch.Tensor:
     """Shape and dtype of the result."""
-    return x.new_empty(check(x, packed, bias))
+    return x.new_empty(check(x, packed, bias, norm, swiglu, residual))
 
 
 def grad_x(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -92,8 +114,42 @@ def grad_x(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
     return total
 
 
+def grad_prologue(grad, x, norm, eps: float, swiglu: bool):
+    """Gradients of x and norm, from that of the product's left side ``grad [..., k]``."""
+    if norm is None and not swiglu:
+        return grad, None
+    k = grad.shape[-1]
+    h, g = x.float(), grad.float()
+    if swiglu:
+        gate, up = h[..., :k], h[..., k:]
+        s = torch.sigmoid(gate)
+        parts = (g * up * s * (1 + gate * (1 - s)), g * gate * s)
+        return torch.cat(parts, dim=-1).to(x.dtype), None
+    factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    h = h * factor
+    gw = g * norm.float()
+    grad_x = factor * (gw - h * (gw * h).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), (g * h).reshape(-1, k).sum(0).to(norm.dtype)
+
+
 def grad_bias(grad: torch.Tensor) -> torch.Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+def backward(ctx, grad, packed: Packed, x, norm, wanted):
+    """Gradients of x, bias, norm and residual, None where ``wanted`` (the same four) says no."""
+    x_wanted, bias_wanted, norm_wanted, residual_wanted = wanted
+    grad_input = grad_norm = None
+    if x_wanted or norm_wanted:
+        grad_input, grad_norm = grad_prologue(
+            grad_x(grad, packed), x, norm, ctx.eps, ctx.swiglu
+        )
+    return (
+        grad_input if x_wanted else None,
+        grad_bias(grad) if bias_wanted else None,
+        grad_norm if norm_wanted else None,
+        grad if residual_wanted else None,
+    )
 
 
 def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> Packed:
@@ -102,7 +158,7 @@ def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> 
 
 
 def register_autocast(op, cast_arguments: tuple[int, ...]) -> None:
-    """Under autocast the arguments at these positions (x and bias) are cast to the autocast dtype,
+    """Under autocast the arguments at these positions (the float ones) are cast to the autocast dtype,
     as for torch.nn.functional.linear; the packed tensors never are."""
 
     def make(device: str):
