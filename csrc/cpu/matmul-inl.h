@@ -3,8 +3,9 @@
 // One register tile is kTileM rows of x by one tile (16 rows) of W; it runs along k and adds to
 // 16 f32 sums per row of x.  Who reads W:
 //   decode, m <= kTileM: the tile reads the packed form directly; every byte of W is read once.
-//   prefill, m > kTileM: a thread takes up to kBlockTiles tiles of W and a stretch of k, unpacks
-//     them once into a panel (in its L2), and runs all of x over the panel.
+//   prefill, m > kTileM: a thread takes up to kBlockTiles tiles of W and a stretch of k, and runs
+//     all of x over them; where x has more than kDirectTiles register tiles it unpacks them first,
+//     once, into a panel (in its L2).
 //
 //            k ->                       One thread's work in prefill: a block of tiles, for each
 //        +----+----+----+               stretch of k: unpack the panel, then for each kTileM rows
@@ -366,6 +367,7 @@ inline void fast_panel(const void* panel, int64_t k, const void* x, float* sums)
 template <class W>
 struct Fast {
   static constexpr bool kFast = true, kUnpacks = W::kUnpacks;
+  static constexpr int kDirectTiles = kDirectTilesFast;
   static constexpr int64_t kPanelBytesPerK = kFastPanelRecord<W> / kActGroup;
   static constexpr auto pack = pack_fast<W>;
   static void unpack(const Stretch<W>& s, void* panel) { fast_unpack<W>(s, panel); }
@@ -382,6 +384,7 @@ struct Fast {
 template <class W>
 struct Accurate {
   static constexpr bool kFast = false, kUnpacks = true;
+  static constexpr int kDirectTiles = kDirectTilesAccurate;
   static constexpr int64_t kPanelBytesPerK = 4 * kTileRows;
   static constexpr auto pack = pack_accurate;
   static void unpack(const Stretch<W>& s, void* panel) { accurate_unpack<W>(s, panel); }
@@ -411,10 +414,11 @@ template <class Mode, class W>
 memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
   const int64_t padded = padded_k(w.k, w.group), tiles = div_up(w.n, kTileRows);
   const int64_t row_bytes = packed_row_bytes(Mode::kFast, padded);
-  const int64_t x_tiles = div_up(args.m, kTileM);
+  // Register tiles of x, as even as they can be: a tile of few rows costs nearly as much as a full one.
+  const int64_t x_tiles = div_up(args.m, kTileM), tile_rows = div_up(args.m, x_tiles);
   const auto rows_of = [&](int64_t x_tile) {
-    const int64_t left = args.m - x_tile * kTileM;
-    return static_cast<int>(left < kTileM ? left : kTileM);
+    const int64_t left = args.m - x_tile * tile_rows;
+    return static_cast<int>(left < tile_rows ? left : tile_rows);
   };
 
   // Prefill: the stretch of k is what the panel's bytes allow, in whole groups.
@@ -425,7 +429,8 @@ memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
       kPanelBytes / kBlockTiles / Mode::kPanelBytesPerK / 128 * 128;
   static_assert(kStretch >= 128, "a stretch holds the largest group");
   const int64_t stretch = kStretch < padded ? kStretch : padded;
-  const int64_t panel_bytes = prefill && Mode::kUnpacks ? stretch * Mode::kPanelBytesPerK : 0;
+  const bool unpack = Mode::kUnpacks && x_tiles > Mode::kDirectTiles;
+  const int64_t panel_bytes = unpack ? stretch * Mode::kPanelBytesPerK : 0;
   const int64_t sums_bytes = prefill ? args.m * kTileRows * 4 : 0;
   const int64_t slot_bytes = block * (panel_bytes + sums_bytes);
 
@@ -440,8 +445,8 @@ memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
                  for (int64_t t = begin; t < end; ++t) {
                    for (int i = 0; i < rows_of(t); ++i) {
                      float* buffer = static_cast<float*>(rows.p) + slot * padded;
-                     const float* row = input_row(args, t * kTileM + i, w.k, padded, buffer);
-                     Mode::pack(row, padded, rows_of(t), i, xp + t * kTileM * row_bytes);
+                     const float* row = input_row(args, t * tile_rows + i, w.k, padded, buffer);
+                     Mode::pack(row, padded, rows_of(t), i, xp + t * tile_rows * row_bytes);
                    }
                  }
                });
@@ -470,16 +475,16 @@ memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
       memset(sums, 0, count * sums_bytes);
       for (int64_t k0 = 0; k0 < padded; k0 += stretch) {
         const int64_t k1 = k0 + stretch < padded ? k0 + stretch : padded;
-        if (Mode::kUnpacks)
+        if (unpack)
           for (int64_t i = 0; i < count; ++i)
             Mode::unpack(Stretch<W>(w, tile0 + i, k0, k1), panels + i * panel_bytes);
         for (int64_t t = 0; t < x_tiles; ++t) {
           const int mt = rows_of(t);
-          const char* x = xp + t * kTileM * row_bytes + packed_row_bytes(Mode::kFast, k0) * mt;
+          const char* x = xp + t * tile_rows * row_bytes + packed_row_bytes(Mode::kFast, k0) * mt;
           for (int64_t i = 0; i < count; ++i) {
-            float* out = sums + (i * args.m + t * kTileM) * kTileRows;
+            float* out = sums + (i * args.m + t * tile_rows) * kTileRows;
             with_rows(mt, [&](auto n) {
-              if (Mode::kUnpacks)
+              if (unpack)
                 Mode::template panel<n.value>(panels + i * panel_bytes, k1 - k0, x, out);
               else
                 Mode::template direct<n.value>(Stretch<W>(w, tile0 + i, k0, k1), x, out);

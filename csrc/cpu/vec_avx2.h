@@ -15,6 +15,7 @@ struct Pairs { __m256i a, b; };  // 16 sums of two products each, int16
 
 // Rows of x per register tile: 6 x 2 accumulators, 2 weights, 1 broadcast are 15 of 16 registers.
 constexpr int kTileM = 6;
+constexpr int kDirectTilesFast = 3, kDirectTilesAccurate = 1;
 
 inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F f_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -16,6 +16,7 @@ using Pairs = __m512i;  // vpdpbusd adds all four products of a lane: no pairs a
 // Rows of x per register tile: 12 integer and 12 f32 sums, 2 weights, scale and offset are 28 of 32
 // registers; activations come as broadcast memory operands.
 constexpr int kTileM = 12;
+constexpr int kDirectTilesFast = 5, kDirectTilesAccurate = 3;
 
 inline F f_zero() { return _mm512_setzero_ps(); }
 inline F f_set1(float x) { return _mm512_set1_ps(x); }
