@@ -1,6 +1,6 @@
 """memlm: language models in little memory, and fast.
 
-The public names load on first use, so that ``import memlm`` stays quick.
+The public names and modules load on first use, so that ``import memlm`` stays quick.
 """
 
 from importlib import import_module
@@ -24,12 +24,15 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-__all__ = sorted(_PUBLIC)
+_MODULES = ("cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
+__all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return import_module(f"memlm.{name}")
     raise AttributeError(f"module 'memlm' has no attribute {name!r}")
 
 

@@ -82,3 +82,18 @@ def test_command(environment, tmp_path):
     )
     assert done.returncode == 1 and "nowhere: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_names_and_modules_load_on_first_use():
+    script = """
+import sys, memlm
+assert "torch" not in sys.modules, "import memlm stays quick"
+for name in memlm.__all__:
+    assert getattr(memlm, name).__name__.split(".")[-1] == name
+assert set(memlm.__all__) <= set(dir(memlm))
+try:
+    memlm.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
