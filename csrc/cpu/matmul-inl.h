@@ -14,7 +14,8 @@
 //        +----+----+----+               between stretches.
 //          ^ panel
 //
-// The order of additions depends on k alone: not on the threads, and not on m within either way.
+// The order of additions never depends on the threads.  It does, in the last bits, on m: through the
+// stretches of prefill, and in accurate mode through the chains of a register tile.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
