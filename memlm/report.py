@@ -52,8 +52,9 @@ billion multiply-adds per second.
 
 {markdown_table(DECODER_COLUMNS, result["rows"])}
 
-Perplexity on Moby-Dick: {result["rows"][0]["tokens"]:,} predictions in windows of {WINDOW} tokens; KL divergence
-per token and how often the likeliest token is the same, against f32. Prefill of {result["rows"][0]["prefill_tokens"]} tokens at once.
+Perplexity on Moby-Dick: {result["rows"][0]["tokens"]:,} predictions in windows of {WINDOW} tokens;
+KL divergence per token and how often the likeliest token is the same, against f32. Prefill of
+{result["rows"][0]["prefill_tokens"]} tokens at once.
 Resident: growth of the process from before loading to after running; load: with the file in the
 page cache.
 

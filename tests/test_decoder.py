@@ -6,7 +6,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 import memlm
 from memlm import data
-from memlm.models.decoder import DecoderConfig, KVCache
+from memlm.models.decoder import DecoderConfig, KVCache, linear
 
 from . import real, tiny
 
@@ -193,6 +193,19 @@ def test_sliding_windows_are_refused():
     assert DecoderConfig.from_hf({**sizes, "sliding_window": None}).head_dim == 16
     with pytest.raises(memlm.FormatError, match="sliding-window"):
         DecoderConfig.from_hf({**sizes, "model_type": "qwen2", "use_sliding_window": True})
+
+
+def test_a_norm_with_a_hook_or_of_another_kind_is_called(tmp_path):
+    tiny.llama(tmp_path)
+    model = memlm.quantize_(memlm.load(tmp_path), memlm.QuantConfig("int8", head="int8"))
+    ids, called = ids_of(1, 5), []
+    with torch.inference_mode():
+        fused = model(ids)
+        model.layers[0].input_norm.register_forward_hook(lambda *_: called.append(1))
+        torch.testing.assert_close(model(ids), fused, rtol=1e-4, atol=1e-4)
+        assert called == [1]
+        x, other = torch.randn(3, 64) + 1, torch.nn.LayerNorm(64)  # has weight and eps, too
+        assert torch.equal(linear(model.lm_head, x, other), model.lm_head(other(x)))
 
 
 @pytest.mark.models

@@ -1,5 +1,6 @@
 """The C++ core under the address, undefined-behaviour and thread sanitizers: tests/cpp/fuzz.cpp."""
 
+import platform
 import subprocess
 
 import pytest
@@ -11,11 +12,10 @@ from .test_packaging import ROOT
 # As setup.py, without the optimisation, which would take minutes under sanitizers.
 COMPILE = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-w"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISA_FLAGS = {
-    "scalar": [],
-    "avx2": AVX2,
-    "avx512vnni": [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))],
-}
+ISA_FLAGS = {"scalar": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = AVX2
+    ISA_FLAGS["avx512vnni"] = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni"))]
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

@@ -38,7 +38,7 @@ constexpr int64_t kPanelBytes = 128 * 1024;
 constexpr int64_t kPiecesPerThread = 8;
 
 // How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a
-// 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1, 2 and 4 KB gave less).
+// 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1 and 2 KB gave less).
 constexpr int64_t kPrefetch = 3072;
 
 inline void prefetch(const uint8_t* codes, int64_t bytes) {

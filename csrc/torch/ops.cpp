@@ -106,7 +106,8 @@ Tensor matmul(memlm_status (*kernel)(const memlm_packed*, const memlm_matmul_arg
   if (residual) {
     if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
     const auto sizes = residual->sizes();
-    STD_TORCH_CHECK(residual->is_cpu() && std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()),
+    const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
+    STD_TORCH_CHECK(residual->is_cpu() && same,
                     "residual: must be on the CPU and have the shape of the result");
   }
   for (const OptionalTensor& t : {bias, norm, residual})

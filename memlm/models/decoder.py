@@ -205,10 +205,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(halves * cos, halves.flip(-2), sin).view(x.shape)
 
 
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether calling it computes RMSNorm and nothing else."""
+    return type(norm) is nn.RMSNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
 def linear(layer: nn.Module, x, norm=None, swiglu: bool = False, residual=None):
     """``layer(f(x)) + residual``, where f is the RMSNorm ``norm`` or SwiGLU: one operation where
-    the layer is packed, torch's several where it is not."""
-    if isinstance(layer, Linear):
+    the layer is packed and the norm is just that, several of torch's otherwise."""
+    if isinstance(layer, Linear) and (norm is None or _is_plain(norm)):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return layer(x, weight, eps, swiglu, residual)
     if norm is not None:

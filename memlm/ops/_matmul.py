@@ -4,6 +4,8 @@ and autocast.  The two files beside this one hold what differs: signature and do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -136,20 +138,32 @@ def grad_bias(grad: torch.Tensor) -> torch.Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def backward(ctx, grad, packed: Packed, x, norm, wanted):
-    """Gradients of x, bias, norm and residual, None where ``wanted`` (the same four) says no."""
-    x_wanted, bias_wanted, norm_wanted, residual_wanted = wanted
-    grad_input = grad_norm = None
+def setup_context(ctx, inputs, floats: tuple[int, ...]) -> None:
+    """Keeps what :func:`backward` needs.  ``floats``: where x, bias, norm and residual stand among
+    the op's arguments; the packed tensors follow x, and n, k, group come before bias."""
+    x_at, bias_at, norm_at, _ = floats
+    x, norm = inputs[x_at], inputs[norm_at]
+    ctx.eps, ctx.swiglu = inputs[norm_at + 1 : norm_at + 3]
+    ctx.sizes = inputs[bias_at - 3 : bias_at]
+    x = x if norm is not None or ctx.swiglu else None  # the product's gradient needs no x
+    ctx.save_for_backward(x, norm, *inputs[x_at + 1 : bias_at - 3])
+
+
+def backward(ctx, grad, pack: Callable[..., Packed], floats: tuple[int, ...]) -> tuple:
+    """Gradients of all of the op's arguments: of those at ``floats`` where they are asked for,
+    None of the others.  ``pack``: packed tensors, n, k, group -> :class:`Packed`."""
+    x, norm, *tensors = ctx.saved_tensors
+    x_wanted, bias_wanted, norm_wanted, residual_wanted = (ctx.needs_input_grad[i] for i in floats)
+    grads = [None] * len(ctx.needs_input_grad)
+    x_at, bias_at, norm_at, residual_at = floats
     if x_wanted or norm_wanted:
-        grad_input, grad_norm = grad_prologue(
-            grad_x(grad, packed), x, norm, ctx.eps, ctx.swiglu
-        )
-    return (
-        grad_input if x_wanted else None,
-        grad_bias(grad) if bias_wanted else None,
-        grad_norm if norm_wanted else None,
-        grad if residual_wanted else None,
-    )
+        product = grad_x(grad, pack(*tensors, *ctx.sizes))
+        grads[x_at], grads[norm_at] = grad_prologue(product, x, norm, ctx.eps, ctx.swiglu)
+    if bias_wanted:
+        grads[bias_at] = grad_bias(grad)
+    if residual_wanted:
+        grads[residual_at] = grad
+    return tuple(grads)
 
 
 def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> Packed:
@@ -158,8 +172,8 @@ def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> 
 
 
 def register_autocast(op, cast_arguments: tuple[int, ...]) -> None:
-    """Under autocast the arguments at these positions (the float ones) are cast to the autocast dtype,
-    as for torch.nn.functional.linear; the packed tensors never are."""
+    """Under autocast the arguments at these positions (x, bias, norm, residual) are cast to the
+    autocast dtype, as for torch.nn.functional.linear; the packed tensors never are."""
 
     def make(device: str):
         def run(*args):

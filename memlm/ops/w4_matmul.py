@@ -13,9 +13,8 @@ def _packed(codes, scales, offsets, n, k, group) -> Packed:
     return _matmul.packed_of(4, codes, scales, offsets, n, k, group)
 
 
-def _reference(
-    x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu, residual
-):
+def _reference(x, codes, scales, offsets, n, k, group, *rest):
+    bias, fast, norm, eps, swiglu, residual = rest
     packed = _packed(codes, scales, offsets, n, k, group)
     return _matmul.reference(x, packed, bias, fast, norm, eps, swiglu, residual)
 
@@ -25,25 +24,14 @@ def _fake(x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu,
     return _matmul.fake(x, packed, bias, norm, swiglu, residual)
 
 
-def _setup_context(ctx, inputs, output):
-    x, codes, scales, offsets, n, k, group, _, _, norm, ctx.eps, ctx.swiglu, _ = inputs
-    ctx.n, ctx.k, ctx.group = n, k, group
-    x = x if norm is not None or ctx.swiglu else None  # the product's gradient needs no x
-    ctx.save_for_backward(x, norm, codes, scales, offsets)
-
-
-def _backward(ctx, grad):
-    x, norm, *parts = ctx.saved_tensors
-    packed = _packed(*parts, ctx.n, ctx.k, ctx.group)
-    wanted = [ctx.needs_input_grad[i] for i in _FLOATS]
-    grads = [None] * len(ctx.needs_input_grad)
-    for i, value in zip(_FLOATS, _matmul.backward(ctx, grad, packed, x, norm, wanted)):
-        grads[i] = value
-    return tuple(grads)
-
-
 _FLOATS = (0, 7, 9, 12)  # x, bias, norm, residual among the arguments
-_op = define("w4_matmul", _reference, _fake, _backward, _setup_context)
+_op = define(
+    "w4_matmul",
+    _reference,
+    _fake,
+    lambda ctx, grad: _matmul.backward(ctx, grad, _packed, _FLOATS),
+    lambda ctx, inputs, output: _matmul.setup_context(ctx, inputs, _FLOATS),
+)
 _matmul.register_autocast(_op, _FLOATS)
 
 
@@ -79,15 +67,13 @@ def w4_matmul(
     ``x [..., 2k]`` and multiplies ``silu(x[..., :k]) * x[..., k:]`` (arXiv:2002.05202);
     ``residual [..., n]`` is added to the result.
 
-    Differentiable with respect to x, bias, norm and residual; the packed weights are frozen.  On devices without
-    a kernel the plain torch reference runs, with a warning.
+    Differentiable with respect to x, bias, norm and residual; the packed weights are frozen.  On
+    devices without a kernel the plain torch reference runs, with a warning.
 
     Raises TypeError, ValueError or FormatError naming the argument that does not fit.
     """
     try:
-        return _op(
-            x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu, residual
-        )
+        return _op(x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu, residual)
     except Exception:
         # The op checks all of this again; saying what is wrong takes longer than a small product.
         packed = _packed(codes, scales, offsets, n, k, group)

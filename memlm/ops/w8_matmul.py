@@ -13,9 +13,8 @@ def _packed(codes, scales, n, k, group) -> Packed:
     return _matmul.packed_of(8, codes, scales, None, n, k, group)
 
 
-def _reference(
-    x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual
-):
+def _reference(x, codes, scales, n, k, group, *rest):
+    bias, fast, norm, eps, swiglu, residual = rest
     packed = _packed(codes, scales, n, k, group)
     return _matmul.reference(x, packed, bias, fast, norm, eps, swiglu, residual)
 
@@ -25,25 +24,14 @@ def _fake(x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual
     return _matmul.fake(x, packed, bias, norm, swiglu, residual)
 
 
-def _setup_context(ctx, inputs, output):
-    x, codes, scales, n, k, group, _, _, norm, ctx.eps, ctx.swiglu, _ = inputs
-    ctx.n, ctx.k, ctx.group = n, k, group
-    x = x if norm is not None or ctx.swiglu else None  # the product's gradient needs no x
-    ctx.save_for_backward(x, norm, codes, scales)
-
-
-def _backward(ctx, grad):
-    x, norm, *parts = ctx.saved_tensors
-    packed = _packed(*parts, ctx.n, ctx.k, ctx.group)
-    wanted = [ctx.needs_input_grad[i] for i in _FLOATS]
-    grads = [None] * len(ctx.needs_input_grad)
-    for i, value in zip(_FLOATS, _matmul.backward(ctx, grad, packed, x, norm, wanted)):
-        grads[i] = value
-    return tuple(grads)
-
-
 _FLOATS = (0, 6, 8, 11)  # x, bias, norm, residual among the arguments
-_op = define("w8_matmul", _reference, _fake, _backward, _setup_context)
+_op = define(
+    "w8_matmul",
+    _reference,
+    _fake,
+    lambda ctx, grad: _matmul.backward(ctx, grad, _packed, _FLOATS),
+    lambda ctx, inputs, output: _matmul.setup_context(ctx, inputs, _FLOATS),
+)
 _matmul.register_autocast(_op, _FLOATS)
 
 
@@ -68,9 +56,7 @@ def w8_matmul(
     :func:`memlm.ops.w4_matmul`.
     """
     try:
-        return _op(
-            x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual
-        )
+        return _op(x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual)
     except Exception:
         # The op checks all of this again; saying what is wrong takes longer than a small product.
         packed = _packed(codes, scales, n, k, group)
