@@ -3,12 +3,17 @@
 A weight matrix ``W[n, k]`` is cut along ``k`` into groups.  Each row of each group has one scale
 ``s`` (and, when asymmetric, one offset ``o``); each weight has one integer code ``q``::
 
-    int8   symmetric    w = s * q         q in -128..127   (the quantiser uses -127..127)
-    int4   symmetric    w = s * (q - 8)   q in 0..15
-    int4   asymmetric   w = s * q + o     q in 0..15
+    int8     symmetric    w = s * q           q in -128..127   (the quantiser uses -127..127)
+    int4     symmetric    w = s * (q - 8)     q in 0..15
+    int4     asymmetric   w = s * q + o       q in 0..15
+    nf4      symmetric    w = s * levels[q]   q in 0..15, NF4_LEVELS
+    int2     symmetric    w = s * (q - 1)     q in 0..3
+    int2     asymmetric   w = s * q + o       q in 0..3
+    ternary  symmetric    w = s * (q - 1)     q in 0..2: int2 without its fourth level
 
 A name says it all: ``int8-row`` (one scale per row), ``int8-g32``, ``int4-g128``, ``int4a-g64``
-(``a``: asymmetric).  ``int8`` and ``int4`` alone mean ``DEFAULTS``.
+(``a``: asymmetric), ``nf4-g64``, ``ternary-g128``.  ``int8``, ``int4``, ``nf4``, ``int2`` and
+``ternary`` alone mean ``DEFAULTS``.
 
 Layout, version 1
 -----------------
@@ -26,6 +31,9 @@ come the other 15 rows: a *block* of 64 bytes.  It is what one 512-bit register 
       row 1   (lane 1)  k+0 k+1 k+2 k+3                       high nibble k+4  k+5  k+6  k+7
       ...                                             row 1   ...
       row 15  (lane 15) k+0 k+1 k+2 k+3               row 15  ...
+
+    codes, 2 bits: uint8 [tiles, K/16, 16, 4]: as 4 bits, with k+0, k+4, k+8, k+12 in the first byte
+    from its lowest bits up, k+1, k+5, k+9, k+13 in the second, and so on
 
     scales:  f16 or f32 [tiles, groups, 16]         scales[t, g, r] is row 16t+r, group g
     offsets: like scales (asymmetric only)
@@ -52,18 +60,40 @@ VERSION = 1
 TILE_ROWS = 16  # rows side by side in a block
 LANE_K = 4  # consecutive k of one row inside a 32-bit lane
 ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it
-GROUPS = {4: (32, 64, 128), 8: (0, 32, 64, 128)}  # 0: one scale per row
+# Bits -> groups; 0: one scale per row.
+GROUPS = {2: (32, 64, 128), 4: (32, 64, 128), 8: (0, 32, 64, 128)}
+ZEROS = {2: 1, 4: 8, 8: 0}  # bits -> what symmetric codes have subtracted
 SCALE_DTYPES = (torch.float16, torch.float32)
-# What int4 and int8 alone mean: the most accurate of each, at 5.0 and 8.5 bits per weight.
-DEFAULTS = {"int4": "int4a-g32", "int8": "int8-g32"}
+# What a kind alone means: the most accurate of each, but for nf4 and ternary, whose authors' groups
+# are taken (64, and in want of whole rows the largest).
+DEFAULTS = {
+    "int4": "int4a-g32",
+    "int8": "int8-g32",
+    "int2": "int2a-g32",
+    "nf4": "nf4-g64",
+    "ternary": "ternary-g128",
+}
+# NormalFloat (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, cut at its
+# two ends to 1, with a zero.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# What codes stand for -> bits.
+CODEBOOKS = {"int": tuple(GROUPS), "nf": (4,), "ternary": (2,)}
 
-_NAME = re.compile(r"int(?P<bits>[48])(?P<asym>a?)-(?:row|g(?P<group>[1-9]\d*))")
+_NAME = re.compile(
+    r"(?:(?P<kind>int|nf)(?P<bits>\d)(?P<asym>a?)|(?P<ternary>ternary))-(?:row|g(?P<group>[1-9]\d*))"
+)
 
 
 @dataclass(frozen=True)
 class Format:
     """What a packed matrix holds: ``bits`` per code, ``group`` of k per scale (0: the whole row),
-    ``symmetric`` or with an offset.
+    ``symmetric`` or with an offset, and the ``codebook``, what codes stand for: numbers (``int``),
+    quantiles (``nf``), or -1, 0, 1 (``ternary``).
 
     Raises ValueError for a combination that no kernel executes.
     """
@@ -71,6 +101,7 @@ class Format:
     bits: int
     group: int = 0
     symmetric: bool = True
+    codebook: str = "int"
 
     def __post_init__(self):
         if self.bits not in GROUPS:
@@ -80,13 +111,39 @@ class Format:
                 f"group: got {self.group!r}, accepted for {self.bits} bits are {GROUPS[self.bits]}"
                 " (0: one scale per row)"
             )
-        if self.bits == 8 and not self.symmetric:
-            raise ValueError("symmetric: 8-bit weights are symmetric only")
+        if self.bits not in CODEBOOKS.get(self.codebook, ()):
+            raise ValueError(
+                f"codebook: got {self.codebook!r} for {self.bits} bits, accepted are "
+                f"{[c for c, bits in CODEBOOKS.items() if self.bits in bits]}"
+            )
+        if not self.symmetric and (self.bits == 8 or self.codebook != "int"):
+            raise ValueError("symmetric: 8-bit, nf4 and ternary weights are symmetric only")
+
+    @property
+    def kind(self) -> str:
+        """The name without the group: ``int4a``."""
+        if self.codebook == "ternary":
+            return "ternary"
+        return f"{self.codebook}{self.bits}{'' if self.symmetric else 'a'}"
 
     @property
     def name(self) -> str:
-        suffix = f"g{self.group}" if self.group else "row"
-        return f"int{self.bits}{'' if self.symmetric else 'a'}-{suffix}"
+        return f"{self.kind}-{f'g{self.group}' if self.group else 'row'}"
+
+    @property
+    def codes(self) -> range:
+        """The codes that are in use."""
+        if self.bits == 8:
+            return range(-128, 128)
+        return range(3 if self.codebook == "ternary" else 1 << self.bits)
+
+    def values(self, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
+        """What the codes 0, 1, ... of fewer than 8 bits stand for, in scales: ``[2 ** bits]``.
+        Asymmetric codes stand for themselves."""
+        if self.codebook == "nf":
+            return torch.tensor(NF4_LEVELS, device=device).to(dtype)
+        zero = ZEROS[self.bits] if self.symmetric else 0
+        return torch.arange(1 << self.bits, device=device).to(dtype) - zero
 
     @classmethod
     def parse(cls, spec: str | Format) -> Format:
@@ -98,10 +155,13 @@ class Format:
         match = _NAME.fullmatch(DEFAULTS.get(spec, spec))
         if not match:
             raise ValueError(
-                f"format: got {spec!r}, accepted are int4, int4-gG, int4a-gG, int8, int8-gG "
-                "(G = 32, 64, 128) and int8-row"
+                f"format: got {spec!r}, accepted are int8-gG, int4-gG, int4a-gG, nf4-gG, int2-gG, "
+                "int2a-gG, ternary-gG (G = 32, 64, 128; none: a default) and int8-row"
             )
-        return cls(int(match["bits"]), int(match["group"] or 0), not match["asym"])
+        group = int(match["group"] or 0)
+        if match["ternary"]:
+            return cls(2, group, codebook="ternary")
+        return cls(int(match["bits"]), group, not match["asym"], match["kind"])
 
     def padded_k(self, k: int) -> int:
         """``k`` rounded up to a whole number of groups (and of activation groups)."""
@@ -205,7 +265,7 @@ def _from_tiles(tiled: torch.Tensor, n: int) -> torch.Tensor:
 def pack(
     q: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, format: str | Format
 ) -> Packed:
-    """Codes ``q [n, k]`` (uint8 0..15, or int8), scales and offsets ``[n, groups]`` (f16 or f32)
+    """Codes ``q [n, k]`` (uint8 in ``format.codes``, or int8), scales and offsets ``[n, groups]`` (f16 or f32)
     -> :class:`Packed`.
 
     Raises TypeError or ValueError naming the argument that does not fit.
@@ -216,8 +276,8 @@ def pack(
         raise ValueError(f"q: got shape {list(q.shape)}, expected [n, k] with n, k at least 1")
     if q.dtype != code_dtype:
         raise TypeError(f"q: got {q.dtype}, expected {code_dtype} for {format}")
-    if format.bits == 4 and int(q.max()) > 15:
-        raise ValueError(f"q: got codes up to {int(q.max())}, 4-bit codes are 0..15")
+    if format.bits < 8 and int(q.max()) not in format.codes:
+        raise ValueError(f"q: got codes up to {int(q.max())}, those of {format} are 0..{format.codes[-1]}")
     if (offsets is None) != format.symmetric:
         raise ValueError(
             f"offsets: got {'none' if offsets is None else 'a tensor'}, {format} has "
@@ -240,11 +300,11 @@ def pack(
     padded = format.padded_k(k)
     tiles = -(-n // TILE_ROWS)
     codes = _to_tiles(q, padded)  # [tiles, K, 16]
-    if format.bits == 8:
-        codes = codes.view(tiles, padded // LANE_K, LANE_K, TILE_ROWS).transpose(2, 3)
-    else:
-        pairs = codes.view(tiles, padded // 8, 2, LANE_K, TILE_ROWS)
-        codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).transpose(2, 3)
+    fields = codes.view(tiles, -1, 8 // format.bits, LANE_K, TILE_ROWS)
+    codes = fields[:, :, 0]
+    for i in range(1, fields.shape[2]):
+        codes = codes | fields[:, :, i] << i * format.bits
+    codes = codes.transpose(2, 3)
     return Packed(
         format,
         n,
@@ -258,8 +318,10 @@ def pack(
 def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The inverse of :func:`pack`: ``q [n, k]``, ``scales [n, groups]``, ``offsets`` or None."""
     codes = packed.codes.transpose(2, 3)  # [tiles, blocks, 4, 16]
-    if packed.format.bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=2)
+    bits = packed.format.bits
+    if bits < 8:
+        fields = [codes >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        codes = torch.stack(fields, dim=2)
     tiles = codes.shape[0]
     q = _from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
     offsets = None if packed.offsets is None else _from_tiles(packed.offsets, packed.n)
@@ -268,12 +330,18 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``W [n, k]`` in ``dtype``, computed in float32 (float64 when that is asked for)."""
-    q, scales, offsets = unpack(packed)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    n, k = packed.n, packed.k
+    values = None if packed.format.bits == 8 else packed.format.values(compute, packed.codes.device)
+    return dequantize_with(packed, values, compute).to(dtype)
+
+
+def dequantize_with(packed: Packed, values: torch.Tensor | None, compute: torch.dtype):
+    """As :func:`dequantize`, with ``values`` for the codes 0, 1, ...; None: themselves."""
+    q, scales, offsets = unpack(packed)
+    k = packed.k
     span = packed.format.group or k
-    q = q.to(compute) - (8 if packed.format.bits == 4 and packed.format.symmetric else 0)
+    q = q.to(compute) if values is None else values[q.int()]
     w = q * scales.to(compute).repeat_interleave(span, dim=1)[:, :k]
     if offsets is not None:
         w += offsets.to(compute).repeat_interleave(span, dim=1)[:, :k]
-    return w.to(dtype)
+    return w
