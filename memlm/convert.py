@@ -13,7 +13,7 @@ from memlm.formats import Format, Packed, layout
 from memlm.layers import Embedding, Linear, PackedModule
 from memlm.layers.linear import is_conv1d, linear_weight
 from memlm.layers.packed import PARTS
-from memlm.ops import check_mode
+from memlm.ops import mode_for
 from memlm.ops._matmul import X_DTYPES
 from memlm.quantize import quantize_weight
 
@@ -33,8 +33,9 @@ class QuantConfig:
         alone.
     head: format of an untied output head (the model's ``get_output_embeddings()``, or a layer
         named ``lm_head``); None leaves it alone.
-    mode: arithmetic of the linear layers, ``"fast"`` or ``"accurate"``
-        (:func:`memlm.ops.w4_matmul`); None takes fast for 4 bits and accurate for 8.
+    mode: arithmetic of the linear layers, ``"fast"``, ``"accurate"`` or, for 8 bits, ``"w8a8"``
+        (:func:`memlm.ops.w4_matmul`, :func:`memlm.ops.w8a8_matmul`); None takes fast for 2 and 4 bits
+        and accurate for 8.
     """
 
     linear: str | Format | None = "int4"
@@ -50,8 +51,9 @@ class QuantConfig:
                     object.__setattr__(self, field, Format.parse(value))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{field}: {error}") from None
-        if self.mode is not None:
-            check_mode(self.mode)
+        for format in (self.linear, self.head, self.embedding):
+            if self.mode is not None and format is not None:
+                mode_for(format, self.mode)
 
 
 def quantize_(

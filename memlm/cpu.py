@@ -17,10 +17,11 @@ def isas() -> list[str]:
     return _core.isas()
 
 
-def tile_rows() -> int:
+def tile_rows(fast: bool) -> int:
     """From how many rows of x on the matmuls run on the CPU's tile unit (AMX), whose arithmetic
-    :func:`memlm.ops.w4_matmul` describes; 0 where the instruction set in use has none."""
-    return _core.tile_rows()
+    :func:`memlm.ops.w4_matmul` describes, in either mode; 0 where the instruction set in use has
+    none."""
+    return _core.tile_rows(fast)
 
 
 def set_isa(name: str) -> None:

@@ -8,10 +8,12 @@ lambda = 5), where the worst case ``n u`` would let a missing term of a long sum
 import math
 
 import torch
+import torch.nn.functional as F
 
+import memlm
 from memlm import formats
 from memlm.formats import ACT_GROUP, Packed
-from memlm.ops._matmul import prologue, quantize_activations
+from memlm.ops._matmul import fast_weights, prologue, quantize_activations
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -27,52 +29,82 @@ def magnitudes(packed: Packed) -> torch.Tensor:
     return weights + 2 * offsets  # |s q| <= |w| + |o|
 
 
-def exact_matmul(x: torch.Tensor, packed: Packed, bias, fast: bool):
-    """The product in f64 over the unpacked weights, of the activations that the mode works with,
+# What numbers below bf16's normal range, 2^-126, may become on a tile unit, which takes them for 0:
+# the parts of a number cut into three reach 2^-16 of it.
+FLUSHED = {"f32": 0.0, "int8": 0.0, "bf16": 2.0**-126, "bf16x3": 2.0**-126}
+
+
+def arithmetic(implementation: str, m: int, fast: bool) -> str:
+    """What a product of m rows is computed in: int8, f32, bf16, or three bf16 for each number."""
+    from_rows = memlm.cpu.tile_rows(fast) if implementation == "cpp" else 0
+    tiles = from_rows and m >= from_rows
+    if fast:
+        return "bf16" if tiles else "int8"
+    return "bf16x3" if tiles else "f32"
+
+
+def exact_matmul(x, packed: Packed, bias, arithmetic: str):
+    """The product in f64 over the unpacked weights, of the numbers that the arithmetic works with,
     and the bound on a kernel's distance from it."""
     rows, u = x.reshape(-1, packed.k).float(), ROUNDOFF[torch.float32]
-    if fast:
+    w, size_w, terms = formats.dequantize(packed, torch.float64), magnitudes(packed), packed.k
+    if arithmetic == "int8":
         q, scale = quantize_activations(rows)
         rows = (q.double() * scale.double()).view(rows.shape[0], -1)[:, : packed.k]
-        terms = -(-packed.k // ACT_GROUP)
-    else:
-        rows, terms = rows.double(), packed.k
-    y = rows @ formats.dequantize(packed, torch.float64).T
-    size = rows.abs() @ magnitudes(packed).T
+        w, terms = fast_weights(packed, torch.float64), -(-packed.k // ACT_GROUP)
+        size_w = size_w.maximum(w.abs())
+    elif arithmetic == "bf16":  # the kernel's weights are one FMA: rounded once to f32
+        rows, w = rows.bfloat16().double(), w.float().bfloat16().double()
+        size_w = w.abs()
+    rows = rows.double()
+    y = rows @ w.T
+    size = rows.abs() @ size_w.T
     if bias is not None:
         y, size = y + bias.double(), size + bias.double().abs()
-    # 4: the dequantised weight, the product, the scale and the bias round once each.
-    bound = (4 + 5 * math.sqrt(terms)) * u * size
-    bound += ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
+    # 4: the dequantised weight, the product, the scale and the bias round once each; 4 more: the
+    # products of parts that are left out.
+    roundings = 8 if arithmetic == "bf16x3" else 4
+    bound = (roundings + 5 * math.sqrt(terms)) * u * size
+    flushed = FLUSHED[arithmetic] * 2 * (rows.abs().sum(1)[:, None] + w.abs().sum(1) + packed.k)
+    bound += flushed + ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
     shape = (*x.shape[:-1], packed.n)
     return y.view(shape), bound.view(shape)
 
 
-def exact_around(x, packed: Packed, fast: bool, norm=None, eps=0.0, swiglu=False, residual=None):
+def exact_around(x, packed: Packed, arithmetic: str, norm=None, eps=0.0, swiglu=False, residual=None):
     """As exact_matmul, for a product with the layers around it.
 
-    The kernel's left side h is off by a few roundings (exp, division, products), and by those of a
-    sum of k squares with norm.  Fast mode rounds it to steps of 1/127 of its group's largest: k
-    independent errors of variance step^2 / 12, whose sum stays within 7 standard deviations.
+    The kernel's left side h is off by a few roundings, and by those of a sum of k squares with norm.
+    int8 rounds it to steps of 1/127 of its group's largest, bf16 both sides to steps of 2^-7 of
+    themselves: k independent errors of variance step^2 / 12, whose sum stays within 7 standard
+    deviations.
     """
     u, k = ROUNDOFF[torch.float32], packed.k
-    h = prologue(x.double(), k, norm, eps, swiglu).reshape(-1, k)
+    h = prologue(x.double(), k, norm, eps).reshape(-1, k)
     off = (16 + (5 * math.sqrt(k) if norm is not None else 0)) * u * h.abs()
-    w = formats.dequantize(packed, torch.float64)
+    w = (fast_weights if arithmetic == "int8" else formats.dequantize)(packed, torch.float64)
     y = h @ w.T
-    bound = (4 + 5 * math.sqrt(k)) * u * (h.abs() @ magnitudes(packed).T)
-    bound += off @ magnitudes(packed).T
-    if fast:
+    bound = (8 + 5 * math.sqrt(k)) * u * (h.abs() @ magnitudes(packed).T)
+    bound += off @ magnitudes(packed).T + FLUSHED[arithmetic] * 2 * (h.abs().sum(1)[:, None] + k)
+    if arithmetic == "int8":
         groups = torch.zeros(h.shape[0], -(-k // ACT_GROUP) * ACT_GROUP, dtype=torch.float64)
         groups[:, :k] = h.abs()
         largest = groups.view(h.shape[0], -1, ACT_GROUP).amax(-1, keepdim=True)
         step = (largest / 127).expand(-1, -1, ACT_GROUP).reshape(h.shape[0], -1)[:, :k]
         bound += 7 * ((step.square() / 12) @ w.square().T).sqrt()
+    elif arithmetic == "bf16":
+        bound += 7 * (2 * 2.0**-14 / 12 * (h.square() @ w.square().T)).sqrt()
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        off_gate, off_up = bound.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+        # silu's slope is below 1.1; exp and what follows it round a few times
+        bound = 1.1 * off_gate * (up.abs() + off_up) + F.silu(gate).abs() * off_up + 8 * u * y.abs()
     if residual is not None:
         rows = residual.reshape(y.shape).double()
         y, bound = y + rows, bound + u * (y.abs() + rows.abs())
     bound += ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
-    shape = (*x.shape[:-1], packed.n)
+    shape = (*x.shape[:-1], y.shape[-1])
     return y.view(shape), bound.view(shape)
 
 

@@ -7,10 +7,10 @@ import memlm
 from . import matmul_checks as checks
 
 OP = "w4_matmul"
-FORMATS = ["int4-g32", "int4-g64", "int4-g128", "int4a-g32", "int4a-g64", "int4a-g128"]
+FORMATS = ["int4-g32", "int4-g64", "int4-g128", "int4a-g32", "int4a-g64", "int4a-g128", "nf4-g32", "nf4-g64"]
 PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
 both_modes = pytest.mark.parametrize("fast", [True, False], ids=["fast", "accurate"])
-one_of_each = pytest.mark.parametrize("format", ["int4-g32", "int4a-g64"])
+one_of_each = pytest.mark.parametrize("format", ["int4-g32", "int4a-g64", "nf4-g64"])
 
 
 @both_modes

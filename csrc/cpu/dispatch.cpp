@@ -300,7 +300,9 @@ const char* memlm_isa(void) { return kernels().name; }
 
 const char* const* memlm_isas(void) { return choice().names; }
 
-int64_t memlm_tile_rows(void) { return kernels().tile_rows; }
+int64_t memlm_tile_rows(int fast) {
+  return fast ? kernels().tiles_from_fast : kernels().tiles_from_accurate;
+}
 
 memlm_status memlm_set_isa(const char* name) {
   const Kernels* found = name ? choice().find(name) : nullptr;

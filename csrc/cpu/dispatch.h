@@ -6,7 +6,7 @@ namespace memlm {
 
 struct Kernels {
   const char* name;
-  int64_t tile_rows;  // memlm_tile_rows
+  int64_t tiles_from_fast, tiles_from_accurate;  // memlm_tile_rows
   memlm_status (*w2_matmul)(const memlm_packed&, const memlm_matmul_args&);
   memlm_status (*w4_matmul)(const memlm_packed&, const memlm_matmul_args&);
   memlm_status (*w8_matmul)(const memlm_packed&, const memlm_matmul_args&);

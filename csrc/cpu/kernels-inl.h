@@ -15,12 +15,10 @@ namespace MEMLM_ISA {
 
 #define MEMLM_STRING2(x) #x
 #define MEMLM_STRING(x) MEMLM_STRING2(x)
-#ifdef MEMLM_TILE_UNIT
-constexpr int64_t kTilesFrom = kTileUnitRows;
-#else
-constexpr int64_t kTilesFrom = 0;
+#ifndef MEMLM_TILE_UNIT
+constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
-const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFrom, w2_matmul, w4_matmul, w8_matmul,
+const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate, w2_matmul, w4_matmul, w8_matmul,
                          w8a8_matmul, quantize_rows, dequantize_rows};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2

@@ -84,7 +84,7 @@ struct Columns {
 
 // Writes the 16 sums of a tile of y (and its gate's before them), with what comes after the product,
 // to y[row, 16 * tile ...], leaving out columns beyond n.
-inline void store_tile(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
+__attribute__((always_inline)) inline void store_tile(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
                        int64_t row, const F* sums) {
   const int64_t n0 = tile * kTileRows;
   const int64_t left = columns.n - n0, count = left < kTileRows ? left : kTileRows;
@@ -187,22 +187,23 @@ struct Block {
 // Tiles of W per block: x is streamed from the L3 once per block, at 16 rows of W per tile for a byte
 // of x; more would not fit the L2 together with the panel's stretch of k.
 template <class Mode>
-constexpr int64_t kBlockTiles = Mode::kTiles ? 16 : 4;
+constexpr int64_t kBlockTiles = Mode::kTiles ? 32 : 4;
 // Bytes of one panel, all tiles together: half of a 256 KB L2, the smallest in use; every CPU with a
 // tile unit has 2 MB.
 template <class Mode>
 constexpr int64_t kPanelBytes = Mode::kTiles ? 512 * 1024 : 128 * 1024;
-// k of a stretch on a tile unit: 32 rows of x (32 KB of bf16) stay in a 48 KB L1 while the tiles of W
-// pass by.
-constexpr int64_t kTileStretch = 512;
+// On a tile unit a stretch of x's register tile stays in a 48 KB L1 while the tiles of W pass by.
+constexpr int64_t kTileXBytes = 32 * 1024;
 // Rows of x whose sums are kept at a time (64 KB per tile of W).
-constexpr int64_t kChunkRows = 1024;
+constexpr int64_t kChunkRows = 512;
 
 template <class Mode>
 constexpr int64_t longest_stretch() {
   const int64_t fits = kPanelBytes<Mode> / kBlockTiles<Mode> / Mode::kPanelBytesPerK / 128 * 128;
   static_assert(fits >= 128, "a stretch holds the largest group");
-  return Mode::kTiles && fits > kTileStretch ? kTileStretch : fits;
+  if (!Mode::kTiles) return fits;
+  const int64_t x_fits = kTileXBytes / Mode::bytes_before(128, 0) / 2 * 128;
+  return x_fits < fits ? x_fits : fits;
 }
 
 template <class Mode, class W>
@@ -243,7 +244,8 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         const int mt = x_tiles.rows_of(t);
         const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
         if constexpr (Mode::kTiles) {
-          Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
+          const char* next = x_tile(t + 1 < t1 ? t + 1 : t) + Mode::bytes_before(block.k0, mt);
+          Mode::multiply(block, count, at, next, padded, mt, sums_of(t), sums_next);
         } else {
           for (int64_t i = 0; i < count; ++i)
             with_rows(mt, [&](auto n) {
@@ -257,9 +259,9 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         }
       }
     }
-    for (int64_t i = 0; i < whole.tiles; ++i)
-      for (int64_t t = t0; t < t1; ++t)
-        for (int row = 0; row < x_tiles.rows_of(t); ++row) {
+    for (int64_t t = t0; t < t1; ++t)  // y row by row: each lies in pages of its own
+      for (int row = 0; row < x_tiles.rows_of(t); ++row)
+        for (int64_t i = 0; i < whole.tiles; ++i) {
           F total[2];
           for (int part = 0; part < columns.parts; ++part)
             total[part] = Mode::finish(whole.stretch(i + part * whole.tiles), x_tile(t), padded,
@@ -307,9 +309,9 @@ template <class W>
 memlm_status matmul(const W& codec, const memlm_packed& w, const memlm_matmul_args& args) {
   const Input in = {args, nullptr, kActGroup};
 #ifdef MEMLM_TILE_UNIT
-  if (args.m >= kTileUnitRows)
-    return args.fast ? matmul<Bf16Tiles<W, OneBf16>>(codec, w, in)
-                     : matmul<Bf16Tiles<W, ThreeBf16>>(codec, w, in);
+  if (args.fast && args.m >= kTilesFromFast) return matmul<Bf16Tiles<W, OneBf16>>(codec, w, in);
+  if (!args.fast && args.m >= kTilesFromAccurate)
+    return matmul<Bf16Tiles<W, ThreeBf16>>(codec, w, in);
 #endif
   return args.fast ? matmul<Fast<W>>(codec, w, in) : matmul<Accurate<W>>(codec, w, in);
 }

@@ -23,6 +23,7 @@ struct Term { int x, w; };
 
 // To the nearest bf16.
 struct OneBf16 {
+  static constexpr bool kPanel = true;
   static constexpr int kParts = 1, kTerms = 1;
   static constexpr Term kTerm[] = {{0, 0}};
   template <int S, int X, int W>
@@ -31,17 +32,30 @@ struct OneBf16 {
 // All 24 bits of a float in three bf16 (x = x0 + x1 + x2 exactly, down to bf16's smallest normal
 // number).  The products left out are below 2^-24 of x w, as the rounding of an f32 product is.
 struct ThreeBf16 {
+  static constexpr bool kPanel = true;
   static constexpr int kParts = 3, kTerms = 6;
   static constexpr Term kTerm[] = {{0, 0}, {0, 1}, {0, 2}, {1, 0}, {1, 1}, {2, 0}};
   template <int S, int X, int W>
   static void dot() { tile_dot_bf16<S, X, W>(); }
 };
 struct OneInt8 {
+  static constexpr bool kPanel = false;
   static constexpr int kParts = 1, kTerms = 1;
   static constexpr Term kTerm[] = {{0, 0}};
   template <int S, int X, int W>
   static void dot() { tile_dot_s8<S, X, W>(); }
 };
+
+// A panel passes by: streamed, it leaves the L1 to x.  Packed weights come from memory, and are to
+// stay in the L2 for the next rows of x.
+template <class T, int N>
+inline void tile_load_w(const void* p) {
+  if (T::kPanel) {
+    tile_stream<N>(p);
+  } else {
+    tile_load<N>(p);
+  }
+}
 
 // Two tiles of x or W: consecutive steps along k, each of kParts tiles.
 struct TilePair {
@@ -56,8 +70,8 @@ inline void add_terms(TilePair x, TilePair w) {
     if (kTwoX) tile_load<5>(x.second + term.x * kTileBytes);
   }
   if constexpr (I == 0 || term.w != last.w) {
-    tile_load<6>(w.first + term.w * kTileBytes);
-    if (kTwoW) tile_load<7>(w.second + term.w * kTileBytes);
+    tile_load_w<T, 6>(w.first + term.w * kTileBytes);
+    if (kTwoW) tile_load_w<T, 7>(w.second + term.w * kTileBytes);
   }
   T::template dot<0, 4, 6>();
   if (kTwoX) T::template dot<2, 5, 6>();
@@ -89,6 +103,15 @@ inline void multiply_tiles(TilePair x, bool two_x, TilePair w, bool two_w, int64
   const auto f = two_x ? two_w ? multiply_tiles<T, true, true> : multiply_tiles<T, true, false>
                        : two_w ? multiply_tiles<T, false, true> : multiply_tiles<T, false, false>;
   f(x, w, steps, sums, sums_next);
+}
+
+// Asks for part i of n of the x that comes next: it lies in the L3, whose latency the L1's few
+// outstanding lines would not hide.
+inline void prefetch_part(TilePair next, int64_t bytes, int64_t i, int64_t n) {
+  for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += 64) {
+    __builtin_prefetch(next.first + at, 0, 2);
+    __builtin_prefetch(next.second + at, 0, 2);
+  }
 }
 
 // Both modes of arithmetic on numbers: T is OneBf16 (fast) or ThreeBf16 (accurate).
@@ -142,15 +165,18 @@ struct Bf16Tiles {
     memset(sums, 0, sizeof(float) * mt * kTileRows);
   }
 
-  // x times `count` tiles of W: sums_next floats lie between the sums of one and the next.
+  // x times `count` tiles of W: sums_next floats lie between the sums of one and the next.  next_x
+  // is what will be multiplied after it.
   template <class Block>
-  static void multiply(const Block& block, int64_t count, const char* x, int64_t padded, int mt,
-                       float* sums, int64_t sums_next) {
-    const TilePair xs = {x, x + kTileX * row_bytes(padded)};
-    const int64_t steps = (block.k1 - block.k0) / kStepK;
-    for (int64_t i = 0; i < count; i += 2)
+  static void multiply(const Block& block, int64_t count, const char* x, const char* next_x,
+                       int64_t padded, int mt, float* sums, int64_t sums_next) {
+    const int64_t half = kTileX * row_bytes(padded), steps = (block.k1 - block.k0) / kStepK;
+    const TilePair xs = {x, x + half};
+    for (int64_t i = 0; i < count; i += 2) {
+      prefetch_part({next_x, next_x + half}, steps * T::kParts * kTileBytes, i, count);
       multiply_tiles<T>(xs, mt > kTileX, {block.panel(i), block.panel(i + 1)}, i + 1 < count, steps,
                         sums + i * sums_next, sums_next);
+    }
   }
 
   static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
@@ -190,13 +216,15 @@ struct PerRowTiles {
   }
 
   template <class Block>
-  static void multiply(const Block& block, int64_t count, const char* x, int64_t padded, int mt,
-                       float* sums, int64_t sums_next) {
-    const TilePair xs = {x, x + kTileX * code_bytes(padded)};
+  static void multiply(const Block& block, int64_t count, const char* x, const char* next_x,
+                       int64_t padded, int mt, float* sums, int64_t sums_next) {
+    const int64_t half = kTileX * code_bytes(padded);
+    const TilePair xs = {x, x + half};
     const int64_t k = block.k1 - block.k0, steps = k / kStepK, done = steps * kTileBytes;
     alignas(64) char ends[2][kTileBytes] = {};  // the last 32 k of an odd number of 32 k, and zeros
     for (int64_t i = 0; i < count; i += 2) {
       const bool two = i + 1 < count;
+      prefetch_part({next_x, next_x + half}, steps * kTileBytes, i, count);
       const char* codes[2];
       for (int j = 0; j < 1 + two; ++j)
         codes[j] = reinterpret_cast<const char*>(block.stretch(i + j).codes);

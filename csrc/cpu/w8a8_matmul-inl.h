@@ -10,7 +10,7 @@ inline memlm_status w8a8_matmul(const memlm_packed& w, const memlm_matmul_args& 
   const Input in = {args, x_scales, x_group};
   if (w.group || x_group) return matmul<Fast<W8>>(W8(), w, in);
 #ifdef MEMLM_TILE_UNIT
-  if (args.m >= kTileUnitRows) return matmul<PerRowTiles<W8>>(W8(), w, in);
+  if (args.m >= kTilesFromPerRow) return matmul<PerRowTiles<W8>>(W8(), w, in);
 #endif
   return matmul<PerRow<W8>>(W8(), w, in);
 }

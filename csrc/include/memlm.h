@@ -101,9 +101,9 @@ MEMLM_API memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t
 MEMLM_API const char* memlm_isa(void);
 /* Names of all that this CPU can run, best first; NULL ends the list. */
 MEMLM_API const char* const* memlm_isas(void);
-/* From how many rows on the matmuls of numbers run on the CPU's tile unit, with that arithmetic;
- * 0 where the instruction set in use has none. */
-MEMLM_API int64_t memlm_tile_rows(void);
+/* From how many rows on the matmuls of numbers run on the CPU's tile unit, with its arithmetic, in
+ * either mode; 0 where the instruction set in use has none. */
+MEMLM_API int64_t memlm_tile_rows(int fast);
 /* Switches to one of them.  For tests and benchmarks: not while other calls are under way. */
 MEMLM_API memlm_status memlm_set_isa(const char* name);
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from memlm.formats import Format, Packed
 from memlm.layers.packed import PackedModule
-from memlm.ops import check_mode, dequantize, mode_for, w4_matmul, w8_matmul
+from memlm.ops import dequantize, dispatch, mode_for
 from memlm.quantize import quantize_weight
 
 
@@ -38,7 +38,8 @@ class Linear(PackedModule):
 
     x is ``[..., in_features]`` in f32, bf16 or f16, and so is y.  The weights are frozen;
     gradients flow to x and to the bias (as training LoRA adapters around the layer needs).
-    ``mode`` is ``"fast"`` or ``"accurate"``: see :func:`memlm.ops.w4_matmul`; None takes fast for
+    ``mode`` is ``"fast"`` or ``"accurate"``, see :func:`memlm.ops.w4_matmul`, or for 8 bits
+    ``"w8a8"``, :func:`memlm.ops.w8a8_matmul` with one scale per row of x; None takes fast for 2 and
     4 bits and accurate for 8.  It may be changed at any time.
     """
 
@@ -91,16 +92,16 @@ class Linear(PackedModule):
 
     @property
     def mode(self) -> str:
-        return "fast" if self._fast else "accurate"
+        return self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        self._fast = check_mode(mode) == "fast"
+        self._mode = mode_for(self.format, mode)
 
     @property
     def op(self) -> str:
         """The operation that forward runs."""
-        return f"w{self.format.bits}_matmul"
+        return "w8a8_matmul" if self._mode == "w8a8" else f"w{self.format.bits}_matmul"
 
     def forward(
         self,
@@ -112,12 +113,10 @@ class Linear(PackedModule):
     ) -> torch.Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``; with the layers around it, where they
         are given, as :func:`memlm.ops.w4_matmul` says."""
-        parts, format = self._buffers, self.format  # attributes of modules are slow
-        codes, scales, bias = parts["codes"], parts["scales"], self._parameters["bias"]
-        rest = (self.n, self.k, format.group, bias, self._fast, norm, eps, swiglu, residual)
-        if format.bits == 4:
-            return w4_matmul(x, codes, scales, parts["offsets"], *rest)
-        return w8_matmul(x, codes, scales, *rest)
+        parts, bias = self._buffers, self._parameters["bias"]  # attributes of modules are slow
+        weights = (parts["codes"], parts["scales"], parts["offsets"], self.n, self.k)
+        around = (norm, eps, swiglu, residual)
+        return dispatch(x, self.format, *weights, bias, self._mode, *around)
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm.errors import FormatError
+from memlm.formats import TILE_ROWS
 from memlm.layers import Linear
 from memlm.models.config import MAX_LAYERS, integer, number
 
@@ -211,17 +212,18 @@ def _is_plain(norm: nn.Module) -> bool:
 
 
 def linear(layer: nn.Module, x, norm=None, swiglu: bool = False, residual=None):
-    """``layer(f(x)) + residual``, where f is the RMSNorm ``norm`` or SwiGLU: one operation where
-    the layer is packed and the norm is just that, several of torch's otherwise."""
-    if isinstance(layer, Linear) and (norm is None or _is_plain(norm)):
+    """``f(layer(norm(x))) + residual``, where norm is RMSNorm and f SwiGLU's gate: one operation
+    where the layer is packed and the norm is just that, several of torch's otherwise."""
+    fits = not swiglu or layer.out_features % (2 * TILE_ROWS) == 0
+    if isinstance(layer, Linear) and fits and (norm is None or _is_plain(norm)):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return layer(x, weight, eps, swiglu, residual)
     if norm is not None:
         x = norm(x)
-    if swiglu:
-        gate, up = x.chunk(2, dim=-1)
-        x = F.silu(gate) * up
     y = layer(x)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
     return y if residual is None else residual + y
 
 
@@ -268,7 +270,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x, norm):
-        return linear(self.down_proj, linear(self.gate_up_proj, x, norm), swiglu=True, residual=x)
+        gated = linear(self.gate_up_proj, x, norm, swiglu=True)
+        return linear(self.down_proj, gated, residual=x)
 
 
 class Layer(nn.Module):

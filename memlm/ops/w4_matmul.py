@@ -45,12 +45,12 @@ def w4_matmul(
 
     ``fast=False``: weights are dequantised, products and sums are f32; the error is that of an f32
     matmul with the dequantised weights.  (With AMX, from :func:`memlm.cpu.tile_rows` rows on,
-    numbers are cut into three bf16: what lies below 2**-126 counts as zero.)
+    numbers are cut into three bf16: what lies below 2**-110 loses digits.)
 
     ``fast=True``: x is rounded to int8 with one scale per 32 consecutive k, products are exact
     integers, sums f32; x is off by at most 1/254 of the largest of its 32, and the levels of NF4 by
-    1/254.  With AMX, from ``tile_rows()`` rows on, x and the dequantised weights are rounded to
-    bf16 instead (each off by at most 1/512 of itself).  A row of x that holds Inf or NaN gives NaN.
+    1/254.  With AMX, from ``tile_rows`` rows on, x and the dequantised weights are rounded to
+    bf16 instead (each off by at most 1/256 of itself).  A row of x that holds Inf or NaN gives NaN.
 
     The layers around the product can be part of it, in f32 and without a pass over memory of
     their own: ``norm [k]`` with ``eps`` puts RMSNorm before it (arXiv:1910.07467); with ``swiglu``
