@@ -139,7 +139,9 @@ memlm_status run_matmul(const memlm_packed* w, int bits, const memlm_matmul_args
   if (memlm_status s = check(w, bits)) return s;
   if (memlm_status s = check(*w, args)) return s;
   if (args->m == 0) return MEMLM_OK;
-  const memlm_status status = (kernels().*kernel)(*w, *args);
+  memlm_matmul_args fewer = *args;
+  fewer.threads = useful_threads(static_cast<double>(args->m) * w->n * w->k, args->threads);
+  const memlm_status status = (kernels().*kernel)(*w, fewer);
   if (status == MEMLM_NO_MEMORY) return fail(status, "no memory for the workspace");
   return status;
 }
