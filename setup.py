@@ -77,10 +77,16 @@ setup(
     ext_modules=[
         Extension(
             "memlm.libmemlm",
-            ["csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp", "csrc/bench/limits.cpp"],
+            [
+                "csrc/cpu/dispatch.cpp",
+                "csrc/cpu/pool.cpp",
+                "csrc/cpu/threads.cpp",
+                "csrc/bench/limits.cpp",
+            ],
             depends=HEADERS,
             extra_compile_args=COMMON,
-            extra_link_args=["-pthread"],
+            # Its threads sleep in its code: dlclose must leave it where it is.
+            extra_link_args=["-pthread", "-Wl,-z,nodelete"],
             language="c++",
         ),
         Extension(

@@ -164,13 +164,18 @@ memlm_status said(memlm_status status) {
   return status == MEMLM_NO_MEMORY ? fail(status, "no memory for the workspace") : status;
 }
 
+memlm_matmul_args with_useful_threads(const memlm_packed& w, memlm_matmul_args args) {
+  args.threads = useful_threads(static_cast<double>(args.m) * w.n * w.k, args.threads);
+  return args;
+}
+
 using Matmul = memlm_status (*)(const memlm_packed&, const memlm_matmul_args&);
 
 memlm_status run_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                         Matmul Kernels::* kernel) {
   if (memlm_status s = check(w, bits)) return s;
   if (memlm_status s = check(*w, args)) return s;
-  return args->m ? said((kernels().*kernel)(*w, *args)) : MEMLM_OK;
+  return args->m ? said((kernels().*kernel)(*w, with_useful_threads(*w, *args))) : MEMLM_OK;
 }
 
 memlm_status check_x_group(int64_t x_group) {
@@ -245,7 +250,8 @@ memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* a
     return fail(MEMLM_INVALID, "norm: x is int8, and only numbers can be normalised");
   if (x_scales)
     if (memlm_status s = check_codes(*args, w->k)) return s;
-  return args->m ? said(kernels().w8a8_matmul(*w, *args, x_scales, x_group)) : MEMLM_OK;
+  if (args->m == 0) return MEMLM_OK;
+  return said(kernels().w8a8_matmul(*w, with_useful_threads(*w, *args), x_scales, x_group));
 }
 
 memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride,

@@ -1,34 +1,27 @@
 #include "threads.h"
 
 #include <atomic>
-#include <thread>
-#include <vector>
 
 #include "../include/memlm.h"
+#include "float_mode.h"
+#include "pool.h"
 
 namespace memlm {
 namespace {
 
-// Without a host's pool, threads are started for each call: some 20 us, and nothing to clean up.
-void run_on_own_threads(int64_t count, memlm_task task, void* context) {
-  std::vector<std::thread> others;
-  others.reserve(count - 1);
-  for (int64_t i = 1; i < count; ++i) others.emplace_back(task, context, i);
-  task(context, 0);
-  for (auto& thread : others) thread.join();
-}
-
-std::atomic<memlm_run> g_run{run_on_own_threads};
+std::atomic<memlm_run> g_run{run_on_pool};
 
 struct Loop {
   int64_t items, chunk;
   Body body;
   void* context;
+  FloatControl mode;  // the caller's: the result must not depend on who does which piece
   std::atomic<int64_t> next;
 };
 
 void work(void* context, int64_t slot) {
   Loop& loop = *static_cast<Loop*>(context);
+  const WithFloatMode mode(loop.mode);
   for (;;) {
     const int64_t begin = loop.next.fetch_add(loop.chunk, std::memory_order_relaxed);
     if (begin >= loop.items) return;
@@ -42,7 +35,7 @@ void work(void* context, int64_t slot) {
 void parallel_for(int64_t items, int64_t chunk, int threads, Body body, void* context) {
   const int64_t pieces = (items + chunk - 1) / chunk;
   const int64_t count = threads < pieces ? threads : pieces;
-  Loop loop{items, chunk, body, context, {0}};
+  Loop loop{items, chunk, body, context, float_control(), {0}};
   if (count <= 1) {
     if (items > 0) work(&loop, 0);
   } else {
@@ -52,4 +45,4 @@ void parallel_for(int64_t items, int64_t chunk, int threads, Body body, void* co
 
 }  // namespace memlm
 
-void memlm_set_run(memlm_run run) { memlm::g_run = run ? run : memlm::run_on_own_threads; }
+void memlm_set_run(memlm_run run) { memlm::g_run = run ? run : memlm::run_on_pool; }

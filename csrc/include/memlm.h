@@ -109,7 +109,10 @@ MEMLM_API memlm_status memlm_set_isa(const char* name);
 
 /* Hands the work to a host's thread pool instead of memlm's own threads.  run must call
  * task(context, i) once for each i in 0..count-1, on at most count threads, and return when all are
- * done.  NULL goes back to memlm's own. */
+ * done.  NULL goes back to memlm's own: one pool for the process, started when first needed, whose
+ * threads spin for 50 us after their work and then sleep.  It works for one call at a time; calls
+ * from other threads meanwhile run on those threads alone.  It survives fork: a child starts its own.
+ * Whoever runs a task, it computes in the floating-point mode (rounding, denormals) of the caller. */
 typedef void (*memlm_task)(void* context, int64_t i);
 typedef void (*memlm_run)(int64_t count, memlm_task task, void* context);
 MEMLM_API void memlm_set_run(memlm_run run);

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -18,7 +20,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// torch's own thread pool runs the kernels: one pool, which follows torch.set_num_threads.
+// torch's own thread pool runs the kernels: one pool, which follows torch.set_num_threads.  A second
+// one beside it would find the CPUs taken by torch's threads, which spin for milliseconds after each
+// of torch's operations.
 void run_on_torch_threads(int64_t count, memlm_task task, void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(context, i);
@@ -26,6 +30,10 @@ void run_on_torch_threads(int64_t count, memlm_task task, void* context) {
 }
 
 const bool g_run_is_set = (memlm_set_run(run_on_torch_threads), true);
+
+// A forked child of a process that has used the pool hangs in it (in torch.mm too): OpenMP waits for
+// threads that the child does not have.  memlm's own start anew there.
+const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { memlm_set_run(nullptr); });
 
 memlm_dtype dtype_of(ScalarType type, const char* name) {
   if (type == ScalarType::Float) return MEMLM_F32;
