@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FormatError": "memlm.errors",
-    "Format": "memlm.formats",
+    "Format": "memlm._format",
     "Packed": "memlm.formats",
     "quantize_weight": "memlm.quantize",
     "QuantConfig": "memlm.convert",
