@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from memlm import _rounding
 from memlm.formats import Format, Packed, pack
-
-# Clipping candidates, as fractions of the group's range.  Weights are bell-shaped: with 16 levels,
-# cutting up to a third of the range off can pay.
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_CHUNK = 1 << 19  # weights quantised at a time: 2 MB of f32, so that the search stays in the cache
-_F16_MIN_NORMAL = 2.0**-14
-_F16_MAX = 65504.0
 
 
 def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
@@ -41,11 +35,9 @@ def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
         largest = float(w.detach().abs().amax())
         if not largest < float("inf"):
             raise ValueError("w: contains NaN or Inf")
-        steps = 127 if format.bits == 8 else 15
-        in_range = largest == 0 or (largest / steps >= _F16_MIN_NORMAL and largest <= _F16_MAX)
-        scale_dtype = torch.float16 if in_range else torch.float32
-        rows = max(1, _CHUNK // w.shape[1])
-        parts = [_quantize_rows(chunk, format, scale_dtype) for chunk in w.detach().split(rows)]
+        dtype = _rounding.scale_dtype(torch, format, largest)
+        chunks = w.detach().split(_rounding.chunk_rows(w.shape[1]))
+        parts = [_quantize_rows(chunk, format, dtype) for chunk in chunks]
         q, scales, offsets = zip(*parts)
         return pack(
             torch.cat(q),
@@ -56,75 +48,7 @@ def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
 
 
 def _quantize_rows(w: torch.Tensor, format: Format, scale_dtype: torch.dtype):
-    """Codes [rows, k], scales and offsets [rows, groups] of some rows."""
     rows, k = w.shape
-    groups = format.groups(k)
-    span = format.group or k
-    grouped = torch.zeros(rows, groups * span, device=w.device)
-    grouped[:, :k] = w
-    grouped = grouped.view(rows, groups, span)
-    if format.bits == 8:
-        q, scales, offsets = _int8(grouped, scale_dtype)
-    elif format.symmetric:
-        q, scales, offsets = _int4(grouped, scale_dtype)
-    else:
-        # Padding must not stretch the last group's range: it repeats the row's last weight.
-        grouped.view(rows, -1)[:, k:] = grouped.view(rows, -1)[:, k - 1 : k]
-        q, scales, offsets = _int4a(grouped, scale_dtype)
-    q = q.reshape(rows, -1)[:, :k]
-    return q, scales.squeeze(-1), None if offsets is None else offsets.squeeze(-1)
-
-
-def _inverse(s: torch.Tensor) -> torch.Tensor:
-    return torch.where(s == 0, 0.0, 1.0 / s)
-
-
-def _int8(w: torch.Tensor, scale_dtype: torch.dtype):
-    scales = (w.abs().amax(-1, keepdim=True) / 127).to(scale_dtype)
-    q = (w * _inverse(scales.float())).round_().clamp_(-127, 127)
-    return q.to(torch.int8), scales, None
-
-
-def _int4(w: torch.Tensor, scale_dtype: torch.dtype):
-    # The codes reach -8 but only +7: the largest magnitude, of either sign, is mapped to -8.
-    extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-    best = _better(None, w, (extreme / -8).to(scale_dtype), None)
-    for shrink in _SHRINK:
-        s = extreme * (shrink / -8)
-        q = (w * _inverse(s)).round_().clamp_(-8, 7)
-        s = (w * q).sum(-1, keepdim=True) * _inverse((q * q).sum(-1, keepdim=True))
-        best = _better(best, w, s.to(scale_dtype), None)
-    return best[0].to(torch.uint8), best[1], None
-
-
-def _int4a(w: torch.Tensor, scale_dtype: torch.dtype):
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    middle, half = (low + high) / 2, (high - low) / 2
-    mean = w.mean(-1, keepdim=True)
-    best = _better(None, w, ((high - low) / 15).to(scale_dtype), low.to(scale_dtype))
-    for shrink in _SHRINK:
-        s, o = half * (2 * shrink / 15), middle - half * shrink
-        q = ((w - o) * _inverse(s)).round_().clamp_(0, 15)
-        # Least squares for (s, o) given the codes.
-        q_mean = q.mean(-1, keepdim=True)
-        dq = q - q_mean
-        s = ((w - mean) * dq).sum(-1, keepdim=True) * _inverse((dq * dq).sum(-1, keepdim=True))
-        best = _better(best, w, s.to(scale_dtype), (mean - s * q_mean).to(scale_dtype))
-    return best[0].to(torch.uint8), best[1], best[2]
-
-
-def _better(best, w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None):
-    """The better, group by group, of ``best`` and rounding with these stored scales."""
-    s = scales.float()
-    o = -8 * s if offsets is None else offsets.float()
-    q = ((w - o) * _inverse(s)).round_().clamp_(0, 15)
-    error = (q * s + o).sub_(w).square_().sum(-1, keepdim=True)
-    if best is None:
-        return q, scales, offsets, error
-    wins = error < best[3]
-    return (
-        torch.where(wins, q, best[0]),
-        torch.where(wins, scales, best[1]),
-        None if offsets is None else torch.where(wins, offsets, best[2]),
-        torch.where(wins, error, best[3]),
-    )
+    padded = torch.empty(rows, _rounding.columns(format, k), device=w.device)
+    padded[:, :k] = w
+    return _rounding.quantize_rows(torch, padded, k, format, scale_dtype)
