@@ -24,7 +24,7 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-_MODULES = ("cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
+_MODULES = ("arrays", "cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
