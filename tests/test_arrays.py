@@ -493,7 +493,7 @@ def test_load_refuses_malformed_files(tmp_path):
     refused("version 99; known is 1")
     change(layers=[])
     refused("layers are malformed")
-    change(layers={"layers.0": {"format": "int4", "n": 16, "k": 32}})
+    change(layers={"layers.0": {"format": "int8", "n": 16, "k": 32}})
     refused("layers.0: codes: got NoneType")
     change(layers={"layers.0": {"format": "int3", "n": 16, "k": 32}})
     refused("layers are malformed.*int3")
