@@ -24,6 +24,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
     avx512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own headers
     ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], *avx512]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mavx512bf16"]
 
 HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
 

@@ -20,6 +20,15 @@ Dtype dtype_of(const py::dtype& dtype) {
   }
 }
 
+py::dtype numpy_dtype(Dtype dtype) {
+  if (dtype != kBF16) return py::dtype(text(dtype));
+  try {
+    return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+  } catch (const py::error_already_set&) {
+    throw py::import_error("out: a bfloat16 result needs the package ml_dtypes, or out");
+  }
+}
+
 // Of `object`, at most version 1; of version 0 where it knows no versions.
 py::object capsule_of(py::handle object) {
   const py::object method = object.attr("__dlpack__");
@@ -165,23 +174,13 @@ const char* Array::end() const {
 }
 
 py::array new_array(Dtype dtype, const Shape& shape) {
-  py::object numpy_dtype;
-  if (dtype == kBF16) {
-    try {
-      numpy_dtype = py::module_::import("ml_dtypes").attr("bfloat16");
-    } catch (py::error_already_set&) {
-      throw py::type_error("out: a bfloat16 result needs the package ml_dtypes, or out");
-    }
-  }
+  const py::dtype type = numpy_dtype(dtype);
   constexpr size_t kAlignment = 64;  // fastest for the kernels, and what JAX takes without copying
   size_t bytes = dtype.bits / 8;
   for (int64_t size : shape) bytes *= static_cast<size_t>(size);
   void* p = std::aligned_alloc(kAlignment, (bytes + kAlignment) / kAlignment * kAlignment);
   if (!p) throw std::bad_alloc();
   const py::capsule owner(p, [](void* memory) { std::free(memory); });
-  const py::dtype type = dtype == kBF16   ? py::dtype::from_args(numpy_dtype)
-                         : dtype == kF16 ? py::dtype("float16")
-                                         : py::dtype("float32");
   return py::array(type, shape, p, owner);
 }
 

@@ -90,7 +90,7 @@ class OptionalArray : public std::optional<Array> {
   const void* data() const { return has_value() ? (*this)->data : nullptr; }
 };
 
-// A numpy array of undefined contents.  Raises TypeError for bfloat16 without ml_dtypes.
+// A numpy array of undefined contents.  Raises ImportError for bfloat16 without ml_dtypes.
 py::array new_array(Dtype dtype, const Shape& shape);
 
 }  // namespace memlm

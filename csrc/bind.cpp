@@ -24,6 +24,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("ACT_GROUP") = memlm::kActGroup;
   m.def("padded_k", &memlm::padded_k, py::arg("k"), py::arg("group"));
   m.def("isa", [] { return std::string(memlm_isa()); });
+  m.def("tile_rows", &memlm_tile_rows);
+  m.attr("NF4_LEVELS") = std::vector<float>(memlm_nf4_levels, memlm_nf4_levels + 16);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* const* name = memlm_isas(); *name; ++name) names.emplace_back(*name);

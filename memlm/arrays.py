@@ -6,7 +6,7 @@ in place is refused: rows must be contiguous, in aligned memory, at one distance
 (a slice of columns is fine, a transpose or every second column is not).
 
 Results are new numpy arrays of x's dtype, aligned so that ``jax.numpy.from_dlpack`` takes them
-without a copy.  For bfloat16, which numpy lacks, that is ml_dtypes' (TypeError where that package,
+without a copy.  For bfloat16, which numpy lacks, that is ml_dtypes' (ImportError where that package,
 which comes with JAX, is missing).  Or the result goes to ``out``: any writable array that overlaps
 none of the inputs, of the result's dtype and shape.  Writable are numpy arrays, unless marked
 read-only, and those that say so, as DLPack does from version 1.0 on: torch tensors are, JAX arrays
@@ -35,13 +35,13 @@ from memlm.io.mapped import open_mapped
 
 __all__ = [
     "Format", "FormatError", "Packed", "dequantize", "embedding", "load", "matmul", "pack",
-    "quantize", "w4_matmul", "w8_matmul",
+    "quantize", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
+PARTS = ("codes", "scales", "offsets")
 Array = Any  # numpy's, or one with __dlpack__
 
 _THREADS = len(os.sched_getaffinity(0))
-_PARTS = ("codes", "scales", "offsets")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +68,16 @@ class Packed:
         if not isinstance(self.n, int) or not isinstance(self.k, int):
             raise FormatError(f"n, k: got {self.n!r}, {self.k!r}, accepted are integers")
         try:
-            _core.check_packed(self.format.bits, *_arguments(self))
+            _core.check_packed(_parts(self))
         except (TypeError, ValueError) as error:
             raise FormatError(f"{error} (for {self.format} of a {self.n}x{self.k} matrix)") from None
 
 
-def _arguments(packed: Packed) -> tuple:
+def _parts(packed: Packed) -> tuple:
     """What the kernels take of a packed matrix."""
     p = packed
     try:
-        return p.codes, p.scales, p.offsets, p.n, p.k, p.format.group
+        return p.format, p.n, p.k, p.codes, p.scales, p.offsets
     except AttributeError:
         raise TypeError(f"packed: got {type(packed).__name__}, accepted is a Packed") from None
 
@@ -89,13 +89,15 @@ def w4_matmul(
     mode: str = "fast",
     norm: Array | None = None,
     eps: float = 0.0,
+    swiglu: bool = False,
     residual: Array | None = None,
     *,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """``x W^T + bias`` for ``x [..., k]`` (f32, f16, bf16) and a packed 4-bit ``W [n, k]``:
-    ``[..., n]`` in x's dtype.  ``bias [n]``, ``norm [k]`` and ``residual [..., n]`` have it too.
+    ``[..., n]`` in x's dtype, ``[..., n / 2]`` with ``swiglu``.  ``bias [n]``, ``norm [k]`` and
+    ``residual``, shaped as the result, have that dtype too.
 
     :func:`memlm.ops.w4_matmul` says what is computed, to the last bit; ``mode`` is ``"fast"`` or
     ``"accurate"``.  ``out`` may be ``residual`` itself, which is then updated in place.
@@ -103,7 +105,26 @@ def w4_matmul(
     Raises TypeError or ValueError naming the argument that does not fit, before anything is read
     or written, and BufferError for an array that its library does not share.
     """
-    return _matmul(_core.w4_matmul, x, packed, bias, mode, norm, eps, residual, out, threads)
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    return _core.w4_matmul(x, _parts(packed), _is_fast(mode), around)
+
+
+def w2_matmul(
+    x: Array,
+    packed: Packed,
+    bias: Array | None = None,
+    mode: str = "fast",
+    norm: Array | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Array | None = None,
+    *,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """The same for a packed 2-bit W: see :func:`w4_matmul`."""
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    return _core.w2_matmul(x, _parts(packed), _is_fast(mode), around)
 
 
 def w8_matmul(
@@ -113,33 +134,71 @@ def w8_matmul(
     mode: str = "accurate",
     norm: Array | None = None,
     eps: float = 0.0,
+    swiglu: bool = False,
     residual: Array | None = None,
     *,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
     """The same for a packed 8-bit W: see :func:`w4_matmul`."""
-    return _matmul(_core.w8_matmul, x, packed, bias, mode, norm, eps, residual, out, threads)
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    return _core.w8_matmul(x, _parts(packed), _is_fast(mode), around)
 
 
-_MATMULS = {4: w4_matmul, 8: w8_matmul}  # by bits per weight
+def w8a8_matmul(
+    x: Array,
+    x_scales: Array | None,
+    packed: Packed,
+    bias: Array | None = None,
+    x_group: int = 0,
+    norm: Array | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Array | None = None,
+    dtype=None,
+    *,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """``x W^T + bias`` for int8 x and a packed 8-bit ``W [n, k]``: x is given in int8 with
+    ``x_scales``, as by :func:`quantize_rows`, or in f32, f16 or bf16 and rounded on the way
+    (``x_scales`` None).  :func:`memlm.ops.w8a8_matmul` says what is computed; ``dtype``, of a
+    result of int8 x, is float32 unless given.  All else is as for :func:`w4_matmul`.
+    """
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    name = "" if dtype is None else _dtype_name(dtype)
+    return _core.w8a8_matmul(x, x_scales, _parts(packed), x_group, name, around)
 
 
-def matmul(x: Array, packed: Packed, *args, **options) -> Array:
-    """The product by the operation that fits ``packed.format``, in that one's default mode unless
-    ``mode`` is given; all other arguments are those of :func:`w4_matmul`."""
-    _arguments(packed)
-    return _MATMULS[packed.format.bits](x, packed, *args, **options)
+def matmul(x: Array, packed: Packed, bias: Array | None = None, mode: str | None = None, **options):
+    """The product by the operation that fits ``packed.format`` and ``mode``: ``"fast"``,
+    ``"accurate"``, for 8 bits ``"w8a8"`` (one scale per row of x), or None for the operation's
+    default.  All other arguments are those of :func:`w4_matmul`."""
+    bits = _parts(packed)[0].bits
+    if mode == "w8a8" and bits == 8:
+        return w8a8_matmul(x, None, packed, bias, **options)
+    modes = {} if mode is None else {"mode": mode}
+    return _MATMULS[bits](x, packed, bias, **modes, **options)
 
 
-def _matmul(kernel, x, packed, bias, mode, norm, eps, residual, out, threads) -> Array:
+_MATMULS = {2: w2_matmul, 4: w4_matmul, 8: w8_matmul}  # by bits per weight
+
+
+def _is_fast(mode: str) -> bool:
     if mode not in ("fast", "accurate"):
-        raise ValueError(f"mode: got {mode!r}, accepted are 'fast', 'accurate'")
-    if not isinstance(eps, Real):
-        raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
-    return kernel(
-        x, *_arguments(packed), bias, mode == "fast", norm, eps, residual, out, _threads(threads)
-    )
+        raise ValueError(f"mode: got {mode!r}, accepted are 'fast', 'accurate', for 8 bits 'w8a8'")
+    return mode == "fast"
+
+
+def _around(bias, norm, eps, swiglu, residual, out, threads) -> tuple:
+    """What the kernels take beside x and W."""
+    return bias, norm, _number("eps", eps), bool(swiglu), residual, out, _threads(threads)
+
+
+def _number(name: str, value) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    return float(value)
 
 
 def _threads(threads: int | None) -> int:
@@ -147,7 +206,21 @@ def _threads(threads: int | None) -> int:
         return _THREADS
     if not isinstance(threads, Integral):
         raise TypeError(f"threads: got {type(threads).__name__}, expected an integer or None")
-    return threads
+    return int(threads)
+
+
+def quantize_rows(
+    x: Array,
+    x_group: int = 0,
+    norm: Array | None = None,
+    eps: float = 0.0,
+    *,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``x [..., k]`` (f32, f16, bf16) -> int8 codes ``[..., k]`` and f32 scales ``[..., 1]``, or with
+    ``x_group=32`` one for each 32 k: rounded once for several :func:`w8a8_matmul`.
+    :func:`memlm.ops.quantize_rows` says how."""
+    return _core.quantize_rows(x, x_group, norm, _number("eps", eps), _threads(threads))
 
 
 def embedding(
@@ -164,18 +237,14 @@ def embedding(
 
     Raises TypeError or ValueError naming the argument that does not fit, before anything is written.
     """
-    parts = _arguments(packed)
-    return _core.embedding(
-        ids, packed.format.bits, *parts, _dtype_name(dtype), out, _threads(threads)
-    )
+    return _core.embedding(ids, _parts(packed), _dtype_name(dtype), out, _threads(threads))
 
 
 def dequantize(
     packed: Packed, dtype="float32", *, out: Array | None = None, threads: int | None = None
 ) -> Array:
     """``W [n, k]`` of a packed matrix in ``dtype`` (float32, float16, bfloat16), computed in f32."""
-    parts = _arguments(packed)
-    return _core.dequantize(packed.format.bits, *parts, _dtype_name(dtype), out, _threads(threads))
+    return _core.dequantize(_parts(packed), _dtype_name(dtype), out, _threads(threads))
 
 
 def _dtype_name(dtype) -> str:
@@ -238,9 +307,8 @@ def pack(
         raise ValueError(f"q: got shape {list(q.shape)}, expected [n, k] with n, k at least 1")
     if q.dtype != code_dtype:
         raise TypeError(f"q: got {q.dtype}, expected {code_dtype} for {format}")
-    highest = 2**format.bits - 1
-    if format.bits < 8 and q.max() > highest:
-        raise ValueError(f"q: got codes up to {q.max()}, {format.bits}-bit codes are 0..{highest}")
+    if q.max() not in format.codes:
+        raise ValueError(f"q: got codes up to {q.max()}, those of {format} are {format.codes}")
     n, k = q.shape
     groups = format.groups(k)
     for name, array in (("scales", scales), ("offsets", offsets)):
@@ -284,7 +352,7 @@ def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
     tensors, read-only, under their own.
 
     Raises FileNotFoundError; FormatError for files that are malformed or hold no packed model;
-    TypeError for bfloat16 tensors where the package ml_dtypes is missing.
+    ImportError for bfloat16 tensors where the package ml_dtypes is missing.
     """
     folder = Path(folder)
     config = folder / "config.json"
@@ -298,9 +366,9 @@ def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
     try:
         for name, spec in quantization["layers"].items():
             owner = spec.get("tied_to", name)
-            parts = {part: tensors.get(f"{owner}.{part}") for part in _PARTS}
+            parts = {part: tensors.get(f"{owner}.{part}") for part in PARTS}
             packed[name] = Packed(Format.parse(spec["format"]), spec["n"], spec["k"], **parts)
-            used |= {f"{owner}.{part}" for part in _PARTS}
+            used |= {f"{owner}.{part}" for part in PARTS}
     except FormatError as error:
         raise FormatError(f"{folder}: {name}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

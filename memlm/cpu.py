@@ -17,6 +17,12 @@ def isas() -> list[str]:
     return _core.isas()
 
 
+def tile_rows() -> int:
+    """From how many rows of x on the matmuls run on the CPU's tile unit (AMX), whose arithmetic
+    :func:`memlm.ops.w4_matmul` describes; 0 where the instruction set in use has none."""
+    return _core.tile_rows()
+
+
 def set_isa(name: str) -> None:
     """Use another of :func:`isas` from now on, in the whole process: for tests and benchmarks.
 

@@ -3,12 +3,17 @@
 A weight matrix ``W[n, k]`` is cut along ``k`` into groups.  Each row of each group has one scale
 ``s`` (and, when asymmetric, one offset ``o``); each weight has one integer code ``q``::
 
-    int8   symmetric    w = s * q         q in -128..127   (the quantiser uses -127..127)
-    int4   symmetric    w = s * (q - 8)   q in 0..15
-    int4   asymmetric   w = s * q + o     q in 0..15
+    int8     symmetric    w = s * q           q in -128..127   (the quantiser uses -127..127)
+    int4     symmetric    w = s * (q - 8)     q in 0..15
+    int4     asymmetric   w = s * q + o       q in 0..15
+    nf4      symmetric    w = s * levels[q]   q in 0..15, NF4_LEVELS
+    int2     symmetric    w = s * (q - 1)     q in 0..3
+    int2     asymmetric   w = s * q + o       q in 0..3
+    ternary  symmetric    w = s * (q - 1)     q in 0..2: int2 without its fourth level
 
 A name says it all: ``int8-row`` (one scale per row), ``int8-g32``, ``int4-g128``, ``int4a-g64``
-(``a``: asymmetric).  ``int8`` and ``int4`` alone mean ``DEFAULTS``.
+(``a``: asymmetric), ``nf4-g64``, ``ternary-g128``.  ``int8``, ``int4``, ``nf4``, ``int2`` and
+``ternary`` alone mean ``DEFAULTS``.
 
 Layout, version 1
 -----------------
@@ -26,6 +31,9 @@ come the other 15 rows: a *block* of 64 bytes.  It is what one 512-bit register 
       row 1   (lane 1)  k+0 k+1 k+2 k+3                       high nibble k+4  k+5  k+6  k+7
       ...                                             row 1   ...
       row 15  (lane 15) k+0 k+1 k+2 k+3               row 15  ...
+
+    codes, 2 bits: uint8 [tiles, K/16, 16, 4]: as 4 bits, with k+0, k+4, k+8, k+12 in the first byte
+    from its lowest bits up, k+1, k+5, k+9, k+13 in the second, and so on
 
     scales:  f16 or f32 [tiles, groups, 16]         scales[t, g, r] is row 16t+r, group g
     offsets: like scales (asymmetric only)
@@ -45,12 +53,15 @@ from dataclasses import dataclass
 
 import torch
 
-from memlm._format import ACT_GROUP, DEFAULTS, GROUPS, LANE_K, TILE_ROWS, VERSION, Format
+from memlm._format import (
+    ACT_GROUP, CODEBOOKS, DEFAULTS, GROUPS, LANE_K, NF4_LEVELS, TILE_ROWS, VERSION, ZEROS, Format,
+)  # fmt: skip
 from memlm.errors import FormatError
 
 __all__ = [
-    "ACT_GROUP", "DEFAULTS", "GROUPS", "LANE_K", "SCALE_DTYPES", "TILE_ROWS", "VERSION", "Format",
-    "Packed", "check", "dequantize", "layout", "pack", "unpack",
+    "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
+    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "layout", "pack",
+    "unpack", "values",
 ]  # fmt: skip
 
 SCALE_DTYPES = (torch.float16, torch.float32)
@@ -140,7 +151,7 @@ def _from_tiles(tiled: torch.Tensor, n: int) -> torch.Tensor:
 def pack(
     q: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, format: str | Format
 ) -> Packed:
-    """Codes ``q [n, k]`` (uint8 0..15, or int8), scales and offsets ``[n, groups]`` (f16 or f32)
+    """Codes ``q [n, k]`` (uint8 in ``format.codes``, or int8), scales and offsets ``[n, groups]`` (f16 or f32)
     -> :class:`Packed`.
 
     Raises TypeError or ValueError naming the argument that does not fit.
@@ -151,8 +162,8 @@ def pack(
         raise ValueError(f"q: got shape {list(q.shape)}, expected [n, k] with n, k at least 1")
     if q.dtype != code_dtype:
         raise TypeError(f"q: got {q.dtype}, expected {code_dtype} for {format}")
-    if format.bits == 4 and int(q.max()) > 15:
-        raise ValueError(f"q: got codes up to {int(q.max())}, 4-bit codes are 0..15")
+    if format.bits < 8 and int(q.max()) not in format.codes:
+        raise ValueError(f"q: got codes up to {int(q.max())}, those of {format} are 0..{format.codes[-1]}")
     if (offsets is None) != format.symmetric:
         raise ValueError(
             f"offsets: got {'none' if offsets is None else 'a tensor'}, {format} has "
@@ -175,11 +186,11 @@ def pack(
     padded = format.padded_k(k)
     tiles = -(-n // TILE_ROWS)
     codes = _to_tiles(q, padded)  # [tiles, K, 16]
-    if format.bits == 8:
-        codes = codes.view(tiles, padded // LANE_K, LANE_K, TILE_ROWS).transpose(2, 3)
-    else:
-        pairs = codes.view(tiles, padded // 8, 2, LANE_K, TILE_ROWS)
-        codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).transpose(2, 3)
+    fields = codes.view(tiles, -1, 8 // format.bits, LANE_K, TILE_ROWS)
+    codes = fields[:, :, 0]
+    for i in range(1, fields.shape[2]):
+        codes = codes | fields[:, :, i] << i * format.bits
+    codes = codes.transpose(2, 3)
     return Packed(
         format,
         n,
@@ -193,22 +204,37 @@ def pack(
 def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The inverse of :func:`pack`: ``q [n, k]``, ``scales [n, groups]``, ``offsets`` or None."""
     codes = packed.codes.transpose(2, 3)  # [tiles, blocks, 4, 16]
-    if packed.format.bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=2)
+    bits = packed.format.bits
+    if bits < 8:
+        fields = [codes >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        codes = torch.stack(fields, dim=2)
     tiles = codes.shape[0]
     q = _from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
     offsets = None if packed.offsets is None else _from_tiles(packed.offsets, packed.n)
     return q.contiguous(), _from_tiles(packed.scales, packed.n), offsets
 
 
+def values(format: Format, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
+    """``format.levels`` as a tensor."""
+    return torch.tensor(format.levels, device=device).to(dtype)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``W [n, k]`` in ``dtype``, computed in float32 (float64 when that is asked for)."""
-    q, scales, offsets = unpack(packed)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    n, k = packed.n, packed.k
+    levels = None
+    if packed.format.bits < 8:
+        levels = values(packed.format, compute, packed.codes.device)
+    return dequantize_with(packed, levels, compute).to(dtype)
+
+
+def dequantize_with(packed: Packed, values: torch.Tensor | None, compute: torch.dtype):
+    """As :func:`dequantize`, with ``values`` for the codes 0, 1, ...; None: themselves."""
+    q, scales, offsets = unpack(packed)
+    k = packed.k
     span = packed.format.group or k
-    q = q.to(compute) - (8 if packed.format.bits == 4 and packed.format.symmetric else 0)
+    q = q.to(compute) if values is None else values[q.int()]
     w = q * scales.to(compute).repeat_interleave(span, dim=1)[:, :k]
     if offsets is not None:
         w += offsets.to(compute).repeat_interleave(span, dim=1)[:, :k]
-    return w.to(dtype)
+    return w

@@ -1,6 +1,6 @@
 """Rounding a float matrix to a packed format, without calibration data.
 
-For 8 bits the scale maps a group's largest magnitude to 127.  For 4 bits the scale (and offset)
+For 8 bits the scale maps a group's largest magnitude to 127.  For fewer the scale (and offset)
 minimise the group's squared error: a few clipping ranges are tried, each refined by the
 least-squares scale for the codes it gives.  Plain round-to-nearest is among the candidates, so the
 result is never worse than that.  Scales are rounded to the type they are stored in before the

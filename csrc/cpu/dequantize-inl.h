@@ -1,26 +1,23 @@
 // Rows of W back to floats: for dequantize, and for embedding, which picks rows by index.
 #pragma once
-#include "matmul-inl.h"
+#include "w2_matmul-inl.h"
+#include "w4_matmul-inl.h"
 
 namespace memlm {
 namespace MEMLM_ISA {
 
-// Codes of one row, k from 32 s to 32 s + 31, as floats with the zero point subtracted.
-inline void codes_to_floats(const uint8_t* tile, int bits, float zero, int lane, int64_t s,
+// Codes of one row, k from 32 s to 32 s + 31, as the floats that they stand for: values[code], or,
+// of 8 bits, the code itself.
+inline void codes_to_floats(const uint8_t* tile, int bits, const float* values, int lane, int64_t s,
                             float* out) {
-  if (bits == 8) {
-    const uint8_t* p = tile + s * kActGroup * kTileRows + lane * kLaneK;
-    for (int b = 0; b < 8; ++b)
-      for (int j = 0; j < kLaneK; ++j)
-        out[b * 4 + j] = static_cast<float>(static_cast<int8_t>(p[b * kBlock + j]));
-  } else {
-    const uint8_t* p = tile + s * kActGroup * kTileRows / 2 + lane * kLaneK;
-    for (int b = 0; b < 4; ++b)
-      for (int j = 0; j < kLaneK; ++j) {
-        out[b * 8 + j] = static_cast<float>(p[b * kBlock + j] & 15) - zero;
-        out[b * 8 + 4 + j] = static_cast<float>(p[b * kBlock + j] >> 4) - zero;
-      }
-  }
+  const uint8_t* p = tile + tile_bytes(bits, s * kActGroup) + lane * kLaneK;
+  const int fields = 8 / bits;  // k in a byte, 4 apart
+  for (int b = 0; b < 8; ++b)
+    for (int j = 0; j < kLaneK; ++j) {
+      const uint8_t byte = p[b / fields * kBlock + j];
+      const int code = byte >> b % fields * bits & ((1 << bits) - 1);
+      out[b * 4 + j] = bits == 8 ? static_cast<float>(static_cast<int8_t>(byte)) : values[code];
+    }
 }
 
 inline float scale_at(const void* scales, memlm_dtype dtype, int64_t i) {
@@ -34,7 +31,10 @@ inline float scale_at(const void* scales, memlm_dtype dtype, int64_t i) {
 inline void dequantize_rows(const memlm_packed& w, int bits, const int64_t* ids, int64_t row,
                             int64_t count, memlm_dtype dtype, void* out) {
   const int64_t padded = padded_k(w.k, w.group), group = w.group ? w.group : padded;
-  const float zero = bits == 4 && !w.offsets ? 8.0f : 0.0f;
+  const int zero = w.offsets ? 0 : bits == 4 ? W4<false>::kZero : W2<false>::kZero;
+  float values[16];
+  for (int code = 0; code < 16; ++code)
+    values[code] = w.levels ? w.levels[code] : static_cast<float>(code - zero);
   const int64_t size = dtype == MEMLM_F32 ? 4 : 2;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = ids ? ids[i] : row + i, tile = r / kTileRows;
@@ -47,7 +47,7 @@ inline void dequantize_rows(const memlm_packed& w, int bits, const int64_t* ids,
       const float offset = w.offsets ? scale_at(w.offsets, w.scale_dtype, g) : 0.0f;
       alignas(64) float v[kActGroup];
       alignas(64) uint16_t half[kActGroup];
-      codes_to_floats(codes, bits, zero, lane, s, v);
+      codes_to_floats(codes, bits, values, lane, s, v);
       for (float& f : v) f = f * scale + offset;
       if (dtype == MEMLM_F16) {
         f_store_f16(half, f_load(v));

@@ -1,6 +1,12 @@
 // The C ABI: checks arguments, chooses the instruction set, calls its kernels.
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -28,14 +34,32 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+
+// These also check that the system saves the registers (XGETBV).
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// CPUID says what the CPU has; Linux wants to be asked before a process uses tile registers.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#endif
+
 const Candidate kCandidates[] = {
-#if defined(__x86_64__)  // these also check that the system saves the registers (XGETBV)
-    {&avx512vnni::kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vnni");
-     }},
+#if defined(__x86_64__)
+    {&amx::kernels, has_amx},
+    {&avx512vnni::kernels, has_avx512vnni},
     {&avx2::kernels,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -88,11 +112,14 @@ bool is_dtype(int dtype) {
 
 memlm_status check(const memlm_packed* w, int bits) {
   if (!w) return fail(MEMLM_INVALID, "w: is NULL");
-  if (bits != 4 && bits != 8) return fail(MEMLM_INVALID, "bits: got %d, accepted are 4, 8", bits);
+  if (bits != 2 && bits != 4 && bits != 8)
+    return fail(MEMLM_INVALID, "bits: got %d, accepted are 2, 4, 8", bits);
   if (!w->codes) return fail(MEMLM_INVALID, "codes: is NULL");
   if (!w->scales) return fail(MEMLM_INVALID, "scales: is NULL");
   if (w->offsets && bits == 8)
     return fail(MEMLM_INVALID, "offsets: 8-bit weights are symmetric only");
+  if (w->levels && (bits != 4 || w->offsets))
+    return fail(MEMLM_INVALID, "levels: are for 4 bits without offsets");
   if (w->scale_dtype != MEMLM_F16 && w->scale_dtype != MEMLM_F32)
     return fail(MEMLM_INVALID, "scale_dtype: got %d, accepted are f16, f32", w->scale_dtype);
   // 2^31 keeps every product of sizes below within 64 bits.
@@ -115,21 +142,26 @@ memlm_status check(const memlm_packed& w, const memlm_matmul_args* args) {
     return fail(MEMLM_INVALID, "dtype: got %d, accepted are f32, f16, bf16", args->dtype);
   if (args->m > 0 && (!args->x || !args->y))
     return fail(MEMLM_INVALID, "%s: is NULL", args->x ? "y" : "x");
-  if (args->norm && args->swiglu)
-    return fail(MEMLM_INVALID, "swiglu: together with norm; one of them is accepted");
-  const int64_t columns = args->swiglu ? 2 * w.k : w.k;
-  if (args->x_stride < columns)
+  if (args->swiglu && w.n % (2 * kTileRows))
+    return fail(MEMLM_INVALID, "swiglu: n is %lld, accepted are multiples of %d", (long long)w.n,
+                2 * kTileRows);
+  const int64_t columns = args->swiglu ? w.n / 2 : w.n;
+  if (args->x_stride < w.k)
     return fail(MEMLM_INVALID, "x_stride: got %lld, x has %lld columns", (long long)args->x_stride,
+                (long long)w.k);
+  if (args->residual && args->residual_stride < columns)
+    return fail(MEMLM_INVALID, "residual_stride: got %lld, y has %lld columns",
+                (long long)args->residual_stride, (long long)columns);
+  if (args->y_stride < columns)
+    return fail(MEMLM_INVALID, "y_stride: got %lld, y has %lld columns", (long long)args->y_stride,
                 (long long)columns);
-  if (args->residual && args->residual_stride < w.n)
-    return fail(MEMLM_INVALID, "residual_stride: got %lld, n is %lld",
-                (long long)args->residual_stride, (long long)w.n);
-  if (args->y_stride < w.n)
-    return fail(MEMLM_INVALID, "y_stride: got %lld, n is %lld", (long long)args->y_stride,
-                (long long)w.n);
   if (args->threads < 1)
     return fail(MEMLM_INVALID, "threads: got %d, at least 1 is needed", args->threads);
   return MEMLM_OK;
+}
+
+memlm_status said(memlm_status status) {
+  return status == MEMLM_NO_MEMORY ? fail(status, "no memory for the workspace") : status;
 }
 
 using Matmul = memlm_status (*)(const memlm_packed&, const memlm_matmul_args&);
@@ -138,10 +170,26 @@ memlm_status run_matmul(const memlm_packed* w, int bits, const memlm_matmul_args
                         Matmul Kernels::* kernel) {
   if (memlm_status s = check(w, bits)) return s;
   if (memlm_status s = check(*w, args)) return s;
-  if (args->m == 0) return MEMLM_OK;
-  const memlm_status status = (kernels().*kernel)(*w, *args);
-  if (status == MEMLM_NO_MEMORY) return fail(status, "no memory for the workspace");
-  return status;
+  return args->m ? said((kernels().*kernel)(*w, *args)) : MEMLM_OK;
+}
+
+memlm_status check_x_group(int64_t x_group) {
+  if (x_group == 0 || x_group == kActGroup) return MEMLM_OK;
+  return fail(MEMLM_INVALID, "x_group: got %lld, accepted are %d and 0 for the whole row",
+              (long long)x_group, kActGroup);
+}
+
+// int8 codes: -128 has no counterpart, and kernels that work with magnitudes would get it wrong.
+memlm_status check_codes(const memlm_matmul_args& args, int64_t k) {
+  for (int64_t row = 0; row < args.m; ++row) {
+    const int8_t* x = static_cast<const int8_t*>(args.x) + row * args.x_stride;
+    int8_t least = 0;
+    for (int64_t i = 0; i < k; ++i) least = x[i] < least ? x[i] : least;
+    if (least == -128)
+      return fail(MEMLM_INVALID, "x: holds -128 in row %lld, accepted are codes of -127 to 127",
+                  (long long)row);
+  }
+  return MEMLM_OK;
 }
 
 memlm_status run_rows(const memlm_packed* w, int bits, const int64_t* ids, int64_t row,
@@ -164,7 +212,17 @@ memlm_status run_rows(const memlm_packed* w, int bits, const int64_t* ids, int64
 
 using namespace memlm;
 
+const float memlm_nf4_levels[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
 const char* memlm_last_error(void) { return g_error; }
+
+memlm_status memlm_w2_matmul(const memlm_packed* w, const memlm_matmul_args* args) {
+  return run_matmul(w, 2, args, &Kernels::w2_matmul);
+}
 
 memlm_status memlm_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args) {
   return run_matmul(w, 4, args, &Kernels::w4_matmul);
@@ -172,6 +230,49 @@ memlm_status memlm_w4_matmul(const memlm_packed* w, const memlm_matmul_args* arg
 
 memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args) {
   return run_matmul(w, 8, args, &Kernels::w8_matmul);
+}
+
+memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                               const float* x_scales, int64_t x_group) {
+  constexpr int64_t kMostK = 65536;  // times 255 * 127, what a CPU adds at most: below 2^31
+  if (memlm_status s = check(w, 8)) return s;
+  if (memlm_status s = check(*w, args)) return s;
+  if (memlm_status s = check_x_group(x_group)) return s;
+  if (w->k > kMostK)
+    return fail(MEMLM_INVALID, "k: got %lld, accepted is 1 to %lld", (long long)w->k,
+                (long long)kMostK);
+  if (x_scales && args->norm)
+    return fail(MEMLM_INVALID, "norm: x is int8, and only numbers can be normalised");
+  if (x_scales)
+    if (memlm_status s = check_codes(*args, w->k)) return s;
+  return args->m ? said(kernels().w8a8_matmul(*w, *args, x_scales, x_group)) : MEMLM_OK;
+}
+
+memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride,
+                                 memlm_dtype dtype, const void* norm, float norm_eps, int64_t x_group,
+                                 int8_t* codes, float* scales, int threads) {
+  if (m < 0 || m > INT32_MAX)
+    return fail(MEMLM_INVALID, "m: got %lld, accepted is 0 to 2^31-1", (long long)m);
+  if (k < 1 || k > INT32_MAX)
+    return fail(MEMLM_INVALID, "k: got %lld, accepted is 1 to 2^31-1", (long long)k);
+  if (m > 0 && (!x || !codes || !scales))
+    return fail(MEMLM_INVALID, "%s: is NULL", !x ? "x" : !codes ? "codes" : "scales");
+  if (x_stride < k)
+    return fail(MEMLM_INVALID, "x_stride: got %lld, x has %lld columns", (long long)x_stride,
+                (long long)k);
+  if (!is_dtype(dtype))
+    return fail(MEMLM_INVALID, "dtype: got %d, accepted are f32, f16, bf16", dtype);
+  if (threads < 1) return fail(MEMLM_INVALID, "threads: got %d, at least 1 is needed", threads);
+  if (memlm_status s = check_x_group(x_group)) return s;
+  memlm_matmul_args args = {};
+  args.m = m;
+  args.x = x;
+  args.x_stride = x_stride;
+  args.dtype = dtype;
+  args.norm = norm;
+  args.norm_eps = norm_eps;
+  args.threads = threads;
+  return m ? said(kernels().quantize_rows(args, k, x_group, codes, scales)) : MEMLM_OK;
 }
 
 memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids, int64_t count,
@@ -198,6 +299,8 @@ memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int6
 const char* memlm_isa(void) { return kernels().name; }
 
 const char* const* memlm_isas(void) { return choice().names; }
+
+int64_t memlm_tile_rows(void) { return kernels().tile_rows; }
 
 memlm_status memlm_set_isa(const char* name) {
   const Kernels* found = name ? choice().find(name) : nullptr;

@@ -6,8 +6,14 @@ namespace memlm {
 
 struct Kernels {
   const char* name;
+  int64_t tile_rows;  // memlm_tile_rows
+  memlm_status (*w2_matmul)(const memlm_packed&, const memlm_matmul_args&);
   memlm_status (*w4_matmul)(const memlm_packed&, const memlm_matmul_args&);
   memlm_status (*w8_matmul)(const memlm_packed&, const memlm_matmul_args&);
+  memlm_status (*w8a8_matmul)(const memlm_packed&, const memlm_matmul_args&, const float* x_scales,
+                              int64_t x_group);
+  memlm_status (*quantize_rows)(const memlm_matmul_args&, int64_t k, int64_t x_group, int8_t* codes,
+                                float* scales);
   // rows of W by index; ids == nullptr means row, row + 1, ...
   void (*dequantize_rows)(const memlm_packed&, int bits, const int64_t* ids, int64_t row,
                           int64_t count, memlm_dtype dtype, void* out);
@@ -16,5 +22,6 @@ struct Kernels {
 namespace scalar { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
 
 }  // namespace memlm

@@ -1,13 +1,21 @@
-// Rows of x as the matmuls read them: f32, zero-padded, and, where the caller asks for it, with the
-// step before the layer done on the way: RMSNorm (arXiv:1910.07467) or SwiGLU (arXiv:2002.05202).
+// Rows of x as the matmuls read them: f32, zero-padded, and, where the caller asks for it, after
+// RMSNorm (arXiv:1910.07467); or rounded to int8.
 #pragma once
 #include <math.h>
 #include <string.h>
 
+#include "../formats.h"
 #include "../include/memlm.h"
 
 namespace memlm {
 namespace MEMLM_ISA {
+
+// The left side of a product.
+struct Input {
+  const memlm_matmul_args& args;
+  const float* x_scales;  // of int8 x; NULL: x holds numbers
+  int64_t x_group;        // k per scale where x is, or is rounded to, int8: 32, or 0 for the row
+};
 
 // Elements i .. i + count - 1 of an array, count 1 to 16; zeros in the lanes beyond.
 inline F load_floats(const void* base, memlm_dtype dtype, int64_t i, int64_t count) {
@@ -24,29 +32,13 @@ inline F load_floats(const void* base, memlm_dtype dtype, int64_t i, int64_t cou
   return dtype == MEMLM_F16 ? f_load_f16(p) : f_load_bf16(p);
 }
 
-// e^x, clamped to 2^-126 .. 2^127, to 2 units in the last place (the polynomial of Cephes' expf,
-// S. Moshier).
-inline F f_exp(F x) {
-  x = f_max(f_min(x, f_set1(87.9f)), f_set1(-87.3f));
-  const I n = f_round(f_mul(x, f_set1(1.44269504f)));
-  const F nf = f_from_i(n);  // ln 2 in two parts: the product with the first is exact
-  const F r = f_fma(nf, f_set1(2.12194440e-4f), f_fma(nf, f_set1(-0.693359375f), x));
-  constexpr float kPolynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  F p = f_zero();
-  for (float c : kPolynomial) p = f_fma(p, r, f_set1(c));
-  return f_mul(f_add(f_fma(p, f_mul(r, r), r), f_set1(1.0f)), f_exp2(n));
-}
-
-inline F silu(F x) { return f_div(x, f_add(f_set1(1.0f), f_exp(f_mul(x, f_set1(-1.0f))))); }
-
 // Row `row` of the product's left side: k floats, then zeros up to padded.  In place when x already
 // is that.
 inline const float* input_row(const memlm_matmul_args& args, int64_t row, int64_t k, int64_t padded,
                               float* buffer) {
   const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2;
   const char* x = static_cast<const char*>(args.x) + row * args.x_stride * size;
-  if (args.dtype == MEMLM_F32 && k == padded && !args.norm && !args.swiglu)
+  if (args.dtype == MEMLM_F32 && k == padded && !args.norm)
     return reinterpret_cast<const float*>(x);
   const auto left = [k](int64_t i) { return k - i < 16 ? k - i : 16; };
   F factor = f_set1(1.0f);
@@ -61,12 +53,65 @@ inline const float* input_row(const memlm_matmul_args& args, int64_t row, int64_
   for (int64_t i = 0; i < k; i += 16) {
     F v = load_floats(x, args.dtype, i, left(i));
     if (args.norm) v = f_mul(f_mul(v, factor), load_floats(args.norm, args.dtype, i, left(i)));
-    if (args.swiglu) v = f_mul(silu(v), load_floats(x, args.dtype, k + i, left(i)));
     f_store(buffer + i, v);  // padded is a multiple of 16
   }
   const int64_t written = (k + 15) / 16 * 16;
   memset(buffer + written, 0, sizeof(float) * (padded - written));
   return buffer;
+}
+
+// How numbers of which the largest has these magnitude bits are rounded to int8:
+// memlm/ops/_matmul.py, quantize_activations, specifies it.
+struct Rounding {
+  float inverse, scale;
+  explicit Rounding(int32_t bits) {
+    float amax;
+    memcpy(&amax, &bits, 4);
+    inverse = 127 / amax;
+    scale = amax / 127;
+    if (bits >= 0x7f800000) {  // Inf or NaN
+      inverse = 0;
+      scale = NAN;
+    } else if (inverse > 3.402823466e38f) {
+      inverse = scale = 0;
+    }
+  }
+  I codes(F x) const { return inverse != 0 ? f_round(f_mul(x, f_set1(inverse))) : i_zero(); }
+};
+
+// Calls use(k, codes [32], scale, sum of the codes) for every 32 k of a row, which is rounded to
+// int8 where it is not given so.
+template <class Use>
+inline void quantize_row(const Input& in, int64_t row, int64_t k, int64_t padded, float* buffer,
+                         const Use& use) {
+  int8_t q[kActGroup];
+  if (in.x_scales) {
+    const int8_t* x = static_cast<const int8_t*>(in.args.x) + row * in.args.x_stride;
+    const float* scales = in.x_scales + row * (in.x_group ? div_up(k, kActGroup) : 1);
+    for (int64_t i = 0; i < padded; i += kActGroup) {
+      const int64_t left = k - i < kActGroup ? k - i : kActGroup;
+      memset(q, 0, kActGroup);
+      if (left > 0) memcpy(q, x + i, left);
+      int32_t sum = 0;
+      for (int8_t code : q) sum += code;
+      use(i, q, left > 0 ? scales[in.x_group ? i / kActGroup : 0] : 0.0f, sum);
+    }
+    return;
+  }
+  const float* x = input_row(in.args, row, k, padded, buffer);
+  I largest = i_zero();
+  if (!in.x_group)
+    for (int64_t i = 0; i < padded; i += 16) largest = i_max(largest, f_magnitude_bits(f_load(x + i)));
+  const Rounding whole(i_reduce_max(largest));
+  for (int64_t i = 0; i < padded; i += kActGroup) {
+    const F a = f_load(x + i), b = f_load(x + i + 16);
+    const Rounding rounding =
+        in.x_group ? Rounding(i_reduce_max(i_max(f_magnitude_bits(a), f_magnitude_bits(b)))) : whole;
+    const I qa = rounding.codes(a), qb = rounding.codes(b);
+    i_store_i8(q, qa);
+    i_store_i8(q + 16, qb);
+    use(i, q, rounding.scale, i_reduce_add(i_add(qa, qb)));
+  }
 }
 
 }  // namespace MEMLM_ISA

@@ -5,15 +5,23 @@
 #pragma once
 #include "dispatch.h"
 #include "dequantize-inl.h"
+#include "w2_matmul-inl.h"
 #include "w4_matmul-inl.h"
 #include "w8_matmul-inl.h"
+#include "w8a8_matmul-inl.h"
 
 namespace memlm {
 namespace MEMLM_ISA {
 
 #define MEMLM_STRING2(x) #x
 #define MEMLM_STRING(x) MEMLM_STRING2(x)
-const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), w4_matmul, w8_matmul, dequantize_rows};
+#ifdef MEMLM_TILE_UNIT
+constexpr int64_t kTilesFrom = kTileUnitRows;
+#else
+constexpr int64_t kTilesFrom = 0;
+#endif
+const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFrom, w2_matmul, w4_matmul, w8_matmul,
+                         w8a8_matmul, quantize_rows, dequantize_rows};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 

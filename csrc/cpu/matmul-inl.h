@@ -1,21 +1,24 @@
-// The skeleton of y = f(x) W^T + bias + residual over packed weights, shared by w4_matmul and w8_matmul.
+// The skeleton of y = x W^T + bias, and of what stands around it, over packed weights; shared by all
+// matmuls.
 //
-// One register tile is kTileM rows of x by one tile (16 rows) of W; it runs along k and adds to
-// 16 f32 sums per row of x.  Who reads W:
-//   decode, m <= kTileM: the tile reads the packed form directly; every byte of W is read once.
-//   prefill, m > kTileM: a thread takes up to kBlockTiles tiles of W and a stretch of k, and runs
-//     all of x over them; where x has more than kDirectTiles register tiles it unpacks them first,
-//     once, into a panel (in its L2).
+// A mode of arithmetic (accurate-inl.h, fast-inl.h, per_row-inl.h, tiles-inl.h) multiplies a register
+// tile: some rows of x by one tile (16 rows) of W, along k.  Who reads W:
+//   few rows, m <= kTileM: the register tile reads the packed form directly; every byte of W is read
+//     once.
+//   many rows: a thread takes a block of tiles of W and a stretch of k, and runs all of x over them;
+//     where x has more than kDirectTiles register tiles it unpacks them first, once, into a panel
+//     (in its L2).
 //
-//            k ->                       One thread's work in prefill: a block of tiles, for each
-//        +----+----+----+               stretch of k: unpack the panel, then for each kTileM rows
-//   W    |::::|    |    | <- block      of x (packed once for all threads) one register tile per
-//        |::::|    |    |    of tiles   tile of W.  The f32 sums stay in the thread's workspace
-//        +----+----+----+               between stretches.
+//            k ->                       One thread's work with many rows: a block of tiles, for each
+//        +----+----+----+               stretch of k: unpack the panel, then for each register tile of
+//   W    |::::|    |    | <- block      x (packed once for all threads) multiply by the tiles of W.
+//        |::::|    |    |    of tiles   The sums stay in the thread's workspace between stretches.
+//        +----+----+----+
 //          ^ panel
 //
 // The order of additions never depends on the threads.  It does, in the last bits, on m: through the
-// stretches of prefill, and in accurate mode through the chains of a register tile.
+// stretches, in accurate mode through the chains of a register tile, and where many rows run on a
+// tile unit.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -23,27 +26,19 @@
 
 #include "../formats.h"
 #include "../include/memlm.h"
+#include "accurate-inl.h"
+#include "fast-inl.h"
 #include "input-inl.h"
+#include "per_row-inl.h"
+#include "silu-inl.h"
 #include "threads.h"
+#include "weights-inl.h"
+#ifdef MEMLM_TILE_UNIT
+#include "tiles-inl.h"
+#endif
 
 namespace memlm {
 namespace MEMLM_ISA {
-
-// Tiles of W per block in prefill: x is streamed from the L3 once per block, at 64 rows of W per
-// byte of x; more would not fit the L2 together with the panel's stretch of k.
-constexpr int64_t kBlockTiles = 4;
-// Bytes of one panel, all tiles together: half of a 256 KB L2, the smallest in use.
-constexpr int64_t kPanelBytes = 128 * 1024;
-// Pieces of work per thread: so many that a thread that is late leaves its share to the others.
-constexpr int64_t kPiecesPerThread = 8;
-
-// How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a
-// 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1 and 2 KB gave less).
-constexpr int64_t kPrefetch = 3072;
-
-inline void prefetch(const uint8_t* codes, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kBlock) __builtin_prefetch(codes + kPrefetch + i);
-}
 
 struct Buffer {
   void* p = nullptr;
@@ -55,15 +50,6 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-struct Scales {
-  const void* p;
-  bool f16;
-  F load(int64_t i) const {
-    return f16 ? f_load_f16(static_cast<const uint16_t*>(p) + i)
-               : f_load(static_cast<const float*>(p) + i);
-  }
-};
-
 inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -71,333 +57,59 @@ inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Writes 16 sums, plus bias and residual, to y[row, 16 * tile ...], leaving out rows of W beyond n.
-inline void store_tile(const memlm_packed& w, const memlm_matmul_args& args, int64_t tile,
-                       int64_t row, F sums) {
+// How x is cut into register tiles of rows.
+struct RowTiles {
+  int64_t m, count, rows;
+  // As even as they can be: a register tile of few rows costs nearly as much as a full one.
+  static RowTiles even(int64_t m, int64_t most) {
+    const int64_t count = div_up(m, most);
+    return {m, count, div_up(m, count)};
+  }
+  static RowTiles full(int64_t m, int64_t most) { return {m, div_up(m, most), most}; }
+  int rows_of(int64_t tile) const {
+    const int64_t left = m - tile * rows;
+    return static_cast<int>(left < rows ? left : rows);
+  }
+};
+
+// y has one tile of columns for each tile of W, or, with swiglu, for each two: a gate and, half of W
+// further on, what it lets through.
+struct Columns {
+  int64_t n, tiles;
+  int parts;
+  Columns(const memlm_packed& w, const memlm_matmul_args& args)
+      : n(args.swiglu ? w.n / 2 : w.n), tiles(div_up(n, kTileRows)), parts(args.swiglu ? 2 : 1) {}
+  int64_t w_tile(int64_t tile, int part) const { return tile + part * tiles; }
+};
+
+// Writes the 16 sums of a tile of y (and its gate's before them), with what comes after the product,
+// to y[row, 16 * tile ...], leaving out columns beyond n.
+inline void store_tile(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
+                       int64_t row, const F* sums) {
   const int64_t n0 = tile * kTileRows;
-  const int64_t left = w.n - n0, count = left < kTileRows ? left : kTileRows;
+  const int64_t left = columns.n - n0, count = left < kTileRows ? left : kTileRows;
   const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2;
-  if (args.bias) sums = f_add(sums, load_floats(args.bias, args.dtype, n0, count));
-  if (args.residual) {
-    const int64_t at = row * args.residual_stride + n0;
-    sums = f_add(sums, load_floats(args.residual, args.dtype, at, count));
+  const auto biased = [&](int part) {
+    if (!args.bias) return sums[part];
+    return f_add(sums[part], load_floats(args.bias, args.dtype, part * columns.n + n0, count));
+  };
+  F y = biased(0);
+  if (args.swiglu) y = f_mul(silu(y), biased(1));
+  if (args.residual)
+    y = f_add(y, load_floats(args.residual, args.dtype, row * args.residual_stride + n0, count));
+  char* out = static_cast<char*>(args.y) + (row * args.y_stride + n0) * size;
+  if (args.dtype == MEMLM_F32 && count == kTileRows) {
+    f_store(reinterpret_cast<float*>(out), y);
+    return;
   }
   alignas(64) float f32[kTileRows];
   alignas(64) uint16_t half[kTileRows];
-  f_store(f32, sums);
-  if (args.dtype == MEMLM_F16) f_store_f16(half, sums);
+  f_store(f32, y);
+  if (args.dtype == MEMLM_F16) f_store_f16(half, y);
   if (args.dtype == MEMLM_BF16)
     for (int i = 0; i < kTileRows; ++i) half[i] = bf16_of_float(f32[i]);
-  memcpy(static_cast<char*>(args.y) + (row * args.y_stride + n0) * size,
-         args.dtype == MEMLM_F32 ? static_cast<const void*>(f32) : half, count * size);
+  memcpy(out, args.dtype == MEMLM_F32 ? static_cast<const void*>(f32) : half, count * size);
 }
-
-// Packed x for the accurate mode, per register tile of MT rows: f32 [K][MT].
-// For the fast mode, per register tile and 32 k, so that the loop reads one stream:
-//     int8 codes [8][MT][4] | f32 scale [MT] | [MT] of what the sum of the codes is needed for:
-//     with offsets f32 scale * sum, else int32 -kDotBias * sum, where the integer sums start
-constexpr int64_t kFastRecord = kActGroup + 4 + 4;  // bytes per row of x and 32 k
-static inline int64_t packed_row_bytes(bool fast, int64_t padded) {
-  return fast ? padded / kActGroup * kFastRecord : padded * 4;
-}
-
-inline void pack_accurate(const float* x, int64_t padded, int mt, int row, void* packed) {
-  float* out = static_cast<float*>(packed) + row;
-  for (int64_t i = 0; i < padded; ++i) out[i * mt] = x[i];
-}
-
-// memlm/ops/_matmul.py, quantize_activations, specifies the rounding.
-template <class W>
-inline void pack_fast(const float* x, int64_t padded, int mt, int row, void* packed) {
-  char* record = static_cast<char*>(packed);
-  for (int64_t i = 0; i < padded; i += kActGroup, record += kFastRecord * mt) {
-    const F a = f_load(x + i), b = f_load(x + i + 16);
-    const int32_t bits = i_reduce_max(i_max(f_magnitude_bits(a), f_magnitude_bits(b)));
-    float amax;
-    memcpy(&amax, &bits, 4);
-    float inverse = 127 / amax, scale = amax / 127;
-    if (bits >= 0x7f800000) {  // Inf or NaN
-      inverse = 0;
-      scale = NAN;
-    } else if (inverse > 3.402823466e38f) {
-      inverse = scale = 0;
-    }
-    I qa = i_zero(), qb = i_zero();
-    if (inverse != 0) {
-      qa = f_round(f_mul(a, f_set1(inverse)));
-      qb = f_round(f_mul(b, f_set1(inverse)));
-    }
-    const int32_t sum = i_reduce_add(i_add(qa, qb));
-    int8_t q[kActGroup];
-    i_store_i8(q, qa);
-    i_store_i8(q + 16, qb);
-    for (int j = 0; j < kActGroup / kLaneK; ++j)
-      memcpy(record + (j * mt + row) * kLaneK, q + j * kLaneK, kLaneK);
-    memcpy(record + kActGroup * mt + 4 * row, &scale, 4);
-    const float offset_factor = scale * static_cast<float>(sum);
-    const int32_t start = -W::kDotBias * sum;
-    memcpy(record + (kActGroup + 4) * mt + 4 * row,
-           W::kOffsets ? static_cast<const void*>(&offset_factor) : &start, 4);
-  }
-}
-
-// A weight type (w4_matmul-inl.h, w8_matmul-inl.h) gives:
-//   kBits; kOffsets: has offsets; kZero: what to subtract from a code, where there are none;
-//   kDotBias: the same for what load2 gives, in integer sums
-//   kUnpacks: prefill unpacks codes into bytes (else it reads them where they are)
-//   Sums: the integer sums of 16 rows; start(x), dot(sums, block, x), total(sums, x): x is added
-//   load2(p, i, b0, b1): blocks 2i and 2i+1 of the 32 k at p
-//   kLoadK, LoadIndices: the k in 64 bytes of codes; weight<j>(block): the code at k + j, as float
-
-// The codes of one tile from k0 on, packed.
-template <class W>
-struct Stretch {
-  const uint8_t* codes;
-  Scales scales, offsets;
-  int64_t scale_index;  // of the first group
-  int64_t groups;       // scales in the stretch
-  int64_t subs;         // runs of 32 k per scale
-
-  Stretch(const memlm_packed& w, int64_t tile, int64_t k0, int64_t k1) {
-    const int64_t padded = padded_k(w.k, w.group);
-    const int64_t group = w.group ? w.group : padded;
-    codes = static_cast<const uint8_t*>(w.codes) + tile * tile_bytes(W::kBits, padded) +
-            tile_bytes(W::kBits, k0);
-    scales = {w.scales, w.scale_dtype == MEMLM_F16};
-    offsets = {w.offsets, w.scale_dtype == MEMLM_F16};
-    scale_index = (tile * (padded / group) + k0 / group) * kTileRows;
-    groups = w.group ? (k1 - k0) / group : 1;
-    subs = (k1 - k0) / groups / kActGroup;
-  }
-  F scale(int64_t g) const { return scales.load(scale_index + g * kTileRows); }
-  F offset(int64_t g) const {
-    return W::kOffsets ? offsets.load(scale_index + g * kTileRows)
-                       : f_mul(scale(g), f_set1(-W::kZero));
-  }
-};
-
-// ---- accurate: f32 arithmetic ------------------------------------------------------------------
-
-// Sums of one row of x are split over this many chains, so that an FMA's latency (4 cycles, two
-// per cycle of two registers each) does not bound a tile with few rows.
-static constexpr int chains(int mt) { return mt == 1 ? 4 : mt <= 3 ? 2 : 1; }
-
-template <int MT>
-struct FloatSums {
-  static constexpr int kChains = chains(MT);
-  F v[MT][kChains];
-  explicit FloatSums(const float* sums) {
-    for (int m = 0; m < MT; ++m) {
-      v[m][0] = f_load(sums + m * kTileRows);
-      for (int c = 1; c < kChains; ++c) v[m][c] = f_zero();
-    }
-  }
-  void add(int k, F w, const float* x) {
-    for (int m = 0; m < MT; ++m) v[m][k % kChains] = f_fma(w, f_set1(x[m]), v[m][k % kChains]);
-  }
-  void store(float* sums) const {
-    for (int m = 0; m < MT; ++m) {
-      F total = v[m][0];
-      for (int c = 1; c < kChains; ++c) total = f_add(total, v[m][c]);
-      f_store(sums + m * kTileRows, total);
-    }
-  }
-};
-
-template <int... J>
-struct Indices {};
-
-// Calls use(j, weights at k + j) for the k of one load of packed codes.
-template <class W, class Use, int... J>
-inline void each_weight(const uint8_t* codes, F scale, F offset, Use&& use,
-                        Indices<J...>) {
-  const B b = b_load(codes);
-  // With offset = -kZero * scale the FMA is exact wherever the product is; see numerics in tests.
-  (use(J, f_fma(W::template weight<J>(b), scale, offset)), ...);
-}
-
-template <class W, int MT>
-inline void accurate_direct(const Stretch<W>& s, const void* x, float* sums) {
-  FloatSums<MT> acc(sums);
-  const float* xp = static_cast<const float*>(x);
-  const uint8_t* codes = s.codes;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const F scale = s.scale(g), offset = s.offset(g);
-    for (int64_t i = 0; i < s.subs * kActGroup / W::kLoadK; ++i) {
-      prefetch(codes, kBlock);
-      each_weight<W>(codes, scale, offset, [&](int j, F w) { acc.add(j, w, xp + j * MT); },
-                     typename W::LoadIndices());
-      codes += kBlock;
-      xp += W::kLoadK * MT;
-    }
-  }
-  acc.store(sums);
-}
-
-// Panel of the accurate mode: f32 [k][16].
-template <class W>
-inline void accurate_unpack(const Stretch<W>& s, void* panel) {
-  float* out = static_cast<float*>(panel);
-  const uint8_t* codes = s.codes;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const F scale = s.scale(g), offset = s.offset(g);
-    for (int64_t i = 0; i < s.subs * kActGroup / W::kLoadK; ++i) {
-      each_weight<W>(codes, scale, offset, [&](int j, F w) { f_store(out + j * kTileRows, w); },
-                     typename W::LoadIndices());
-      codes += kBlock;
-      out += W::kLoadK * kTileRows;
-    }
-  }
-}
-
-template <int MT>
-inline void accurate_panel(const void* panel, int64_t k, const void* x, float* sums) {
-  FloatSums<MT> acc(sums);
-  const float* w = static_cast<const float*>(panel);
-  const float* xp = static_cast<const float*>(x);
-  for (int64_t i = 0; i < k; i += 4)
-    for (int j = 0; j < 4; ++j, w += kTileRows, xp += MT) acc.add(j, f_load(w), xp);
-  acc.store(sums);
-}
-
-// ---- fast: integer products, one f32 FMA per 32 k ----------------------------------------------
-
-template <class W, int MT>
-struct IntegerSums {
-  F v[MT];
-  explicit IntegerSums(const float* sums) {
-    for (int m = 0; m < MT; ++m) v[m] = f_load(sums + m * kTileRows);
-  }
-  // Adds 32 k: load2(i, b0, b1) gives blocks 2i and 2i + 1, x is one record.
-  template <class Load>
-  void add(const Load& load2, F scale, F offset, const char* x) {
-    const char* x_scales = x + kActGroup * MT;
-    const auto start = [&](int m) {
-      int32_t value = 0;
-      if (W::kDotBias) memcpy(&value, x_scales + 4 * (MT + m), 4);
-      return value;
-    };
-    typename W::Sums p[MT];
-    for (int m = 0; m < MT; ++m) p[m] = W::start(start(m));
-    const int8_t* q = reinterpret_cast<const int8_t*>(x);
-#pragma GCC unroll 1
-    for (int i = 0; i < 4; ++i, q += 2 * MT * kLaneK) {
-      B b0, b1;
-      load2(i, b0, b1);
-      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b0, q + m * kLaneK);
-      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b1, q + (MT + m) * kLaneK);
-    }
-    for (int m = 0; m < MT; ++m) {
-      float x_scale, offset_factor;
-      memcpy(&x_scale, x_scales + 4 * m, 4);
-      memcpy(&offset_factor, x_scales + 4 * (MT + m), 4);
-      const F dot = f_from_i(W::total(p[m], start(m)));
-      v[m] = f_fma(f_mul(dot, f_set1(x_scale)), scale, v[m]);
-      if (W::kOffsets) v[m] = f_fma(f_set1(offset_factor), offset, v[m]);
-    }
-  }
-  void store(float* sums) const {
-    for (int m = 0; m < MT; ++m) f_store(sums + m * kTileRows, v[m]);
-  }
-};
-
-template <class W, int MT>
-inline void fast_direct(const Stretch<W>& s, const void* x, float* sums) {
-  IntegerSums<W, MT> acc(sums);
-  const char* xp = static_cast<const char*>(x);
-  const uint8_t* codes = s.codes;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const F scale = s.scale(g), offset = W::kOffsets ? s.offset(g) : f_zero();
-    for (int64_t i = 0; i < s.subs; ++i) {
-      prefetch(codes, tile_bytes(W::kBits, kActGroup));
-      acc.add([&](int j, B& b0, B& b1) { W::load2(codes, j, b0, b1); }, scale, offset, xp);
-      codes += tile_bytes(W::kBits, kActGroup);
-      xp += kFastRecord * MT;
-    }
-  }
-  acc.store(sums);
-}
-
-// Panel of the fast mode, per 32 k: f32 scale [16], f32 offset [16] (if any), 8 blocks of codes as
-// bytes.
-template <class W>
-constexpr int64_t kFastPanelRecord = 64 * (W::kOffsets ? 2 : 1) + 8 * kBlock;
-
-template <class W>
-inline void fast_unpack(const Stretch<W>& s, void* panel) {
-  char* out = static_cast<char*>(panel);
-  const uint8_t* codes = s.codes;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const F scale = s.scale(g), offset = W::kOffsets ? s.offset(g) : f_zero();
-    for (int64_t i = 0; i < s.subs; ++i) {
-      f_store(reinterpret_cast<float*>(out), scale);
-      if (W::kOffsets) f_store(reinterpret_cast<float*>(out) + 16, offset);
-      char* blocks = out + 64 * (W::kOffsets ? 2 : 1);
-      for (int j = 0; j < 4; ++j) {
-        B b0, b1;
-        W::load2(codes, j, b0, b1);
-        b_store(blocks + 2 * j * kBlock, b0);
-        b_store(blocks + (2 * j + 1) * kBlock, b1);
-      }
-      codes += tile_bytes(W::kBits, kActGroup);
-      out += kFastPanelRecord<W>;
-    }
-  }
-}
-
-template <class W, int MT>
-inline void fast_panel(const void* panel, int64_t k, const void* x, float* sums) {
-  IntegerSums<W, MT> acc(sums);
-  const char* p = static_cast<const char*>(panel);
-  const char* xp = static_cast<const char*>(x);
-  for (int64_t i = 0; i < k; i += kActGroup, p += kFastPanelRecord<W>, xp += kFastRecord * MT) {
-    const float* scales = reinterpret_cast<const float*>(p);
-    const char* blocks = p + 64 * (W::kOffsets ? 2 : 1);
-    acc.add(
-        [&](int j, B& b0, B& b1) {
-          b0 = b_load(blocks + 2 * j * kBlock);
-          b1 = b_load(blocks + (2 * j + 1) * kBlock);
-        },
-        f_load(scales), W::kOffsets ? f_load(scales + 16) : f_zero(), xp);
-  }
-  acc.store(sums);
-}
-
-// ---- the two ways, for either mode -------------------------------------------------------------
-
-template <class W>
-struct Fast {
-  static constexpr bool kFast = true, kUnpacks = W::kUnpacks;
-  static constexpr int kDirectTiles = kDirectTilesFast;
-  static constexpr int64_t kPanelBytesPerK = kFastPanelRecord<W> / kActGroup;
-  static constexpr auto pack = pack_fast<W>;
-  static void unpack(const Stretch<W>& s, void* panel) { fast_unpack<W>(s, panel); }
-  template <int MT>
-  static void direct(const Stretch<W>& s, const void* x, float* sums) {
-    fast_direct<W, MT>(s, x, sums);
-  }
-  template <int MT>
-  static void panel(const void* panel, int64_t k, const void* x, float* sums) {
-    fast_panel<W, MT>(panel, k, x, sums);
-  }
-};
-
-template <class W>
-struct Accurate {
-  static constexpr bool kFast = false, kUnpacks = true;
-  static constexpr int kDirectTiles = kDirectTilesAccurate;
-  static constexpr int64_t kPanelBytesPerK = 4 * kTileRows;
-  static constexpr auto pack = pack_accurate;
-  static void unpack(const Stretch<W>& s, void* panel) { accurate_unpack<W>(s, panel); }
-  template <int MT>
-  static void direct(const Stretch<W>& s, const void* x, float* sums) {
-    accurate_direct<W, MT>(s, x, sums);
-  }
-  template <int MT>
-  static void panel(const void* panel, int64_t k, const void* x, float* sums) {
-    accurate_panel<MT>(panel, k, x, sums);
-  }
-};
 
 template <int N>
 struct Rows { static constexpr int value = N; };
@@ -411,99 +123,195 @@ inline void with_rows(int rows, const F_& f) {
   f(Rows<N>());
 }
 
-template <class Mode, class W>
-memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
-  const int64_t padded = padded_k(w.k, w.group), tiles = div_up(w.n, kTileRows);
-  const int64_t row_bytes = packed_row_bytes(Mode::kFast, padded);
-  // Register tiles of x, as even as they can be: a tile of few rows costs nearly as much as a full one.
-  const int64_t x_tiles = div_up(args.m, kTileM), tile_rows = div_up(args.m, x_tiles);
-  const auto rows_of = [&](int64_t x_tile) {
-    const int64_t left = args.m - x_tile * tile_rows;
-    return static_cast<int>(left < tile_rows ? left : tile_rows);
-  };
+// Pieces of work per thread: so many that a thread that is late leaves its share to the others.
+constexpr int64_t kPiecesPerThread = 8;
 
-  // Prefill: the stretch of k is what the panel's bytes allow, in whole groups.
-  const bool prefill = args.m > kTileM;
-  int64_t block = tiles / (args.threads * kPiecesPerThread);
-  block = block < 1 ? 1 : block > kBlockTiles ? kBlockTiles : block;
-  constexpr int64_t kStretch =
-      kPanelBytes / kBlockTiles / Mode::kPanelBytesPerK / 128 * 128;
-  static_assert(kStretch >= 128, "a stretch holds the largest group");
-  const int64_t stretch = kStretch < padded ? kStretch : padded;
-  const bool unpack = Mode::kUnpacks && x_tiles > Mode::kDirectTiles;
-  const int64_t panel_bytes = unpack ? stretch * Mode::kPanelBytesPerK : 0;
-  const int64_t sums_bytes = prefill ? args.m * kTileRows * 4 : 0;
-  const int64_t slot_bytes = block * (panel_bytes + sums_bytes);
-
-  const Buffer x_packed(args.m * row_bytes);
-  const Buffer rows(args.threads * padded * 4);
-  const Buffer slots(args.threads * slot_bytes);
-  if (!x_packed.p || !rows.p || !slots.p) return MEMLM_NO_MEMORY;
-  char* xp = static_cast<char*>(x_packed.p);
-
-  parallel_for(x_tiles, div_up(x_tiles, args.threads * kPiecesPerThread), args.threads,
+// Packs all of x: register tile t lies at t * tiles.rows rows.
+template <class Mode>
+void pack_rows(const memlm_packed& w, const Input& in, const RowTiles& tiles, int64_t padded,
+               float* buffers, char* packed) {
+  const int64_t row_bytes = Mode::row_bytes(padded);
+  parallel_for(tiles.count, div_up(tiles.count, in.args.threads * kPiecesPerThread), in.args.threads,
                [&](int64_t begin, int64_t end, int slot) {
-                 for (int64_t t = begin; t < end; ++t) {
-                   for (int i = 0; i < rows_of(t); ++i) {
-                     float* buffer = static_cast<float*>(rows.p) + slot * padded;
-                     const float* row = input_row(args, t * tile_rows + i, w.k, padded, buffer);
-                     Mode::pack(row, padded, rows_of(t), i, xp + t * tile_rows * row_bytes);
-                   }
-                 }
-               });
+    for (int64_t t = begin; t < end; ++t) {
+      const int mt = tiles.rows_of(t);
+      char* x_tile = packed + t * tiles.rows * row_bytes;
+      if (Mode::kTiles && mt < tiles.rows) memset(x_tile, 0, tiles.rows * row_bytes);
+      for (int i = 0; i < mt; ++i)
+        Mode::pack(in, t * tiles.rows + i, w.k, padded, mt, i, buffers + slot * padded, x_tile);
+    }
+  });
+}
 
-  if (!prefill) {
-    const int mt = rows_of(0);
-    parallel_for(tiles, div_up(tiles, args.threads * kPiecesPerThread), args.threads,
-                 [&](int64_t begin, int64_t end, int) {
-                   for (int64_t tile = begin; tile < end; ++tile) {
-                     alignas(64) float sums[kTileM * kTileRows] = {};
-                     const Stretch<W> s(w, tile, 0, padded);
-                     with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, xp, sums); });
-                     for (int i = 0; i < mt; ++i)
-                       store_tile(w, args, tile, i, f_load(sums + i * kTileRows));
-                   }
-                 });
-    return MEMLM_OK;
-  }
+template <class Mode, class W>
+void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& args, int64_t padded,
+              const char* x) {
+  const Columns columns(w, args);
+  const int mt = static_cast<int>(args.m);
+  parallel_for(columns.tiles, div_up(columns.tiles, args.threads * kPiecesPerThread), args.threads,
+               [&](int64_t begin, int64_t end, int) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      alignas(64) float sums[2][kTileM * kTileRows];
+      F total[2];
+      for (int part = 0; part < columns.parts; ++part) {
+        const Stretch<W> s(codec, w, columns.w_tile(tile, part), 0, padded);
+        Mode::start(x, padded, mt, sums[part]);
+        with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums[part]); });
+      }
+      for (int row = 0; row < mt; ++row) {
+        for (int part = 0; part < columns.parts; ++part) {
+          const Stretch<W> s(codec, w, columns.w_tile(tile, part), 0, padded);
+          total[part] = Mode::finish(s, x, padded, mt, row, sums[part] + row * kTileRows);
+        }
+        store_tile(columns, args, tile, row, total);
+      }
+    }
+  });
+}
 
-  parallel_for(div_up(tiles, block), 1, args.threads, [&](int64_t begin, int64_t end, int slot) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t tile0 = b * block;
-      const int64_t count = tiles - tile0 < block ? tiles - tile0 : block;
-      char* panels = static_cast<char*>(slots.p) + slot * slot_bytes;
-      float* sums = reinterpret_cast<float*>(panels + block * panel_bytes);
-      memset(sums, 0, count * sums_bytes);
-      for (int64_t k0 = 0; k0 < padded; k0 += stretch) {
-        const int64_t k1 = k0 + stretch < padded ? k0 + stretch : padded;
-        if (unpack)
+// Some tiles of W in a stretch of k: one for each of `tiles` tiles of y, then the second part of each.
+template <class W>
+struct Block {
+  const W& codec;
+  const memlm_packed& w;
+  const Columns& columns;
+  int64_t tile0, tiles, k0, k1;
+  char* panels;
+  int64_t panel_bytes;
+
+  int64_t w_tile(int64_t i) const { return columns.w_tile(tile0 + i % tiles, i >= tiles); }
+  Stretch<W> stretch(int64_t i) const { return {codec, w, w_tile(i), k0, k1}; }
+  char* panel(int64_t i) const { return panels + i * panel_bytes; }
+};
+
+// Tiles of W per block: x is streamed from the L3 once per block, at 16 rows of W per tile for a byte
+// of x; more would not fit the L2 together with the panel's stretch of k.
+template <class Mode>
+constexpr int64_t kBlockTiles = Mode::kTiles ? 16 : 4;
+// Bytes of one panel, all tiles together: half of a 256 KB L2, the smallest in use; every CPU with a
+// tile unit has 2 MB.
+template <class Mode>
+constexpr int64_t kPanelBytes = Mode::kTiles ? 512 * 1024 : 128 * 1024;
+// k of a stretch on a tile unit: 32 rows of x (32 KB of bf16) stay in a 48 KB L1 while the tiles of W
+// pass by.
+constexpr int64_t kTileStretch = 512;
+// Rows of x whose sums are kept at a time (64 KB per tile of W).
+constexpr int64_t kChunkRows = 1024;
+
+template <class Mode>
+constexpr int64_t longest_stretch() {
+  const int64_t fits = kPanelBytes<Mode> / kBlockTiles<Mode> / Mode::kPanelBytesPerK / 128 * 128;
+  static_assert(fits >= 128, "a stretch holds the largest group");
+  return Mode::kTiles && fits > kTileStretch ? kTileStretch : fits;
+}
+
+template <class Mode, class W>
+memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& args,
+                       int64_t padded, const RowTiles& x_tiles, const char* x) {
+  const Columns columns(w, args);
+  const int64_t row_bytes = Mode::row_bytes(padded);
+  int64_t most = columns.tiles / (args.threads * kPiecesPerThread);
+  if (Mode::kTiles) most += most % 2;  // they are multiplied in pairs
+  const int64_t limit = kBlockTiles<Mode> / columns.parts;
+  const int64_t size = most < 1 ? 1 : most > limit ? limit : most;  // tiles of y per block
+  constexpr int64_t kStretch = longest_stretch<Mode>();
+  const int64_t stretch = kStretch < padded ? kStretch : padded;
+  bool unpack = Mode::kUnpacks;
+  if constexpr (!Mode::kTiles) unpack = unpack && x_tiles.count > Mode::kDirectTiles;
+  const int64_t panel_bytes = unpack ? stretch * Mode::kPanelBytesPerK : 0;
+  const int64_t chunk = div_up(kChunkRows, x_tiles.rows);  // register tiles
+  const int64_t chunk_rows = (chunk < x_tiles.count ? chunk : x_tiles.count) * x_tiles.rows;
+  const int64_t slot_bytes = size * columns.parts * (panel_bytes + chunk_rows * kTileRows * 4);
+  const Buffer slots(args.threads * slot_bytes);
+  if (!slots.p) return MEMLM_NO_MEMORY;
+
+  const auto work = [&](const Block<W>& whole, int64_t t0, int64_t t1, float* sums) {
+    const int64_t count = whole.tiles * columns.parts, sums_next = chunk_rows * kTileRows;
+    const auto x_tile = [&](int64_t t) { return x + t * x_tiles.rows * row_bytes; };
+    const auto sums_of = [&](int64_t t) { return sums + (t - t0) * x_tiles.rows * kTileRows; };
+    for (int64_t t = t0; t < t1; ++t)
+      for (int64_t i = 0; i < count; ++i)
+        Mode::start(x_tile(t), padded, Mode::kTiles ? static_cast<int>(x_tiles.rows) : x_tiles.rows_of(t),
+                    sums_of(t) + i * sums_next);
+    Block<W> block = whole;
+    for (block.k0 = 0; block.k0 < padded; block.k0 = block.k1) {
+      block.k1 = block.k0 + stretch < padded ? block.k0 + stretch : padded;
+      if constexpr (Mode::kUnpacks) {
+        for (int64_t i = 0; unpack && i < count; ++i) Mode::unpack(block.stretch(i), block.panel(i));
+      }
+      for (int64_t t = t0; t < t1; ++t) {
+        const int mt = x_tiles.rows_of(t);
+        const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
+        if constexpr (Mode::kTiles) {
+          Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
+        } else {
           for (int64_t i = 0; i < count; ++i)
-            Mode::unpack(Stretch<W>(w, tile0 + i, k0, k1), panels + i * panel_bytes);
-        for (int64_t t = 0; t < x_tiles; ++t) {
-          const int mt = rows_of(t);
-          const char* x = xp + t * tile_rows * row_bytes + packed_row_bytes(Mode::kFast, k0) * mt;
-          for (int64_t i = 0; i < count; ++i) {
-            float* out = sums + (i * args.m + t * tile_rows) * kTileRows;
             with_rows(mt, [&](auto n) {
-              if (unpack)
-                Mode::template panel<n.value>(panels + i * panel_bytes, k1 - k0, x, out);
-              else
-                Mode::template direct<n.value>(Stretch<W>(w, tile0 + i, k0, k1), x, out);
+              float* out = sums_of(t) + i * sums_next;
+              if constexpr (Mode::kUnpacks) {
+                if (unpack)
+                  return Mode::template panel<n.value>(block.panel(i), block.k1 - block.k0, at, out);
+              }
+              Mode::template direct<n.value>(block.stretch(i), at, out);
             });
-          }
         }
       }
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t row = 0; row < args.m; ++row)
-          store_tile(w, args, tile0 + i, row, f_load(sums + (i * args.m + row) * kTileRows));
+    }
+    for (int64_t i = 0; i < whole.tiles; ++i)
+      for (int64_t t = t0; t < t1; ++t)
+        for (int row = 0; row < x_tiles.rows_of(t); ++row) {
+          F total[2];
+          for (int part = 0; part < columns.parts; ++part)
+            total[part] = Mode::finish(whole.stretch(i + part * whole.tiles), x_tile(t), padded,
+                                       x_tiles.rows_of(t), row,
+                                       sums_of(t) + (i + part * whole.tiles) * sums_next + row * kTileRows);
+          store_tile(columns, args, whole.tile0 + i, t * x_tiles.rows + row, total);
+        }
+  };
+
+  parallel_for(div_up(columns.tiles, size), 1, args.threads, [&](int64_t begin, int64_t end, int slot) {
+    const typename Mode::Unit unit;
+    char* panels = static_cast<char*>(slots.p) + slot * slot_bytes;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t tile0 = b * size, left = columns.tiles - tile0;
+      const Block<W> whole = {codec, w, columns, tile0, left < size ? left : size,
+                              0, padded, panels, panel_bytes};
+      float* sums = reinterpret_cast<float*>(panels + size * columns.parts * panel_bytes);
+      for (int64_t t0 = 0; t0 < x_tiles.count; t0 += chunk)
+        work(whole, t0, t0 + chunk < x_tiles.count ? t0 + chunk : x_tiles.count, sums);
     }
   });
   return MEMLM_OK;
 }
 
+template <class Mode, class W>
+memlm_status matmul(const W& codec, const memlm_packed& w, const Input& in) {
+  const int64_t padded = padded_k(w.k, w.group);
+  const RowTiles tiles = Mode::kTiles ? RowTiles::full(in.args.m, 2 * kTileRows)
+                                      : RowTiles::even(in.args.m, kTileM);
+  const Buffer x(tiles.count * tiles.rows * Mode::row_bytes(padded));
+  const Buffer buffers(in.args.threads * padded * 4);
+  if (!x.p || !buffers.p) return MEMLM_NO_MEMORY;
+  pack_rows<Mode>(w, in, tiles, padded, static_cast<float*>(buffers.p), static_cast<char*>(x.p));
+  if constexpr (!Mode::kTiles) {
+    if (in.args.m <= kTileM) {
+      few_rows<Mode>(codec, w, in.args, padded, static_cast<const char*>(x.p));
+      return MEMLM_OK;
+    }
+  }
+  return many_rows<Mode>(codec, w, in.args, padded, tiles, static_cast<const char*>(x.p));
+}
+
+// Weights times numbers: which mode.
 template <class W>
-memlm_status matmul(const memlm_packed& w, const memlm_matmul_args& args) {
-  return args.fast ? matmul<Fast<W>, W>(w, args) : matmul<Accurate<W>, W>(w, args);
+memlm_status matmul(const W& codec, const memlm_packed& w, const memlm_matmul_args& args) {
+  const Input in = {args, nullptr, kActGroup};
+#ifdef MEMLM_TILE_UNIT
+  if (args.m >= kTileUnitRows)
+    return args.fast ? matmul<Bf16Tiles<W, OneBf16>>(codec, w, in)
+                     : matmul<Bf16Tiles<W, ThreeBf16>>(codec, w, in);
+#endif
+  return args.fast ? matmul<Fast<W>>(codec, w, in) : matmul<Accurate<W>>(codec, w, in);
 }
 
 }  // namespace MEMLM_ISA

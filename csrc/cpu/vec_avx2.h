@@ -6,7 +6,7 @@
 #include <string.h>
 
 namespace memlm {
-namespace avx2 {
+namespace MEMLM_ISA {
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -104,18 +104,34 @@ inline void b_store(void* p, B x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), x.a);
   _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, x.b);
 }
-inline B b_low_nibbles(B x) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+template <int kShift, int kBits>
+inline B b_field(B x) {
+  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, kShift), mask),
+          _mm256_and_si256(_mm256_srli_epi16(x.b, kShift), mask)};
 }
-inline B b_high_nibbles(B x) {
-  return b_low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
-}
-template <int kShift>
-inline F b_nibble_to_f(B x) {
-  const __m256i mask = _mm256_set1_epi32(15);
+template <int kShift, int kBits>
+inline F b_field_to_f(B x) {
+  const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
   return f_from_i({_mm256_and_si256(_mm256_srli_epi32(x.a, kShift), mask),
                    _mm256_and_si256(_mm256_srli_epi32(x.b, kShift), mask)});
+}
+struct Table { __m256 low, high; };  // entries 0 to 7, 8 to 15
+using ByteTable = __m256i;           // the 16 bytes twice
+inline Table t_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline ByteTable t_load_bytes(const int8_t* p) { return _mm256_broadcastsi128_si256(load128(p)); }
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  const auto entry = [&](__m256i v) {  // vpermps looks at 3 bits; the fourth goes to the sign
+    const __m256i index = _mm256_srli_epi32(v, kShift);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index),
+                            _mm256_permutevar8x32_ps(t.high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - kShift)));
+  };
+  return {entry(x.a), entry(x.b)};
+}
+inline B b_lookup(B x, const ByteTable& t) {
+  return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
 }
 template <int kByte>
 inline F b_byte_to_f(B x) {
@@ -152,5 +168,5 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return {_mm256_add_epi32(acc.a, dot(w.a)), _mm256_add_epi32(acc.b, dot(w.b))};
 }
 
-}  // namespace avx2
+}  // namespace MEMLM_ISA
 }  // namespace memlm

@@ -6,7 +6,7 @@
 #include <string.h>
 
 namespace memlm {
-namespace avx512vnni {
+namespace MEMLM_ISA {
 
 using F = __m512;
 using I = __m512i;
@@ -63,13 +63,27 @@ inline void i_store_i8(int8_t* p, I x) {
 
 inline B b_load(const void* p) { return _mm512_loadu_si512(p); }
 inline void b_store(void* p, B x) { _mm512_storeu_si512(p, x); }
-inline B b_low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-inline B b_high_nibbles(B x) { return b_low_nibbles(_mm512_srli_epi16(x, 4)); }
+template <int kShift, int kBits>
+inline B b_field(B x) {
+  return _mm512_and_si512(_mm512_srli_epi16(x, kShift), _mm512_set1_epi8((1 << kBits) - 1));
+}
+using Table = __m512;
+using ByteTable = __m512i;  // the 16 bytes four times
+inline Table t_load(const float* p) { return f_load(p); }
+inline ByteTable t_load_bytes(const int8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 template <int kShift>
-inline F b_nibble_to_f(B x) {
-  // vpermps looks at the lowest 4 bits of a lane only.
-  const F values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), values);
+inline F b_lookup_f(B x, const Table& t) {  // vpermps looks at the lowest 4 bits of a lane only
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), t);
+}
+inline B b_lookup(B x, const ByteTable& t) { return _mm512_shuffle_epi8(t, x); }
+template <int kShift, int kBits>
+inline F b_field_to_f(B x) {  // of 2 bits: the two above them do not matter
+  const F four = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const F two = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  static_assert(kBits == 2 || kBits == 4, "a table of 16");
+  return b_lookup_f<kShift>(x, kBits == 4 ? four : two);
 }
 template <int kByte>
 inline F b_byte_to_f(B x) {
@@ -96,5 +110,5 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return dpbusd(acc, w, x);
 }
 
-}  // namespace avx512vnni
+}  // namespace MEMLM_ISA
 }  // namespace memlm

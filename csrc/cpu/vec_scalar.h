@@ -12,7 +12,7 @@
 #include <string.h>
 
 namespace memlm {
-namespace scalar {
+namespace MEMLM_ISA {
 
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
@@ -100,14 +100,32 @@ inline void i_store_i8(int8_t* p, I x) { MEMLM_LANES p[i] = static_cast<int8_t>(
 
 inline B b_load(const void* p) { B r; memcpy(r.v, p, 64); return r; }
 inline void b_store(void* p, B x) { memcpy(p, x.v, 64); }
-inline B b_low_nibbles(B x) { for (uint8_t& byte : x.v) byte &= 15; return x; }
-inline B b_high_nibbles(B x) { for (uint8_t& byte : x.v) byte >>= 4; return x; }
-// Bits kShift..kShift+3 of each lane, unsigned.
-template <int kShift>
-inline F b_nibble_to_f(B x) {
+// Bits kShift.. of each byte, kBits of them.
+template <int kShift, int kBits>
+inline B b_field(B x) { for (uint8_t& byte : x.v) byte = byte >> kShift & ((1 << kBits) - 1); return x; }
+// Bits kShift.. of each lane, kBits (2 or 4) of them, unsigned.
+template <int kShift, int kBits>
+inline F b_field_to_f(B x) {
   F r;
-  MEMLM_LANES r.v[i] = static_cast<float>(x.v[4 * i + kShift / 8] >> kShift % 8 & 15);
+  MEMLM_LANES r.v[i] = static_cast<float>(x.v[4 * i + kShift / 8] >> kShift % 8 & ((1 << kBits) - 1));
   return r;
+}
+// Tables of 16 floats and of 16 bytes.
+struct Table { float v[16]; };
+struct ByteTable { int8_t v[16]; };
+inline Table t_load(const float* p) { Table r; memcpy(r.v, p, sizeof r.v); return r; }
+inline ByteTable t_load_bytes(const int8_t* p) { ByteTable r; memcpy(r.v, p, sizeof r.v); return r; }
+// The entries that bits kShift..kShift+3 of each lane choose.
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  F r;
+  MEMLM_LANES r.v[i] = t.v[x.v[4 * i + kShift / 8] >> kShift % 8 & 15];
+  return r;
+}
+// The entries that bytes, 0..15, choose.
+inline B b_lookup(B x, const ByteTable& t) {
+  for (uint8_t& byte : x.v) byte = static_cast<uint8_t>(t.v[byte]);
+  return x;
 }
 // Byte kByte of each lane, signed.
 template <int kByte>
@@ -137,5 +155,5 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
 
 #undef MEMLM_LANES
 
-}  // namespace scalar
+}  // namespace MEMLM_ISA
 }  // namespace memlm

@@ -5,30 +5,73 @@
 namespace memlm {
 namespace MEMLM_ISA {
 
-template <bool kHasOffsets>
-struct W4 {
-  static constexpr int kBits = 4, kZero = 8, kDotBias = kHasOffsets ? 0 : kZero, kLoadK = 8;
-  static constexpr bool kOffsets = kHasOffsets, kUnpacks = true;
+// A byte holds k + j in its low nibble and k + j + 4 in its high one.
+struct Nibbles {
+  static constexpr int kBits = 4, kLoadK = 8;
+  static constexpr bool kUnpacks = true;
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
+  static constexpr int shift(int j) { return j % 4 * 8 + j / 4 * 4; }
+  static void load2(const uint8_t* p, int i, B& b0, B& b1) {
+    const B both = b_load(p + i * kBlock);
+    b0 = b_field<0, 4>(both);
+    b1 = b_field<4, 4>(both);
+  }
+};
+
+// Codes are numbers.
+template <bool kHasOffsets>
+struct W4 : Nibbles {
+  static constexpr int kZero = 8, kDotBias = kHasOffsets ? 0 : kZero;
+  static constexpr bool kOffsets = kHasOffsets, kUnit = false;
   using Sums = Pairs;
 
+  float unit() const { return 1; }
   static Sums start(int32_t x) { return pairs_start(x); }
   static Sums dot(Sums acc, B w, const int8_t* x) { return pairs_dot_u4(acc, w, x); }
   static I total(Sums acc, int32_t start) { return pairs_sum(acc, start); }
-  // A byte holds k + j in its low nibble and k + j + 4 in its high one.
-  static void load2(const uint8_t* p, int i, B& b0, B& b1) {
-    const B both = b_load(p + i * kBlock);
-    b0 = b_low_nibbles(both);
-    b1 = b_high_nibbles(both);
+  template <int J>
+  F weight(B b) const {
+    return b_field_to_f<shift(J), 4>(b);
+  }
+};
+
+// Codes are places in a table of 16 levels; integer sums use them rounded to 1/127 of the largest.
+struct W4Table : Nibbles {
+  static constexpr int kZero = 0, kDotBias = kSignedBias;
+  static constexpr bool kOffsets = false, kUnit = true;
+  using Sums = I;
+
+  Table levels;
+  ByteTable bytes;
+  float unit_;
+
+  explicit W4Table(const float* given) : levels(t_load(given)) {
+    float largest = 0;
+    for (int i = 0; i < 16; ++i) largest = fabsf(given[i]) > largest ? fabsf(given[i]) : largest;
+    unit_ = largest / 127;
+    int8_t rounded[16];
+    for (int i = 0; i < 16; ++i)
+      rounded[i] = largest > 0 ? static_cast<int8_t>(rintf(given[i] * (127 / largest))) : 0;
+    bytes = t_load_bytes(rounded);
+  }
+  float unit() const { return unit_; }
+  static Sums start(int32_t x) { return i_set1(x); }
+  static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+  static I total(Sums acc, int32_t) { return acc; }
+  void load2(const uint8_t* p, int i, B& b0, B& b1) const {
+    Nibbles::load2(p, i, b0, b1);
+    b0 = b_bias(b_lookup(b0, bytes));
+    b1 = b_bias(b_lookup(b1, bytes));
   }
   template <int J>
-  static F weight(B b) {
-    return b_nibble_to_f<J % 4 * 8 + J / 4 * 4>(b);
+  F weight(B b) const {
+    return b_lookup_f<shift(J)>(b, levels);
   }
 };
 
 inline memlm_status w4_matmul(const memlm_packed& w, const memlm_matmul_args& args) {
-  return w.offsets ? matmul<W4<true>>(w, args) : matmul<W4<false>>(w, args);
+  if (w.levels) return matmul(W4Table(w.levels), w, args);
+  return w.offsets ? matmul(W4<true>(), w, args) : matmul(W4<false>(), w, args);
 }
 
 }  // namespace MEMLM_ISA

@@ -7,10 +7,11 @@ namespace MEMLM_ISA {
 
 struct W8 {
   static constexpr int kBits = 8, kZero = 0, kDotBias = kSignedBias, kLoadK = 4;
-  static constexpr bool kOffsets = false, kUnpacks = kSignedBias != 0;
+  static constexpr bool kOffsets = false, kUnit = false, kUnpacks = kSignedBias != 0;
   using LoadIndices = Indices<0, 1, 2, 3>;
   using Sums = I;
 
+  float unit() const { return 1; }
   static Sums start(int32_t x) { return i_set1(x); }
   static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
   static I total(Sums acc, int32_t) { return acc; }
@@ -19,13 +20,13 @@ struct W8 {
     b1 = b_bias(b_load(p + (2 * i + 1) * kBlock));
   }
   template <int J>
-  static F weight(B b) {
+  F weight(B b) const {
     return b_byte_to_f<J>(b);
   }
 };
 
 inline memlm_status w8_matmul(const memlm_packed& w, const memlm_matmul_args& args) {
-  return matmul<W8>(w, args);
+  return matmul(W8(), w, args);
 }
 
 }  // namespace MEMLM_ISA

@@ -39,32 +39,56 @@ typedef struct {
   memlm_dtype scale_dtype; /* of scales and offsets: MEMLM_F16 or MEMLM_F32 */
   int64_t n, k;
   int64_t group; /* k per scale: 32, 64, 128, or 0 for one scale per row (8 bits only) */
+  const float* levels; /* [16]: a 4-bit code q stands for levels[q], as in NF4; no offsets then.
+                          NULL: codes are numbers */
 } memlm_packed;
+
+/* The levels of NormalFloat, 4 bits (arXiv:2305.14314). */
+MEMLM_API extern const float memlm_nf4_levels[16];
 
 typedef struct {
   int64_t m;
-  const void* x;    /* [m, k], or [m, 2k] with swiglu */
-  int64_t x_stride; /* elements from one row to the next, at least the above */
-  const void* bias; /* [n], or NULL */
-  void* y;          /* [m, n]; must not overlap x */
-  int64_t y_stride; /* elements from one row to the next, at least n */
+  const void* x;     /* [m, k] */
+  int64_t x_stride;  /* elements from one row to the next, at least k */
+  const void* bias;  /* [n], or NULL */
+  void* y;           /* [m, n], or [m, n / 2] with swiglu; must not overlap x */
+  int64_t y_stride;  /* elements from one row to the next, at least the above */
   memlm_dtype dtype; /* of all these arrays, and of norm and residual */
-  int fast;    /* 0: accurate, f32 arithmetic.  1: activations rounded to int8 per 32 k, integer
-                  products, f32 sums */
-  int threads; /* at most this many; the result does not depend on it */
-  /* The steps beside the product, in f32.  At most one of norm and swiglu. */
-  const void* norm;        /* [k], or NULL: x <- x / sqrt(mean(x^2) + norm_eps) * norm, each row */
+  int fast;          /* 0: accurate, f32 arithmetic.  1: activations rounded to int8 per 32 k, integer
+                        products, f32 sums; where the CPU has AMX, for many rows activations and
+                        weights rounded to bf16, f32 sums */
+  int threads;       /* at most this many; the result does not depend on it */
+  /* The steps beside the product, in f32. */
+  const void* norm; /* [k], or NULL: x <- x / sqrt(mean(x^2) + norm_eps) * norm, each row */
   float norm_eps;
-  int swiglu;              /* x <- silu(x[:, :k]) * x[:, k:] */
-  const void* residual;    /* [m, n], added to y, or NULL */
-  int64_t residual_stride; /* elements from one row to the next, at least n */
+  int swiglu; /* y <- silu(y[:, :n/2]) * y[:, n/2:]: W holds gate above up; n / 2 is a multiple of 16 */
+  const void* residual;    /* shaped as y, added to it last, or NULL */
+  int64_t residual_stride; /* elements from one row to the next, at least y's columns */
 } memlm_matmul_args;
 
-/* y = x W^T + bias + residual */
+/* y = x W^T + bias, then swiglu, then + residual */
+MEMLM_API memlm_status memlm_w2_matmul(const memlm_packed* w, const memlm_matmul_args* args);
 MEMLM_API memlm_status memlm_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args);
 MEMLM_API memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args);
 
-/* out[i, :] = W[ids[i], :], for count ids in 0..n-1; bits is 4 or 8; out is [count, k]. */
+/* The same for 8-bit weights and int8 activations; products are exact integers, and with one scale
+ * per row on both sides so is the whole sum.
+ *
+ * x_scales NULL: args->x holds numbers of args->dtype and is rounded to int8 on the way, one scale
+ * for each x_group k: 0 (the whole row) or 32.
+ * Otherwise args->x is int8 [m, k], -127..127, and x_scales its scales: [m], or [m, ceil(k / 32)].
+ * norm is for numbers only; args->fast is not looked at; k is at most 65,536 (sums are int32). */
+MEMLM_API memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                         const float* x_scales, int64_t x_group);
+
+/* Rounds the rows of x [m, k] to int8 as memlm_w8a8_matmul does, once for several products:
+ * codes [m, k], scales [m] or [m, ceil(k / 32)].  norm as above, or NULL. */
+MEMLM_API memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride,
+                                           memlm_dtype dtype, const void* norm, float norm_eps,
+                                           int64_t x_group, int8_t* codes, float* scales,
+                                           int threads);
+
+/* out[i, :] = W[ids[i], :], for count ids in 0..n-1; bits is 2, 4 or 8; out is [count, k]. */
 MEMLM_API memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids,
                                        int64_t count, memlm_dtype dtype, void* out, int threads);
 
@@ -77,6 +101,9 @@ MEMLM_API memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t
 MEMLM_API const char* memlm_isa(void);
 /* Names of all that this CPU can run, best first; NULL ends the list. */
 MEMLM_API const char* const* memlm_isas(void);
+/* From how many rows on the matmuls of numbers run on the CPU's tile unit, with that arithmetic;
+ * 0 where the instruction set in use has none. */
+MEMLM_API int64_t memlm_tile_rows(void);
 /* Switches to one of them.  For tests and benchmarks: not while other calls are under way. */
 MEMLM_API memlm_status memlm_set_isa(const char* name);
 

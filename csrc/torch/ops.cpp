@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../formats.h"
@@ -45,16 +46,21 @@ void check_part(const Tensor& t, const char* name, std::initializer_list<int64_t
   STD_TORCH_CHECK(same, name, ": the shape does not fit n, k and group");
 }
 
+// What codes stand for, as memlm/formats.py, CODEBOOKS, numbers it.
+enum Codebook { kNumbers = 0, kNf4 = 1 };
+
 memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                    int bits, int64_t n, int64_t k, int64_t group) {
+                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
   STD_TORCH_CHECK(n >= 1 && n <= INT32_MAX && k >= 1 && k <= INT32_MAX,
                   "n, k: accepted is 1 to 2^31-1");
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && bits == 8),
                   "group: accepted are 32, 64, 128, and 0 for 8 bits");
+  STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: accepted are 2, 4, 8");
+  STD_TORCH_CHECK(codebook == kNumbers || codebook == kNf4, "codebook: accepted are 0, 1");
   STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),
-                  "codes: expected ", bits == 8 ? "int8 for 8 bits" : "uint8 for 4 bits");
+                  "codes: expected ", bits == 8 ? "int8 for 8 bits" : "uint8 for 2 and 4 bits");
   const int64_t tiles = memlm::div_up(n, memlm::kTileRows), padded = memlm::padded_k(k, group);
-  const int64_t blocks = memlm::tile_bytes(bits, padded) / memlm::kBlock;
+  const int64_t blocks = memlm::tile_bytes(static_cast<int>(bits), padded) / memlm::kBlock;
   const int64_t groups = group ? padded / group : 1;
   check_part(codes, "codes", {tiles, blocks, memlm::kTileRows, memlm::kLaneK});
   check_part(scales, "scales", {tiles, groups, memlm::kTileRows});
@@ -69,10 +75,9 @@ memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTen
           dtype_of(scales.scalar_type(), "scales"),
           n,
           k,
-          group};
+          group,
+          codebook == kNf4 ? memlm_nf4_levels : nullptr};
 }
-
-int bits_of(const Tensor& codes) { return codes.scalar_type() == ScalarType::Char ? 8 : 4; }
 
 std::vector<int64_t> with_last(const Tensor& t, bool replace, int64_t last) {
   const auto sizes = t.sizes();
@@ -81,94 +86,161 @@ std::vector<int64_t> with_last(const Tensor& t, bool replace, int64_t last) {
   return shape;
 }
 
-// What w4_matmul and w8_matmul take beside x and W.
-struct MatmulOptions {
-  OptionalTensor bias;
-  bool fast;
-  OptionalTensor norm;
+const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void make_contiguous(Tensor& t) {
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+}
+
+// What the matmuls take beside x and W.
+struct Around {
+  OptionalTensor bias, norm;
   double eps;
   bool swiglu;
   OptionalTensor residual;
 };
 
-Tensor matmul(memlm_status (*kernel)(const memlm_packed*, const memlm_matmul_args*), Tensor x,
-              const memlm_packed& w, MatmulOptions options) {
-  auto& [bias, fast, norm, eps, swiglu, residual] = options;
-  const int64_t columns = swiglu ? 2 * w.k : w.k;
+// y, of y_type, by kernel(w, args); x has last dimension k.
+template <class Kernel>
+Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, ScalarType y_type,
+              const Kernel& kernel) {
+  auto& [bias, norm, eps, swiglu, residual] = around;
   STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns,
-                  "x: the last dimension must be ", columns);
-  const ScalarType type = x.scalar_type();
-  const memlm_dtype dtype = dtype_of(type, "x");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be ", w.k);
   if (bias) check_part(*bias, "bias", {w.n});
   if (norm) check_part(*norm, "norm", {w.k});
-  const std::vector<int64_t> shape = with_last(x, true, w.n);
+  const int64_t columns = swiglu ? w.n / 2 : w.n;
+  const std::vector<int64_t> shape = with_last(x, true, columns);
   if (residual) {
-    if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
+    make_contiguous(*residual);
     const auto sizes = residual->sizes();
     const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
     STD_TORCH_CHECK(residual->is_cpu() && same,
                     "residual: must be on the CPU and have the shape of the result");
   }
-  for (const OptionalTensor& t : {bias, norm, residual})
-    STD_TORCH_CHECK(!t || t->scalar_type() == type, "bias, norm, residual: expected the dtype of x");
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, shape, type);
-  const auto data = [](const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; };
-  const memlm_matmul_args args = {x.numel() / columns,
-                                  x.const_data_ptr(),
-                                  columns,
-                                  data(bias),
-                                  y.mutable_data_ptr(),
-                                  w.n,
-                                  dtype,
-                                  fast,
-                                  static_cast<int>(torch::stable::get_num_threads()),
-                                  data(norm),
-                                  static_cast<float>(eps),
-                                  swiglu,
-                                  data(residual),
-                                  w.n};
+  for (const OptionalTensor* t : {&bias, &norm, &residual})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == y_type,
+                    "bias, norm, residual: expected the dtype of the result");
+  make_contiguous(x);
+  Tensor y = torch::stable::new_empty(x, shape, y_type);
+  memlm_matmul_args args = {};
+  args.m = x.numel() / w.k;
+  args.x = x.const_data_ptr();
+  args.x_stride = w.k;
+  args.bias = data_of(bias);
+  args.y = y.mutable_data_ptr();
+  args.y_stride = columns;
+  args.dtype = dtype_of(y_type, "x");
+  args.fast = fast;
+  args.threads = threads();
+  args.norm = data_of(norm);
+  args.norm_eps = static_cast<float>(eps);
+  args.swiglu = swiglu;
+  args.residual = data_of(residual);
+  args.residual_stride = columns;
   check_status(kernel(&w, &args));
   return y;
 }
 
-Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
+Tensor w2_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
                  int64_t k, int64_t group, OptionalTensor bias, bool fast, OptionalTensor norm,
                  double eps, bool swiglu, OptionalTensor residual) {
-  return matmul(memlm_w4_matmul, x, packed(codes, scales, offsets, 4, n, k, group),
-                {bias, fast, norm, eps, swiglu, residual});
+  Around around = {bias, norm, eps, swiglu, residual};
+  const memlm_packed w = packed(codes, scales, offsets, 2, n, k, group);
+  return matmul(x, w, around, fast, x.scalar_type(), memlm_w2_matmul);
+}
+
+Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t codebook,
+                 int64_t n, int64_t k, int64_t group, OptionalTensor bias, bool fast,
+                 OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual) {
+  Around around = {bias, norm, eps, swiglu, residual};
+  const memlm_packed w = packed(codes, scales, offsets, 4, n, k, group, codebook);
+  return matmul(x, w, around, fast, x.scalar_type(), memlm_w4_matmul);
 }
 
 Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, int64_t group,
                  OptionalTensor bias, bool fast, OptionalTensor norm, double eps, bool swiglu,
                  OptionalTensor residual) {
-  return matmul(memlm_w8_matmul, x, packed(codes, scales, {}, 8, n, k, group),
-                {bias, fast, norm, eps, swiglu, residual});
+  Around around = {bias, norm, eps, swiglu, residual};
+  const memlm_packed w = packed(codes, scales, {}, 8, n, k, group);
+  return matmul(x, w, around, fast, x.scalar_type(), memlm_w8_matmul);
 }
 
-Tensor embedding(Tensor ids, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
-                 int64_t k, int64_t group, ScalarType dtype) {
-  const memlm_packed w = packed(codes, scales, offsets, bits_of(codes), n, k, group);
+int64_t scales_per_row(int64_t k, int64_t x_group) {
+  return x_group ? memlm::div_up(k, memlm::kActGroup) : 1;
+}
+
+Tensor w8a8_matmul(Tensor x, OptionalTensor x_scales, Tensor codes, Tensor scales, int64_t n,
+                   int64_t k, int64_t group, OptionalTensor bias, int64_t x_group,
+                   OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual,
+                   std::optional<ScalarType> dtype) {
+  Around around = {bias, norm, eps, swiglu, residual};
+  const memlm_packed w = packed(codes, scales, {}, 8, n, k, group);
+  ScalarType y_type = x.scalar_type();
+  if (x_scales) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x: expected int8 beside x_scales");
+    STD_TORCH_CHECK(x_scales->is_cpu() && x_scales->scalar_type() == ScalarType::Float,
+                    "x_scales: must be float32 on the CPU");
+    const auto sizes = x_scales->sizes();
+    const std::vector<int64_t> shape = with_last(x, true, scales_per_row(k, x_group));
+    STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()),
+                    "x_scales: the shape does not fit x and x_group");
+    make_contiguous(*x_scales);
+    y_type = dtype.value_or(ScalarType::Float);
+  } else {
+    STD_TORCH_CHECK(!dtype || *dtype == y_type, "dtype: the result has that of x");
+  }
+  const auto kernel = [&](const memlm_packed* weights, const memlm_matmul_args* args) {
+    return memlm_w8a8_matmul(weights, args, static_cast<const float*>(data_of(x_scales)), x_group);
+  };
+  return matmul(x, w, around, true, y_type, kernel);
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, int64_t x_group, OptionalTensor norm, double eps) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
+                  "x: must be on the CPU and have columns");
+  const ScalarType type = x.scalar_type();
+  const memlm_dtype dtype = dtype_of(type, "x");
+  const int64_t k = x.size(x.dim() - 1);
+  if (norm) {
+    check_part(*norm, "norm", {k});
+    STD_TORCH_CHECK(norm->scalar_type() == type, "norm: expected the dtype of x");
+  }
+  make_contiguous(x);
+  Tensor codes = torch::stable::new_empty(x, with_last(x, true, k), ScalarType::Char);
+  const std::vector<int64_t> shape = with_last(x, true, scales_per_row(k, x_group));
+  Tensor scales = torch::stable::new_empty(x, shape, ScalarType::Float);
+  check_status(memlm_quantize_rows(x.numel() / k, k, x.const_data_ptr(), k, dtype, data_of(norm),
+                                   static_cast<float>(eps), x_group,
+                                   static_cast<int8_t*>(codes.mutable_data_ptr()),
+                                   static_cast<float*>(scales.mutable_data_ptr()), threads()));
+  return {codes, scales};
+}
+
+Tensor embedding(Tensor ids, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t bits,
+                 int64_t codebook, int64_t n, int64_t k, int64_t group, ScalarType dtype) {
+  const memlm_packed w = packed(codes, scales, offsets, bits, n, k, group, codebook);
   STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long,
                   "ids: must be int64 on the CPU");
-  if (!ids.is_contiguous()) ids = torch::stable::contiguous(ids);
+  make_contiguous(ids);
   Tensor out = torch::stable::new_empty(codes, with_last(ids, false, k), dtype);
-  check_status(memlm_embedding(&w, bits_of(codes), static_cast<const int64_t*>(ids.const_data_ptr()),
-                               ids.numel(), dtype_of(dtype, "dtype"), out.mutable_data_ptr(),
-                               static_cast<int>(torch::stable::get_num_threads())));
+  check_status(memlm_embedding(&w, static_cast<int>(bits),
+                               static_cast<const int64_t*>(ids.const_data_ptr()), ids.numel(),
+                               dtype_of(dtype, "dtype"), out.mutable_data_ptr(), threads()));
   return out;
 }
 
-Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n, int64_t k,
-                  int64_t group, int64_t row, int64_t rows, ScalarType dtype) {
-  const memlm_packed w = packed(codes, scales, offsets, bits_of(codes), n, k, group);
+Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t bits,
+                  int64_t codebook, int64_t n, int64_t k, int64_t group, int64_t row, int64_t rows,
+                  ScalarType dtype) {
+  const memlm_packed w = packed(codes, scales, offsets, bits, n, k, group, codebook);
   STD_TORCH_CHECK(row >= 0 && rows >= 0 && rows <= n - row, "rows: beyond the ", n, " rows of W");
   const std::vector<int64_t> shape = {rows, k};
   Tensor out = torch::stable::new_empty(codes, shape, dtype);
-  check_status(memlm_dequantize(&w, bits_of(codes), row, rows, dtype_of(dtype, "dtype"),
-                                out.mutable_data_ptr(),
-                                static_cast<int>(torch::stable::get_num_threads())));
+  check_status(memlm_dequantize(&w, static_cast<int>(bits), row, rows, dtype_of(dtype, "dtype"),
+                                out.mutable_data_ptr(), threads()));
   return out;
 }
 
@@ -177,22 +249,35 @@ Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n
 // memlm/ops/<op>.py documents each op and adds what torch needs beside the kernel.
 STABLE_TORCH_LIBRARY(memlm, m) {
   m.def(
-      "w4_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, "
+      "w2_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, "
       "Tensor? bias, bool fast, Tensor? norm, float eps, bool swiglu, Tensor? residual) -> Tensor");
+  m.def(
+      "w4_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int codebook, int n, int k, "
+      "int group, Tensor? bias, bool fast, Tensor? norm, float eps, bool swiglu, Tensor? residual) "
+      "-> Tensor");
   m.def(
       "w8_matmul(Tensor x, Tensor codes, Tensor scales, int n, int k, int group, Tensor? bias, "
       "bool fast, Tensor? norm, float eps, bool swiglu, Tensor? residual) -> Tensor");
   m.def(
-      "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int n, int k, "
-      "int group, ScalarType dtype) -> Tensor");
+      "w8a8_matmul(Tensor x, Tensor? x_scales, Tensor codes, Tensor scales, int n, int k, int group, "
+      "Tensor? bias, int x_group, Tensor? norm, float eps, bool swiglu, Tensor? residual, "
+      "ScalarType? dtype) -> Tensor");
   m.def(
-      "dequantize(Tensor codes, Tensor scales, Tensor? offsets, int n, int k, int group, int row, "
-      "int rows, ScalarType dtype) -> Tensor");
+      "quantize_rows(Tensor x, int x_group, Tensor? norm, float eps) -> (Tensor codes, Tensor scales)");
+  m.def(
+      "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, "
+      "int n, int k, int group, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize(Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, int n, int k, "
+      "int group, int row, int rows, ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
+  m.impl("w2_matmul", TORCH_BOX(&w2_matmul));
   m.impl("w4_matmul", TORCH_BOX(&w4_matmul));
   m.impl("w8_matmul", TORCH_BOX(&w8_matmul));
+  m.impl("w8a8_matmul", TORCH_BOX(&w8a8_matmul));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }

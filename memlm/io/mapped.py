@@ -30,7 +30,7 @@ _DTYPES = {
 def open_mapped(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file, read-only where the file is mapped.
 
-    Raises FileNotFoundError, FormatError for a file that is truncated or malformed, TypeError for
+    Raises FileNotFoundError, FormatError for a file that is truncated or malformed, ImportError for
     bfloat16 tensors where the package ml_dtypes is missing.
     """
     path = Path(path)
@@ -42,7 +42,7 @@ def open_mapped(path: str | Path) -> dict[str, np.ndarray]:
         header = json.loads(file[8:start].tobytes())
         header.pop("__metadata__", None)
         return {name: _tensor(name, entry, file[start:]) for name, entry in header.items()}
-    except (AttributeError, KeyError, OverflowError, RecursionError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a valid safetensors file: {error!r}") from None
 
 
@@ -63,5 +63,5 @@ def _dtype(name: str, code: str) -> np.dtype:
     try:
         from ml_dtypes import bfloat16
     except ImportError:
-        raise TypeError(f"{name}: bfloat16 in numpy needs the package ml_dtypes") from None
+        raise ImportError(f"{name}: bfloat16 in numpy needs the package ml_dtypes") from None
     return np.dtype(bfloat16)

@@ -8,15 +8,21 @@ from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
+from memlm.ops.quantize_rows import quantize_rows
+from memlm.ops.w2_matmul import w2_matmul
 from memlm.ops.w4_matmul import w4_matmul
 from memlm.ops.w8_matmul import w8_matmul
+from memlm.ops.w8a8_matmul import w8a8_matmul
 
-MODES = ("fast", "accurate")
+MODES = ("fast", "accurate", "w8a8")
 # Bits per weight -> mode.  Rounding the activations to 8 bits costs less than rounding weights to
 # 4 does, but more than rounding them to 8: on SmolLM2 0.003 nats of KL, against 0.2 and 0.001.
-DEFAULT_MODES = {4: "fast", 8: "accurate"}
+DEFAULT_MODES = {2: "fast", 4: "fast", 8: "accurate"}
 
-__all__ = ["MODES", "dequantize", "embedding", "implementations", "matmul", "w4_matmul", "w8_matmul"]
+__all__ = [
+    "MODES", "dequantize", "embedding", "implementations", "matmul", "quantize_rows", "w2_matmul",
+    "w4_matmul", "w8_matmul", "w8a8_matmul",
+]  # fmt: skip
 
 
 def check_mode(mode: str) -> str:
@@ -28,7 +34,11 @@ def check_mode(mode: str) -> str:
 
 def mode_for(format: Format, mode: str | None) -> str:
     """``mode``, or where it is None the default for ``format``.  Raises ValueError for others."""
-    return DEFAULT_MODES[format.bits] if mode is None else check_mode(mode)
+    if mode is None:
+        return DEFAULT_MODES[format.bits]
+    if check_mode(mode) == "w8a8" and format.bits != 8:
+        raise ValueError(f"mode: got 'w8a8', accepted for {format} are fast and accurate")
+    return mode
 
 
 def matmul(
@@ -42,10 +52,22 @@ def matmul(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x W^T + bias`` by the operation that fits ``packed.format``: see :func:`w4_matmul`.
-    ``mode`` is ``"fast"``, ``"accurate"``, or None for what ``DEFAULT_MODES`` says."""
-    fast = mode_for(packed.format, mode) == "fast"
-    p = packed
-    rest = (p.n, p.k, p.format.group, bias, fast, norm, eps, swiglu, residual)
-    if p.format.bits == 4:
-        return w4_matmul(x, p.codes, p.scales, p.offsets, *rest)
-    return w8_matmul(x, p.codes, p.scales, *rest)
+    ``mode`` is ``"fast"``, ``"accurate"``, for 8 bits ``"w8a8"`` (:func:`w8a8_matmul`, one scale
+    per row of x), or None for what ``DEFAULT_MODES`` says."""
+    mode = mode_for(packed.format, mode)
+    parts = (packed.codes, packed.scales, packed.offsets)
+    around = (norm, eps, swiglu, residual)
+    return dispatch(x, packed.format, *parts, packed.n, packed.k, bias, mode, *around)
+
+
+def dispatch(x, format: Format, codes, scales, offsets, n, k, bias, mode, *around):
+    """:func:`matmul` for a packed matrix in parts, and a mode that fits."""
+    sizes = (n, k, format.group, bias)
+    if format.bits == 8:
+        if mode == "w8a8":
+            return w8a8_matmul(x, None, codes, scales, *sizes, 0, *around)
+        return w8_matmul(x, codes, scales, *sizes, mode == "fast", *around)
+    if format.bits == 4:
+        codebook = format.codebook
+        return w4_matmul(x, codes, scales, offsets, *sizes, mode == "fast", *around, codebook)
+    return w2_matmul(x, codes, scales, offsets, *sizes, mode == "fast", *around)

@@ -1,5 +1,5 @@
-"""What ``w4_matmul`` and ``w8_matmul`` share: argument checks, the torch reference, the gradient
-and autocast.  The two files beside this one hold what differs: signature and documentation.
+"""What the matmuls share: argument checks, the torch reference, the gradient and autocast.  Their
+files hold what differs: signature and documentation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from memlm import formats
 from memlm.formats import ACT_GROUP, Format, Packed
+from memlm.ops import _registry
 
+CODEBOOKS = list(formats.CODEBOOKS)  # ops take the place of one in this list
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of W dequantised at a time for the gradient: 1,024 rows of 4,096 are 16 MB of f32.
 GRAD_ROWS = 1024
@@ -22,12 +24,18 @@ def check(x, packed: Packed, bias, norm=None, swiglu=False, residual=None) -> tu
     if not isinstance(x, torch.Tensor) or x.dtype not in X_DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x: got {got}, accepted are tensors of {X_DTYPES}")
-    columns = 2 * packed.k if swiglu else packed.k
-    if x.dim() < 1 or x.shape[-1] != columns:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {columns}]")
-    if norm is not None and swiglu:
-        raise ValueError("swiglu: got True together with norm, accepted is one of them")
-    shape = (*x.shape[:-1], packed.n)
+    return check_shapes(x, x.dtype, packed, bias, norm, swiglu, residual)
+
+
+def check_shapes(x, dtype, packed: Packed, bias, norm, swiglu, residual) -> tuple[int, ...]:
+    """As :func:`check`, for any x; the other tensors are of ``dtype``."""
+    if x.dim() < 1 or x.shape[-1] != packed.k:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {packed.k}]")
+    if swiglu and packed.n % (2 * formats.TILE_ROWS):
+        raise ValueError(
+            f"swiglu: W has {packed.n} rows, accepted are multiples of {2 * formats.TILE_ROWS}"
+        )
+    shape = (*x.shape[:-1], packed.n // 2 if swiglu else packed.n)
     for name, tensor in packed.tensors().items():
         if tensor.device != x.device:
             raise ValueError(f"{name}: on {tensor.device}, but x is on {x.device}")
@@ -38,9 +46,9 @@ def check(x, packed: Packed, bias, norm=None, swiglu=False, residual=None) -> tu
     ):
         if tensor is None:
             continue
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != x.dtype:
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
             got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: got {got}, expected {x.dtype}, as x")
+            raise TypeError(f"{name}: got {got}, expected {dtype}, as x or the result")
         if tuple(tensor.shape) != wanted:
             raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(wanted)}")
         if tensor.device != x.device:
@@ -48,18 +56,19 @@ def check(x, packed: Packed, bias, norm=None, swiglu=False, residual=None) -> tu
     return shape
 
 
-def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [m, k]`` f32 -> codes ``[m, groups, 32]`` and scales ``[m, groups, 1]``, both f32.
+def quantize_activations(x: torch.Tensor, group: int = ACT_GROUP):
+    """``x [m, k]`` f32 -> codes ``[m, groups, span]`` and scales ``[m, groups, 1]``, both f32; span
+    is 32, or with ``group`` 0 all k.
 
-    Symmetric, one scale per 32 consecutive k: ``s = amax / 127``, ``q = rint(x * (127 / amax))``,
-    the rounding of the CPU kernels to the last bit.  Where amax is so small that ``127 / amax``
-    overflows, scale and codes are 0; a group with Inf or NaN has scale NaN, so that what it
-    reaches becomes NaN.
+    Symmetric, one scale per span: ``s = amax / 127``, ``q = rint(x * (127 / amax))``, the rounding
+    of the CPU kernels to the last bit.  Where amax is so small that ``127 / amax`` overflows, scale
+    and codes are 0; a span with Inf or NaN has scale NaN, so that what it reaches becomes NaN.
     """
     m, k = x.shape
-    padded = x.new_zeros(m, -(-k // ACT_GROUP) * ACT_GROUP)
+    span = group or k
+    padded = x.new_zeros(m, -(-k // span) * span)
     padded[:, :k] = x
-    groups = padded.view(m, -1, ACT_GROUP)
+    groups = padded.view(m, -1, span)
     amax = groups.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(amax, 127) / amax  # torch computes 127 / amax as 127 * (1 / amax)
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
@@ -69,28 +78,44 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, scale
 
 
-def prologue(x: torch.Tensor, k: int, norm, eps: float, swiglu: bool) -> torch.Tensor:
-    """The step before the product, in f32 (f64 for f64): ``[..., k]``, or ``[..., 2k]`` with
-    swiglu, -> ``[..., k]``."""
+def prologue(x: torch.Tensor, k: int, norm, eps: float) -> torch.Tensor:
+    """The step before the product, in f32 (f64 for f64)."""
     x = x if x.dtype == torch.float64 else x.float()
-    if norm is not None:
-        return F.rms_norm(x, (k,), norm.to(x.dtype), eps)
-    return F.silu(x[..., :k]) * x[..., k:] if swiglu else x
+    return x if norm is None else F.rms_norm(x, (k,), norm.to(x.dtype), eps)
+
+
+def epilogue(y: torch.Tensor, bias, swiglu: bool, residual) -> torch.Tensor:
+    """The steps after the product, in y's dtype."""
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = y + residual.reshape(y.shape).to(y.dtype)
+    return y
+
+
+def fast_weights(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``W [n, k]`` as integer sums see it: levels of nf4 rounded to 1/127 of the largest."""
+    format = packed.format
+    if format.codebook != "nf":
+        return formats.dequantize(packed, dtype)
+    values = formats.values(format, torch.float64, packed.codes.device)
+    largest = values.abs().max()
+    values = (values * (127 / largest)).round() * (largest / 127)
+    return formats.dequantize_with(packed, values.to(dtype), dtype)
 
 
 def reference(x, packed: Packed, bias, fast: bool, norm, eps, swiglu, residual) -> torch.Tensor:
     """The operation in plain torch: what the kernels are measured against."""
     shape = check(x, packed, bias, norm, swiglu, residual)
-    rows = prologue(x, packed.k, norm, eps, swiglu).reshape(-1, packed.k)
+    rows = prologue(x, packed.k, norm, eps).reshape(-1, packed.k)
     if fast:
         q, scale = quantize_activations(rows)
         rows = (q * scale).view(rows.shape[0], -1)[:, : packed.k]
-    y = rows @ formats.dequantize(packed).T
-    if bias is not None:
-        y = y + bias.float()
-    if residual is not None:
-        y = y + residual.reshape(y.shape).float()
-    return y.to(x.dtype).view(shape)
+    y = rows @ (fast_weights(packed) if fast else formats.dequantize(packed)).T
+    return epilogue(y, bias, swiglu, residual).to(x.dtype).view(shape)
 
 
 def fake(x, packed: Packed, bias, norm, swiglu, residual) -> torch.Tensor:
@@ -104,71 +129,131 @@ def grad_x(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
     This is the accurate product in both modes: rounding the activations is treated as the identity
     (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
     """
-    codes, scales, offsets = packed.codes, packed.scales, packed.offsets
     total = None
     for row in range(0, packed.n, GRAD_ROWS):
         rows = min(GRAD_ROWS, packed.n - row)
-        w = torch.ops.memlm.dequantize(
-            codes, scales, offsets, packed.n, packed.k, packed.format.group, row, rows, grad.dtype
-        )
+        w = torch.ops.memlm.dequantize(*weight_arguments(packed), row, rows, grad.dtype)
         part = grad[..., row : row + rows] @ w
         total = part if total is None else total + part
     return total
 
 
-def grad_prologue(grad, x, norm, eps: float, swiglu: bool):
-    """Gradients of x and norm, from that of the product's left side ``grad [..., k]``."""
-    if norm is None and not swiglu:
-        return grad, None
-    k = grad.shape[-1]
+def grad_norm(grad, x, norm, eps: float):
+    """Gradients of x and of RMSNorm's weight, from that of the product's left side."""
     h, g = x.float(), grad.float()
-    if swiglu:
-        gate, up = h[..., :k], h[..., k:]
-        s = torch.sigmoid(gate)
-        parts = (g * up * s * (1 + gate * (1 - s)), g * gate * s)
-        return torch.cat(parts, dim=-1).to(x.dtype), None
     factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h * factor
     gw = g * norm.float()
     grad_x = factor * (gw - h * (gw * h).mean(-1, keepdim=True))
-    return grad_x.to(x.dtype), (g * h).reshape(-1, k).sum(0).to(norm.dtype)
+    return grad_x.to(x.dtype), (g * h).reshape(-1, h.shape[-1]).sum(0).to(norm.dtype)
+
+
+def grad_swiglu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Gradient of ``y [..., n]``, gate beside up, from that of ``silu(gate) * up``."""
+    gate, up = y.float().chunk(2, dim=-1)
+    g, s = grad.float(), torch.sigmoid(gate)
+    return torch.cat((g * up * s * (1 + gate * (1 - s)), g * gate * s), dim=-1).to(grad.dtype)
 
 
 def grad_bias(grad: torch.Tensor) -> torch.Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def setup_context(ctx, inputs, floats: tuple[int, ...]) -> None:
-    """Keeps what :func:`backward` needs.  ``floats``: where x, bias, norm and residual stand among
-    the op's arguments; the packed tensors follow x, and n, k, group come before bias."""
-    x_at, bias_at, norm_at, _ = floats
-    x, norm = inputs[x_at], inputs[norm_at]
-    ctx.eps, ctx.swiglu = inputs[norm_at + 1 : norm_at + 3]
-    ctx.sizes = inputs[bias_at - 3 : bias_at]
-    x = x if norm is not None or ctx.swiglu else None  # the product's gradient needs no x
-    ctx.save_for_backward(x, norm, *inputs[x_at + 1 : bias_at - 3])
+class Arguments:
+    """Where an op's arguments stand: ``names``, as its schema has them."""
+
+    def __init__(self, op, pack: Callable[..., Packed], names: str):
+        self.op, self.pack, self.names = op, pack, names.split()
+        self.floats = tuple(self.names.index(x) for x in ("x", "bias", "norm", "residual"))
+
+    def setup_context(self, ctx, inputs, output) -> None:
+        """Keeps what :meth:`backward` needs."""
+        given = dict(zip(self.names, inputs))
+        if given["norm"] is None and not given["swiglu"]:
+            given["x"] = None  # the product's gradient needs no x
+        given["residual"] = None
+        ctx.tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(given.pop(name) for name in ctx.tensors))
+        ctx.others = given
+
+    def backward(self, ctx, grad) -> tuple:
+        """Gradients of all of the op's arguments: of x, bias, norm and residual where they are
+        asked for, None of the others."""
+        given = {**ctx.others, **dict(zip(ctx.tensors, ctx.saved_tensors))}
+        grads = dict.fromkeys(self.names)
+        wanted = dict(zip(self.names, ctx.needs_input_grad))
+        if wanted["residual"]:
+            grads["residual"] = grad
+        if given["swiglu"] and (wanted["x"] or wanted["norm"] or wanted["bias"]):
+            again = {**given, "swiglu": False, "residual": None}
+            grad = grad_swiglu(grad, self.op(*(again[name] for name in self.names)))
+        if wanted["x"] or wanted["norm"]:
+            product = grad_x(grad, self.pack(given))
+            if given["norm"] is None:
+                grads["x"] = product
+            else:
+                grads["x"], grads["norm"] = grad_norm(product, given["x"], given["norm"], given["eps"])
+        if wanted["bias"]:
+            grads["bias"] = grad_bias(grad)
+        return tuple(grads.values())
 
 
-def backward(ctx, grad, pack: Callable[..., Packed], floats: tuple[int, ...]) -> tuple:
-    """Gradients of all of the op's arguments: of those at ``floats`` where they are asked for,
-    None of the others.  ``pack``: packed tensors, n, k, group -> :class:`Packed`."""
-    x, norm, *tensors = ctx.saved_tensors
-    x_wanted, bias_wanted, norm_wanted, residual_wanted = (ctx.needs_input_grad[i] for i in floats)
-    grads = [None] * len(ctx.needs_input_grad)
-    x_at, bias_at, norm_at, residual_at = floats
-    if x_wanted or norm_wanted:
-        product = grad_x(grad, pack(*tensors, *ctx.sizes))
-        grads[x_at], grads[norm_at] = grad_prologue(product, x, norm, ctx.eps, ctx.swiglu)
-    if bias_wanted:
-        grads[bias_at] = grad_bias(grad)
-    if residual_wanted:
-        grads[residual_at] = grad
-    return tuple(grads)
+def define(
+    name: str, arguments: str, pack: Callable[..., Packed], reference: Callable, fake: Callable
+):
+    """Adds to the C++ op what torch needs beside the kernel.  ``arguments``: the names of the op's
+    arguments; ``pack``: their dict -> :class:`Packed`; ``reference`` and ``fake`` take the dict."""
+    names = arguments.split()
+
+    def named(function):
+        return lambda *args: function(dict(zip(names, args)))
+
+    qualified = getattr(torch.ops.memlm, name).default
+    table = Arguments(qualified, pack, arguments)
+    op = _registry.define(name, named(reference), named(fake), table.backward, table.setup_context)
+    register_autocast(op, table.floats)
+    return op
 
 
-def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int) -> Packed:
+def define_weight_only(name: str, arguments: str, pack: Callable[..., Packed]):
+    """:func:`define` for an op over float x in one of two modes."""
+    around = ("norm", "eps", "swiglu", "residual")
+
+    def run(given):
+        rest = (given[key] for key in ("bias", "fast", *around))
+        return reference(given["x"], pack(given), *rest)
+
+    def shape(given):
+        rest = (given[key] for key in ("bias", "norm", "swiglu", "residual"))
+        return fake(given["x"], pack(given), *rest)
+
+    return define(name, arguments, pack, run, shape)
+
+
+def codebook_index(name: str) -> int:
+    """Its place among ``CODEBOOKS``, which ops take.  Raises ValueError for others."""
+    if name not in CODEBOOKS:
+        raise ValueError(f"codebook: got {name!r}, accepted are {CODEBOOKS}")
+    return CODEBOOKS.index(name)
+
+
+def weight_arguments(packed: Packed) -> tuple:
+    """What dequantize and embedding take of a packed W.  To the kernels ternary codes are numbers."""
+    format = packed.format
+    codebook = CODEBOOKS.index("nf" if format.codebook == "nf" else "int")
+    sizes = (packed.n, packed.k, format.group)
+    return (packed.codes, packed.scales, packed.offsets, format.bits, codebook, *sizes)
+
+
+def packed_with(codes, scales, offsets, bits, codebook, n, k, group) -> Packed:
+    """The inverse."""
+    return packed_of(bits, codes, scales, offsets, n, k, group, codebook)
+
+
+def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int, codebook=0) -> Packed:
     """The op's tensor arguments as a checked :class:`Packed`."""
-    return Packed(Format(bits, group, offsets is None), n, k, codes, scales, offsets)
+    format = Format(bits, group, offsets is None, CODEBOOKS[codebook])
+    return Packed(format, n, k, codes, scales, offsets)
 
 
 def register_autocast(op, cast_arguments: tuple[int, ...]) -> None:

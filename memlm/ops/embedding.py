@@ -8,15 +8,15 @@ from memlm import formats
 from memlm.formats import Packed
 from memlm.ops import _matmul
 from memlm.ops._registry import define
-from memlm.ops.dequantize import _packed
 
 
-def _reference(ids, codes, scales, offsets, n, k, group, dtype):
-    return formats.dequantize(_packed(codes, scales, offsets, n, k, group), dtype)[ids]
+def _reference(ids, codes, scales, offsets, bits, codebook, n, k, group, dtype):
+    packed = _matmul.packed_with(codes, scales, offsets, bits, codebook, n, k, group)
+    return formats.dequantize(packed, dtype)[ids]
 
 
-def _fake(ids, codes, scales, offsets, n, k, group, dtype):
-    _packed(codes, scales, offsets, n, k, group)
+def _fake(ids, codes, scales, offsets, bits, codebook, n, k, group, dtype):
+    _matmul.packed_with(codes, scales, offsets, bits, codebook, n, k, group)
     return codes.new_empty((*ids.shape, k), dtype=dtype)
 
 
@@ -39,5 +39,4 @@ def embedding(
         raise TypeError(f"dtype: got {dtype}, accepted are {_matmul.X_DTYPES}")
     if ids.device != packed.codes.device:
         raise ValueError(f"ids: on {ids.device}, but the weights are on {packed.codes.device}")
-    p = packed
-    return _op(ids, p.codes, p.scales, p.offsets, p.n, p.k, p.format.group, dtype)
+    return _op(ids, *_matmul.weight_arguments(packed), dtype)

@@ -6,33 +6,18 @@ import torch
 
 from memlm.formats import Packed
 from memlm.ops import _matmul
-from memlm.ops._registry import define
 
-
-def _packed(codes, scales, offsets, n, k, group) -> Packed:
-    return _matmul.packed_of(4, codes, scales, offsets, n, k, group)
-
-
-def _reference(x, codes, scales, offsets, n, k, group, *rest):
-    bias, fast, norm, eps, swiglu, residual = rest
-    packed = _packed(codes, scales, offsets, n, k, group)
-    return _matmul.reference(x, packed, bias, fast, norm, eps, swiglu, residual)
-
-
-def _fake(x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu, residual):
-    packed = _packed(codes, scales, offsets, n, k, group)
-    return _matmul.fake(x, packed, bias, norm, swiglu, residual)
-
-
-_FLOATS = (0, 7, 9, 12)  # x, bias, norm, residual among the arguments
-_op = define(
-    "w4_matmul",
-    _reference,
-    _fake,
-    lambda ctx, grad: _matmul.backward(ctx, grad, _packed, _FLOATS),
-    lambda ctx, inputs, output: _matmul.setup_context(ctx, inputs, _FLOATS),
+ARGUMENTS = (
+    "x codes scales offsets codebook n k group bias fast norm eps swiglu residual"  # as the schema
 )
-_matmul.register_autocast(_op, _FLOATS)
+
+
+def _packed(given: dict) -> Packed:
+    names = "codes scales offsets n k group codebook"
+    return _matmul.packed_of(4, *(given[name] for name in names.split()))
+
+
+_op = _matmul.define_weight_only("w4_matmul", ARGUMENTS, _packed)
 
 
 def w4_matmul(
@@ -49,33 +34,42 @@ def w4_matmul(
     eps: float = 0.0,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
+    codebook: str = "int",
 ) -> torch.Tensor:
     """``x W^T + bias`` for ``x [..., k]`` (f32, bf16, f16) and a packed 4-bit ``W [n, k]``;
     returns ``[..., n]`` in x's dtype.
 
     ``codes``, ``scales``, ``offsets`` are laid out as ``memlm/formats.py`` draws; ``group`` is 32,
-    64 or 128; ``bias [n]`` has x's dtype.  An empty batch gives an empty result; x may have any
-    strides.
+    64 or 128; ``codebook`` is ``"int"``, or ``"nf"`` for NF4; ``bias [n]`` has x's dtype.  An empty
+    batch gives an empty result; x may have any strides.
 
-    ``fast=False``: weights are dequantised in registers, products and sums are f32; the error is
-    that of an f32 matmul with the dequantised weights.  ``fast=True``: x is rounded to int8 with
-    one scale per 32 consecutive k, products are exact integers, sums f32; x is off by at most
-    1/254 of the largest of its 32.  A row of x that holds Inf or NaN gives NaN.
+    ``fast=False``: weights are dequantised, products and sums are f32; the error is that of an f32
+    matmul with the dequantised weights.  (With AMX, from :func:`memlm.cpu.tile_rows` rows on,
+    numbers are cut into three bf16: what lies below 2**-126 counts as zero.)
+
+    ``fast=True``: x is rounded to int8 with one scale per 32 consecutive k, products are exact
+    integers, sums f32; x is off by at most 1/254 of the largest of its 32, and the levels of NF4 by
+    1/254.  With AMX, from ``tile_rows()`` rows on, x and the dequantised weights are rounded to
+    bf16 instead (each off by at most 1/512 of itself).  A row of x that holds Inf or NaN gives NaN.
 
     The layers around the product can be part of it, in f32 and without a pass over memory of
-    their own: ``norm [k]`` with ``eps`` puts RMSNorm before it (arXiv:1910.07467); ``swiglu`` takes
-    ``x [..., 2k]`` and multiplies ``silu(x[..., :k]) * x[..., k:]`` (arXiv:2002.05202);
-    ``residual [..., n]`` is added to the result.
+    their own: ``norm [k]`` with ``eps`` puts RMSNorm before it (arXiv:1910.07467); with ``swiglu``
+    W holds the rows of a gate above as many of another projection (n / 2 is a multiple of 16), and
+    the result ``[..., n / 2]`` is ``silu(gate) * other`` (arXiv:2002.05202); ``residual``, shaped as
+    the result, is added to it last.
 
     Differentiable with respect to x, bias, norm and residual; the packed weights are frozen.  On
     devices without a kernel the plain torch reference runs, with a warning.
 
     Raises TypeError, ValueError or FormatError naming the argument that does not fit.
     """
+    book = 0 if codebook == "int" else _matmul.codebook_index(codebook)
     try:
-        return _op(x, codes, scales, offsets, n, k, group, bias, fast, norm, eps, swiglu, residual)
+        return _op(
+            x, codes, scales, offsets, book, n, k, group, bias, fast, norm, eps, swiglu, residual
+        )
     except Exception:
         # The op checks all of this again; saying what is wrong takes longer than a small product.
-        packed = _packed(codes, scales, offsets, n, k, group)
+        packed = _matmul.packed_of(4, codes, scales, offsets, n, k, group, book)
         _matmul.check(x, packed, bias, norm, swiglu, residual)
         raise

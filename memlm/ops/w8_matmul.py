@@ -6,33 +6,16 @@ import torch
 
 from memlm.formats import Packed
 from memlm.ops import _matmul
-from memlm.ops._registry import define
+
+ARGUMENTS = "x codes scales n k group bias fast norm eps swiglu residual"  # as the schema
 
 
-def _packed(codes, scales, n, k, group) -> Packed:
-    return _matmul.packed_of(8, codes, scales, None, n, k, group)
+def _packed(given: dict) -> Packed:
+    sizes = (given[name] for name in ("n", "k", "group"))
+    return _matmul.packed_of(8, given["codes"], given["scales"], None, *sizes)
 
 
-def _reference(x, codes, scales, n, k, group, *rest):
-    bias, fast, norm, eps, swiglu, residual = rest
-    packed = _packed(codes, scales, n, k, group)
-    return _matmul.reference(x, packed, bias, fast, norm, eps, swiglu, residual)
-
-
-def _fake(x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual):
-    packed = _packed(codes, scales, n, k, group)
-    return _matmul.fake(x, packed, bias, norm, swiglu, residual)
-
-
-_FLOATS = (0, 6, 8, 11)  # x, bias, norm, residual among the arguments
-_op = define(
-    "w8_matmul",
-    _reference,
-    _fake,
-    lambda ctx, grad: _matmul.backward(ctx, grad, _packed, _FLOATS),
-    lambda ctx, inputs, output: _matmul.setup_context(ctx, inputs, _FLOATS),
-)
-_matmul.register_autocast(_op, _FLOATS)
+_op = _matmul.define_weight_only("w8_matmul", ARGUMENTS, _packed)
 
 
 def w8_matmul(
@@ -59,6 +42,6 @@ def w8_matmul(
         return _op(x, codes, scales, n, k, group, bias, fast, norm, eps, swiglu, residual)
     except Exception:
         # The op checks all of this again; saying what is wrong takes longer than a small product.
-        packed = _packed(codes, scales, n, k, group)
+        packed = _matmul.packed_of(8, codes, scales, None, n, k, group)
         _matmul.check(x, packed, bias, norm, swiglu, residual)
         raise

@@ -1,4 +1,4 @@
+#define MEMLM_ISA scalar
 #include "../vec_scalar.h"
 
-#define MEMLM_ISA scalar
 #include "../kernels-inl.h"

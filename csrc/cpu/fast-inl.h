@@ -1,0 +1,143 @@
+// Fast mode: activations rounded to int8 per 32 k, integer products, one f32 FMA per 32 k.
+#pragma once
+#include "input-inl.h"
+#include "weights-inl.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+template <class W, int MT>
+struct IntegerSums {
+  F v[MT];
+  explicit IntegerSums(const float* sums) {
+    for (int m = 0; m < MT; ++m) v[m] = f_load(sums + m * kTileRows);
+  }
+  // Adds 32 k: load2(i, b0, b1) gives blocks 2i and 2i + 1, x is one record.
+  template <class Load>
+  void add(const Load& load2, F scale, F offset, const char* x) {
+    const char* x_scales = x + kActGroup * MT;
+    const auto start = [&](int m) {
+      int32_t value = 0;
+      if (W::kDotBias) memcpy(&value, x_scales + 4 * (MT + m), 4);
+      return value;
+    };
+    typename W::Sums p[MT];
+    for (int m = 0; m < MT; ++m) p[m] = W::start(start(m));
+    const int8_t* q = reinterpret_cast<const int8_t*>(x);
+#pragma GCC unroll 1
+    for (int i = 0; i < 4; ++i, q += 2 * MT * kLaneK) {
+      B b0, b1;
+      load2(i, b0, b1);
+      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b0, q + m * kLaneK);
+      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b1, q + (MT + m) * kLaneK);
+    }
+    for (int m = 0; m < MT; ++m) {
+      float x_scale, offset_factor;
+      memcpy(&x_scale, x_scales + 4 * m, 4);
+      memcpy(&offset_factor, x_scales + 4 * (MT + m), 4);
+      const F dot = f_from_i(W::total(p[m], start(m)));
+      v[m] = f_fma(f_mul(dot, f_set1(x_scale)), scale, v[m]);
+      if (W::kOffsets) v[m] = f_fma(f_set1(offset_factor), offset, v[m]);
+    }
+  }
+  void store(float* sums) const {
+    for (int m = 0; m < MT; ++m) f_store(sums + m * kTileRows, v[m]);
+  }
+};
+
+template <class W>
+struct Fast {
+  using Unit = NoUnit;
+  static constexpr bool kTiles = false;
+  static constexpr bool kUnpacks = W::kUnpacks;
+  static constexpr int kDirectTiles = kDirectTilesFast;
+  // Panel, per 32 k: f32 scale [16], f32 offset [16] (if any), 8 blocks of codes as bytes.
+  static constexpr int64_t kPanelScales = 64 * (W::kOffsets ? 2 : 1);
+  static constexpr int64_t kPanelRecord = kPanelScales + 8 * kBlock;
+  static constexpr int64_t kPanelBytesPerK = kPanelRecord / kActGroup;
+
+  // Packed x, per register tile of mt rows and 32 k, so that the loop reads one stream:
+  //     int8 codes [8][mt][4] | f32 scale [mt] | [mt] of what the sum of the codes is needed for:
+  //     with offsets f32 scale * sum, else int32 -kDotBias * sum, where the integer sums start
+  static constexpr int64_t kRecord = kActGroup + 4 + 4;  // bytes per row of x and 32 k
+  static constexpr int64_t row_bytes(int64_t padded) { return padded / kActGroup * kRecord; }
+  static constexpr int64_t bytes_before(int64_t k0, int mt) { return row_bytes(k0) * mt; }
+
+  static void pack(const Input& in, int64_t row, int64_t k, int64_t padded, int mt, int lane,
+                   float* buffer, char* record) {
+    quantize_row(in, row, k, padded, buffer,
+                 [&](int64_t, const int8_t* q, float scale, int32_t sum) {
+      for (int j = 0; j < kActGroup / kLaneK; ++j)
+        memcpy(record + (j * mt + lane) * kLaneK, q + j * kLaneK, kLaneK);
+      memcpy(record + kActGroup * mt + 4 * lane, &scale, 4);
+      const float offset_factor = scale * static_cast<float>(sum);
+      const int32_t start = -W::kDotBias * sum;
+      memcpy(record + (kActGroup + 4) * mt + 4 * lane,
+             W::kOffsets ? static_cast<const void*>(&offset_factor) : &start, 4);
+      record += kRecord * mt;
+    });
+  }
+
+  static void start(const char*, int64_t, int mt, float* sums) {
+    memset(sums, 0, sizeof(float) * mt * kTileRows);
+  }
+
+  template <int MT>
+  static void direct(const Stretch<W>& s, const char* x, float* sums) {
+    IntegerSums<W, MT> acc(sums);
+    const uint8_t* codes = s.codes;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const F scale = s.dot_scale(g), offset = s.dot_offset(g);
+      for (int64_t i = 0; i < s.subs; ++i) {
+        prefetch(codes, tile_bytes(W::kBits, kActGroup));
+        acc.add([&](int j, B& b0, B& b1) { s.codec.load2(codes, j, b0, b1); }, scale, offset, x);
+        codes += tile_bytes(W::kBits, kActGroup);
+        x += kRecord * MT;
+      }
+    }
+    acc.store(sums);
+  }
+
+  static void unpack(const Stretch<W>& s, char* out) {
+    const uint8_t* codes = s.codes;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const F scale = s.dot_scale(g), offset = s.dot_offset(g);
+      for (int64_t i = 0; i < s.subs; ++i) {
+        f_store(reinterpret_cast<float*>(out), scale);
+        if (W::kOffsets) f_store(reinterpret_cast<float*>(out) + 16, offset);
+        char* blocks = out + kPanelScales;
+        for (int j = 0; j < 4; ++j) {
+          B b0, b1;
+          s.codec.load2(codes, j, b0, b1);
+          b_store(blocks + 2 * j * kBlock, b0);
+          b_store(blocks + (2 * j + 1) * kBlock, b1);
+        }
+        codes += tile_bytes(W::kBits, kActGroup);
+        out += kPanelRecord;
+      }
+    }
+  }
+
+  template <int MT>
+  static void panel(const char* p, int64_t k, const char* x, float* sums) {
+    IntegerSums<W, MT> acc(sums);
+    for (int64_t i = 0; i < k; i += kActGroup, p += kPanelRecord, x += kRecord * MT) {
+      const float* scales = reinterpret_cast<const float*>(p);
+      const char* blocks = p + kPanelScales;
+      acc.add(
+          [&](int j, B& b0, B& b1) {
+            b0 = b_load(blocks + 2 * j * kBlock);
+            b1 = b_load(blocks + (2 * j + 1) * kBlock);
+          },
+          f_load(scales), W::kOffsets ? f_load(scales + 16) : f_zero(), x);
+    }
+    acc.store(sums);
+  }
+
+  static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
+    return f_load(sums);
+  }
+};
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm

@@ -1,0 +1,84 @@
+// AMX (tiles, int8, bf16) beside AVX-512 VNNI: products of many rows of x run on the tile unit, the
+// rest as in vec_avx512vnni.h.
+#pragma once
+#include "vec_avx512vnni.h"
+
+#define MEMLM_TILE_UNIT
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+// One tile register: 16 rows of 64 bytes.  A product adds x [16][64 bytes] times w to 16 x 16 sums,
+// where row i of w holds 4 bytes of each of 16 rows of W: a block as memlm/formats.py draws it, or
+// two bf16.  It takes 16 cycles: 1,024 multiply-adds per cycle of int8, 512 of bf16.
+constexpr int kTileBytes = 1024;
+// Rows of x from which on it is faster than vector instructions: measured.
+constexpr int64_t kTileUnitRows = 13;
+
+// The tile registers are switched on while a TileUnit lives, all eight with 16 rows of 64 bytes.
+class TileUnit {
+ public:
+  TileUnit() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    static_assert(sizeof config == 64, "the layout that LDTILECFG reads");
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~TileUnit() { __asm__ volatile("tilerelease"); }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+
+// In assembly, because GCC 12's intrinsics do not say which memory they read.
+template <int T>
+inline void tile_load(const void* p) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+}
+template <int T>
+inline void tile_store(void* p) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+}
+template <int S, int X, int W>
+inline void tile_dot_s8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(X), "i"(W));
+}
+// Denormal numbers count as zero, in the sums as well.
+template <int S, int X, int W>
+inline void tile_dot_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(X), "i"(W));
+}
+
+// x, or NaN where x is not finite.
+inline F f_finite_or_nan(F x) { return _mm512_add_ps(x, _mm512_sub_ps(x, x)); }
+// The upper half of every lane: x cut to bf16.
+inline F f_cut_to_bf16(F x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
+}
+inline F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
+// Of 32 lanes of 16 bits: the upper half of each 32-bit lane of x, then of y.
+inline B odd_halves() {
+  const auto two = [](int i) { return (2 * i + 1) | (2 * i + 3) << 16; };
+  return _mm512_setr_epi32(two(0), two(2), two(4), two(6), two(8), two(10), two(12), two(14), two(16),
+                           two(18), two(20), two(22), two(24), two(26), two(28), two(30));
+}
+// 0, 16, 1, 17, ...
+inline B pairing() {
+  const auto two = [](int i) { return i | (i + 16) << 16; };
+  return _mm512_setr_epi32(two(0), two(1), two(2), two(3), two(4), two(5), two(6), two(7), two(8),
+                           two(9), two(10), two(11), two(12), two(13), two(14), two(15));
+}
+// 32 numbers in order, to the nearest bf16.
+inline B bf16_round(F x, F y) { return reinterpret_cast<B>(_mm512_cvtne2ps_pbh(y, x)); }
+// The same for numbers that are bf16 already.
+inline B bf16_exact(F x, F y) {
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(x), odd_halves(), _mm512_castps_si512(y));
+}
+// Takes what the two above give and puts element i of y behind element i of x.
+inline B bf16_pairs(B xy) { return _mm512_permutexvar_epi16(pairing(), xy); }
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm

@@ -1,0 +1,103 @@
+// How the kernels read packed weights (memlm/formats.py draws them).
+//
+// A weight type (w2_matmul-inl.h, w4_matmul-inl.h, w8_matmul-inl.h) says what codes mean:
+//   kBits; kOffsets: has offsets; kZero: what to subtract from a code, where there are none;
+//   kDotBias: the same for what load2 gives, in integer sums
+//   kUnit: in integer sums a weight is the scale times unit() times the code; else unit() is 1
+//   kUnpacks: prefill unpacks codes into bytes (else it reads them where they are)
+//   Sums: the integer sums of 16 rows; start(x), dot(sums, block, x), total(sums, x): x is added
+//   load2(p, i, b0, b1): blocks 2i and 2i+1 of the 32 k at p
+//   kLoadK, LoadIndices: the k in 64 bytes of codes; weight<j>(block): the code at k + j, as float
+#pragma once
+#include "../formats.h"
+#include "../include/memlm.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+// What a mode switches on in each thread.
+struct NoUnit { NoUnit() {} };
+
+struct Scales {
+  const void* p;
+  bool f16;
+  F load(int64_t i) const {
+    return f16 ? f_load_f16(static_cast<const uint16_t*>(p) + i)
+               : f_load(static_cast<const float*>(p) + i);
+  }
+};
+
+// The codes of one tile from k0 to k1, packed.
+template <class W>
+struct Stretch {
+  const W& codec;
+  const uint8_t* codes;
+  Scales scales, offsets;
+  int64_t scale_index;  // of the first group
+  int64_t groups;       // scales in the stretch
+  int64_t subs;         // runs of 32 k per scale
+
+  Stretch(const W& codec, const memlm_packed& w, int64_t tile, int64_t k0, int64_t k1)
+      : codec(codec) {
+    const int64_t padded = padded_k(w.k, w.group);
+    const int64_t group = w.group ? w.group : padded;
+    codes = static_cast<const uint8_t*>(w.codes) + tile * tile_bytes(W::kBits, padded) +
+            tile_bytes(W::kBits, k0);
+    scales = {w.scales, w.scale_dtype == MEMLM_F16};
+    offsets = {w.offsets, w.scale_dtype == MEMLM_F16};
+    scale_index = (tile * (padded / group) + k0 / group) * kTileRows;
+    groups = w.group ? (k1 - k0) / group : 1;
+    subs = (k1 - k0) / groups / kActGroup;
+  }
+  F scale(int64_t g) const { return scales.load(scale_index + g * kTileRows); }
+  F offset(int64_t g) const {
+    return W::kOffsets ? offsets.load(scale_index + g * kTileRows)
+                       : f_mul(scale(g), f_set1(-W::kZero));
+  }
+  // Of integer sums.
+  F dot_scale(int64_t g) const {
+    return W::kUnit ? f_mul(scale(g), f_set1(codec.unit())) : scale(g);
+  }
+  F dot_offset(int64_t g) const { return W::kOffsets ? offset(g) : f_zero(); }
+};
+
+// How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a
+// 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1 and 2 KB gave less).
+constexpr int64_t kPrefetch = 3072;
+
+inline void prefetch(const uint8_t* codes, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kBlock) __builtin_prefetch(codes + kPrefetch + i);
+}
+
+template <int... J>
+struct Indices {};
+
+// Calls use(j, weights at k + j) for the k of one load of packed codes.
+template <class W, class Use, int... J>
+inline void each_weight(const W& codec, const uint8_t* codes, F scale, F offset, Use&& use,
+                        Indices<J...>) {
+  const B b = b_load(codes);
+  // With offset = -kZero * scale the FMA is exact wherever the product is; see numerics in tests.
+  (use(J, f_fma(codec.template weight<J>(b), scale, offset)), ...);
+}
+
+// Calls use(k - k0, j, weights at k), in order, for all k of a stretch; j is k modulo kLoadK, a
+// constant.
+template <class W, class Use>
+inline void each_weight(const Stretch<W>& s, Use&& use) {
+  const uint8_t* codes = s.codes;
+  int64_t k = 0;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const F scale = s.scale(g), offset = s.offset(g);
+    for (int64_t i = 0; i < s.subs * kActGroup / W::kLoadK; ++i) {
+      prefetch(codes, kBlock);
+      each_weight(s.codec, codes, scale, offset, [&](int j, F w) { use(k + j, j, w); },
+                  typename W::LoadIndices());
+      codes += kBlock;
+      k += W::kLoadK;
+    }
+  }
+}
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm
