@@ -152,8 +152,8 @@ py::object matmul(const Array& x, const OptionalArray& x_scales, const Packed& w
     throw py::value_error("x: got shape " + text(x.shape) + ", expected [..., " +
                           std::to_string(k) + "]");
   if (around.swiglu && n % (2 * kTileRows))
-    throw py::value_error("swiglu: W has " + std::to_string(n) + " rows, accepted are multiples of " +
-                          std::to_string(2 * kTileRows));
+    throw py::value_error("swiglu: W has " + std::to_string(n) +
+                          " rows, accepted are multiples of " + std::to_string(2 * kTileRows));
   const Shape shape = with_last(x.shape, columns);
   const auto check = [&](const OptionalArray& array, const Shape& wanted) {
     if (!array) return;
@@ -199,6 +199,18 @@ py::object matmul(const Array& x, const OptionalArray& x_scales, const Packed& w
   return out.object;
 }
 
+using WeightOnly = memlm_status (*)(const memlm_packed*, const memlm_matmul_args*);
+
+py::object weight_only(int bits, WeightOnly kernel, py::handle x_in, const py::tuple& packed,
+                       bool fast, const py::tuple& around) {
+  const Array x(x_in, "x");
+  const OptionalArray no_scales(py::none(), "x_scales");
+  const Packed w(packed);
+  w.expect_bits(bits);
+  float_dtype(x);
+  return matmul(x, no_scales, w, Around(around), fast, x.dtype, kernel);
+}
+
 Shape x_scales_shape(const Shape& x, int64_t x_group) {
   if (x_group != 0 && x_group != kActGroup)
     throw py::value_error("x_group: got " + std::to_string(x_group) +
@@ -222,7 +234,8 @@ py::object w8a8_matmul(py::handle x_in, py::handle x_scales_in, const py::tuple&
     x_scales->expect(scales_shape);
     x_scales->expect_contiguous();
     if (!around.norm.is_none())
-      throw py::value_error("norm: got an array, but x is int8, and only numbers can be normalised");
+      throw py::value_error(
+          "norm: got an array, but x is int8, and only numbers can be normalised");
     y_dtype = named_dtype(dtype.empty() ? "float32" : dtype);
   } else {
     float_dtype(x);
@@ -309,18 +322,13 @@ void bind_arrays(py::module_& m) {
   const struct {
     const char* name;
     int bits;
-    memlm_status (*kernel)(const memlm_packed*, const memlm_matmul_args*);
+    WeightOnly kernel;
   } matmuls[] = {{"w2_matmul", 2, memlm_w2_matmul},
                  {"w4_matmul", 4, memlm_w4_matmul},
                  {"w8_matmul", 8, memlm_w8_matmul}};
   for (const auto& op : matmuls) {
-    m.def(op.name, [op](py::handle x_in, const py::tuple& packed, bool fast, const py::tuple& around) {
-      const Array x(x_in, "x");
-      float_dtype(x);
-      const Packed w(packed);
-      w.expect_bits(op.bits);
-      const OptionalArray no_scales(py::none(), "x_scales");
-      return matmul(x, no_scales, w, Around(around), fast, x.dtype, op.kernel);
+    m.def(op.name, [op](py::handle x, const py::tuple& packed, bool fast, const py::tuple& around) {
+      return weight_only(op.bits, op.kernel, x, packed, fast, around);
     });
   }
   m.def("w8a8_matmul", w8a8_matmul);

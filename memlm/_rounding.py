@@ -1,5 +1,5 @@
-"""The rounding of weights behind :mod:`memlm.quantize` (torch tensors) and :mod:`memlm.arrays` (numpy
-arrays): one source for both.  ``xp`` is the module, torch or numpy, that the arrays belong to.
+"""The rounding of weights behind :mod:`memlm.quantize` (torch tensors) and :mod:`memlm.arrays`
+(numpy arrays): one source for both.  ``xp`` is the module, torch or numpy, that arrays belong to.
 
 Both give the same bits: every step is exact or rounds once as IEEE 754 says, and sums are taken in
 an order of their own.

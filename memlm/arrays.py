@@ -1,9 +1,9 @@
 """The kernels over arrays, without torch: this module never imports it.
 
 An array is a numpy array, or whatever has ``__dlpack__`` and lies on the CPU: JAX arrays, torch
-tensors, and so on.  All are used where they lie; nothing is copied, so what the kernels cannot read
-in place is refused: rows must be contiguous, in aligned memory, at one distance from each other
-(a slice of columns is fine, a transpose or every second column is not).
+tensors, and so on.  All are used where they lie; nothing is copied, so what the kernels cannot
+read in place is refused: rows must be contiguous, in aligned memory, at one distance from each
+other (a slice of columns is fine, a transpose or every second column is not).
 
 Results are new numpy arrays of x's dtype, aligned so that ``jax.numpy.from_dlpack`` takes them
 without a copy.  For bfloat16, which numpy lacks, that is ml_dtypes' (ImportError where that package,
@@ -70,7 +70,9 @@ class Packed:
         try:
             _core.check_packed(_parts(self))
         except (TypeError, ValueError) as error:
-            raise FormatError(f"{error} (for {self.format} of a {self.n}x{self.k} matrix)") from None
+            raise FormatError(
+                f"{error} (for {self.format} of a {self.n}x{self.k} matrix)"
+            ) from None
 
 
 def _parts(packed: Packed) -> tuple:
@@ -217,8 +219,8 @@ def quantize_rows(
     *,
     threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``x [..., k]`` (f32, f16, bf16) -> int8 codes ``[..., k]`` and f32 scales ``[..., 1]``, or with
-    ``x_group=32`` one for each 32 k: rounded once for several :func:`w8a8_matmul`.
+    """``x [..., k]`` (f32, f16, bf16) -> int8 codes ``[..., k]`` and f32 scales ``[..., 1]``,
+    or with ``x_group=32`` one for each 32 k: rounded once for several :func:`w8a8_matmul`.
     :func:`memlm.ops.quantize_rows` says how."""
     return _core.quantize_rows(x, x_group, norm, _number("eps", eps), _threads(threads))
 
@@ -235,7 +237,8 @@ def embedding(
     in ``dtype`` (float32, float16, bfloat16: a name or a numpy dtype).  Only the rows asked for are
     dequantised.
 
-    Raises TypeError or ValueError naming the argument that does not fit, before anything is written.
+    Raises TypeError or ValueError naming the argument that does not fit, before anything is
+    written.
     """
     return _core.embedding(ids, _parts(packed), _dtype_name(dtype), out, _threads(threads))
 
@@ -291,9 +294,7 @@ def _quantize_rows(w: np.ndarray, format: Format, scale_dtype):
         return _rounding.quantize_rows(np, padded, k, format, scale_dtype)
 
 
-def pack(
-    q: Array, scales: Array, offsets: Array | None, format: str | Format
-) -> Packed:
+def pack(q: Array, scales: Array, offsets: Array | None, format: str | Format) -> Packed:
     """Codes ``q [n, k]`` (uint8 0..15, or int8), scales and offsets ``[n, groups]`` (f16 or f32) ->
     :class:`Packed`: :func:`memlm.formats.pack` for whatever ``numpy.asarray`` takes.
 

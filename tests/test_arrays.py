@@ -52,7 +52,8 @@ def random_parts(name: str, n: int, k: int, seed: int = 0) -> list:
     q = rng.integers(format.codes[0], format.codes[-1] + 1, (n, k))
     scales, offsets = rng.standard_normal((2, n, format.groups(k))).astype(np.float16)
     parts = [q.astype(np.int8 if format.bits == 8 else np.uint8), scales, offsets]
-    return [torch.from_numpy(part) for part in parts[: 2 if format.symmetric else 3]] + [None] * format.symmetric
+    q, scales, offsets = map(torch.from_numpy, parts)
+    return [q, scales, None if format.symmetric else offsets]
 
 
 def case(format: str, m: int, n: int, k: int, dtype=torch.float32, seed: int = 0):
@@ -127,7 +128,10 @@ def test_quantizes_in_chunks(monkeypatch):
     w = np.random.default_rng(0).standard_normal((30, 100), np.float32)
     whole = arrays.quantize(w, "int4")
     monkeypatch.setattr(_rounding, "_CHUNK", 700)
-    packed, expected = arrays.quantize(w, "int4"), memlm.quantize_weight(torch.from_numpy(w), "int4")
+    packed, expected = (
+        arrays.quantize(w, "int4"),
+        memlm.quantize_weight(torch.from_numpy(w), "int4"),
+    )
     for part in ("codes", "scales", "offsets"):
         assert np.array_equal(getattr(packed, part), getattr(whole, part))
         assert same(getattr(packed, part), getattr(expected, part))
@@ -194,7 +198,9 @@ def test_w8a8(format, x_group):
             name = str(dtype).removeprefix("torch.")
             arrays.w8a8_matmul(q, scales, packed, x_group=x_group, **rest, dtype=name, out=y)
             assert torch.equal(y, torch_op(*expected, packed, **rest, dtype=dtype))
-        assert same(arrays.w8a8_matmul(q, scales, packed, x_group=x_group), torch_op(*expected, packed))
+        assert same(
+            arrays.w8a8_matmul(q, scales, packed, x_group=x_group), torch_op(*expected, packed)
+        )
     x, packed, extra = case("int8-row", 3, 20, 64)
     assert same(arrays.matmul(x, packed, mode="w8a8"), ops.matmul(x, packed, mode="w8a8"))
 
@@ -215,7 +221,13 @@ def test_w8a8_refuses():
     refused(ValueError, "x_group: got 16, accepted are 0", x_group=16)
     refused(ValueError, "norm: got an array, but x is int8", norm=extra["norm"])
     refused(TypeError, "dtype: got float64, accepted are float32", dtype="float64")
-    refused(TypeError, "dtype: got float16, the result has x's, float32", x=x, scales=None, dtype="float16")
+    refused(
+        TypeError,
+        "dtype: got float16, the result has x's, float32",
+        x=x,
+        scales=None,
+        dtype="float16",
+    )
     refused(ValueError, "packed: got 4 bits, accepted are 8", packed=case("int4-g32", 6, 20, 64)[1])
     refused(ValueError, r"x: got shape \[6, 63\]", x=q[:, :63])
     refused(ValueError, r"x: got shape \[\]", x=np.int8(1)[...], scales=None)
@@ -247,7 +259,9 @@ def test_rows_of_w(format):
             arrays.embedding(ids, packed, name, out=rows)
             assert torch.equal(w, ops.dequantize(packed, dtype))
             assert torch.equal(rows, ops.embedding(ids, packed, dtype))
-        assert same(arrays.dequantize(as_numpy(packed), np.float16), ops.dequantize(packed, torch.float16))
+        assert same(
+            arrays.dequantize(as_numpy(packed), np.float16), ops.dequantize(packed, torch.float16)
+        )
         rows = ops.embedding(ids, packed)
         assert same(arrays.embedding(ids.numpy(), as_numpy(packed)), rows)
         assert same(arrays.embedding(ids.numpy().astype(np.int32), packed), rows)
@@ -273,8 +287,8 @@ def test_any_shape_against_fp64(format, isa, fast, m, n, k, biased, threads, see
     assert y.shape == (m, n)
     given = torch.from_numpy(x), as_torch(packed), torch.from_numpy(bias) if biased else None
     exact, bound = numerics.exact_matmul(*given, fast and not on_tiles)
-    if fast and on_tiles:  # x and W are rounded to bf16 then: each off by 2^-9 of itself
-        bound += 1.01 * 2**-8 * (given[0].double().abs() @ numerics.magnitudes(given[1]).T)
+    if fast and on_tiles:  # x and W are rounded to bf16 then: each off by 2^-8 of itself
+        bound += 1.01 * 2**-7 * (given[0].double().abs() @ numerics.magnitudes(given[1]).T)
     numerics.assert_within(torch.from_numpy(y), exact, bound)
 
 
@@ -369,20 +383,28 @@ def test_bad_input(format):
         with pytest.raises(error, match=match):
             arrays.matmul(x, packed, **options)
 
-    refused(TypeError, "x: got float64, accepted are float32, float16, bfloat16", x.astype(np.float64))
+    refused(
+        TypeError, "x: got float64, accepted are float32, float16, bfloat16", x.astype(np.float64)
+    )
     refused(TypeError, "x: got list, accepted are numpy arrays and what has __dlpack__", [1.0])
     refused(TypeError, "x: got an unknown dtype", x.astype(">f4"))
     refused(TypeError, "x: got an unknown dtype", Producer(x, lanes=2))
     refused(TypeError, "x: got complex64", x.astype(np.complex64))
     refused(ValueError, r"x: got shape \[6, 95\], expected \[..., 96\]", x[:, :95])
     refused(ValueError, r"x: got shape \[\]", np.float32(1)[...])
-    refused(TypeError, "bias: got float16, expected float32, as x or the result", bias=np.ones(20, np.float16))
+    refused(
+        TypeError,
+        "bias: got float16, expected float32, as x or the result",
+        bias=np.ones(20, np.float16),
+    )
     refused(ValueError, r"bias: got shape \[19\], expected \[20\]", bias=np.ones(19, np.float32))
     refused(TypeError, "norm: got float64, expected float32", norm=np.ones(96))
     refused(ValueError, r"norm: got shape \[95\]", norm=np.ones(95, np.float32))
     refused(TypeError, "residual: got float16", residual=ones.astype(np.float16))
     refused(ValueError, r"residual: got shape \[5, 20\]", residual=ones[:5])
-    refused(TypeError, "out: got float16, expected float32, as the result", out=ones.astype(np.float16))
+    refused(
+        TypeError, "out: got float16, expected float32, as the result", out=ones.astype(np.float16)
+    )
     refused(ValueError, r"out: got shape \[5, 20\], expected \[6, 20\]", out=ones[:5].copy())
     refused(ValueError, "mode: got 'best'", mode="best")
     refused(ValueError, "threads: got 0", threads=0)
@@ -453,7 +475,11 @@ def test_refuses_to_pack_and_quantize():
         ({"q": q[0]}, ValueError, r"q: got shape \[64\]"),
         ({"q": q.astype(np.int8)}, TypeError, "q: got int8, expected uint8 for int4a-g32"),
         ({"q": q + np.uint8(16)}, ValueError, "q: got codes up to 16"),
-        ({"q": q + np.uint8(3), "format": "ternary-g32", "offsets": None}, ValueError, "q: got codes up to 3"),
+        (
+            {"q": q + np.uint8(3), "format": "ternary-g32", "offsets": None},
+            ValueError,
+            "q: got codes up to 3",
+        ),
         ({"scales": scales[:, :1]}, ValueError, r"scales: got shape \[4, 1\], expected \[4, 2\]"),
         ({"scales": scales.astype(np.float64)}, TypeError, "scales: got float64"),
         ({"offsets": scales * np.nan}, ValueError, "offsets: contains NaN or Inf"),
@@ -461,7 +487,9 @@ def test_refuses_to_pack_and_quantize():
         ({"offsets": None}, ValueError, "offsets: got none"),
     ):
         with pytest.raises(error, match=match):
-            arrays.pack(**({"q": q, "scales": scales, "offsets": scales, "format": "int4"} | changes))
+            arrays.pack(
+                **({"q": q, "scales": scales, "offsets": scales, "format": "int4"} | changes)
+            )
 
 
 @pytest.mark.parametrize("major", [None, 1])
@@ -495,15 +523,21 @@ def test_producers_that_share_nothing():
         if isinstance(producer, Producer):
             assert producer.given == producer.deleted
 
-    refused(ValueError, "x: is on a device of DLPack's type 2, must be on the CPU", Producer(x, device=2))
-    refused(ValueError, "x: must be on the CPU", Producer(x, device_type=10))  # one thing said, one given
+    refused(
+        ValueError,
+        "x: is on a device of DLPack's type 2, must be on the CPU",
+        Producer(x, device=2),
+    )
+    refused(
+        ValueError, "x: must be on the CPU", Producer(x, device_type=10)
+    )  # one thing said, one given
     refused(ValueError, "x: DLPack version 2 is not known", Producer(x, major=2))
     refused(BufferError, "x: the array cannot be shared", torch.zeros(6, 64, requires_grad=True))
 
     class Used(Producer):
         def __dlpack__(self, **options):
             capsule = super().__dlpack__(**options)
-            np.from_dlpack(type("Once", (), {"__dlpack__": lambda self, **_: capsule, "__dlpack_device__": lambda self: (1, 0)})())  # fmt: skip
+            torch.from_dlpack(capsule)
             return capsule
 
     refused(TypeError, "x: __dlpack__ gave no unused DLPack capsule", Used(x))
@@ -517,7 +551,9 @@ def test_several_python_threads_at_once():
     def work(i):
         x, packed, _ = cases[i]
         x, packed = x.numpy(), as_numpy(packed)
-        wrong.extend(i for _ in range(50) if not same(arrays.matmul(x, packed, threads=2), expected[i]))
+        wrong.extend(
+            i for _ in range(50) if not same(arrays.matmul(x, packed, threads=2), expected[i])
+        )
 
     threads = [threading.Thread(target=work, args=(i % len(cases),)) for i in range(8)]
     for thread in threads:
@@ -616,7 +652,9 @@ def test_load_refuses_malformed_files(tmp_path):
 def test_bfloat16_results_without_ml_dtypes(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     x, packed, _ = case("int4-g32", 3, 20, 64, torch.bfloat16)
-    with pytest.raises(ImportError, match="out: a bfloat16 result needs the package ml_dtypes, or out"):
+    with pytest.raises(
+        ImportError, match="out: a bfloat16 result needs the package ml_dtypes, or out"
+    ):
         arrays.matmul(x, packed)
 
 
@@ -630,8 +668,10 @@ def test_jax(monkeypatch):
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         values = {key: jnp.asarray(value.numpy(), name) for key, value in extra.items()}
-        given = jax.jit(lambda a: (a @ a.T @ a)[::2] * 0 + a[:3].repeat(2, 0)[:3])(jnp.asarray(x.numpy(), name))  # not awaited
+        given = jax.jit(lambda a: (a @ a.T @ a)[:3] / 64)(jnp.asarray(x.numpy(), name))
+        y = arrays.matmul(given, mine)  # perhaps before JAX has computed it
         theirs = torch.from_numpy(np.asarray(given).astype(np.float32)).to(dtype)
+        assert same(y.astype(np.float32), ops.matmul(theirs, packed).float())
         values["residual"] = values["residual"][:3]
         options = {key: value.to(dtype) for key, value in extra.items()}
         options["residual"] = options["residual"][:3]
@@ -646,7 +686,9 @@ def test_jax(monkeypatch):
             back = jnp.asarray(y)
         assert np.array_equal(np.asarray(back), y)
     rows = arrays.embedding(jnp.arange(3), mine, jnp.bfloat16)
-    assert same(rows.astype(np.float32), ops.embedding(torch.arange(3), packed, torch.bfloat16).float())
+    assert same(
+        rows.astype(np.float32), ops.embedding(torch.arange(3), packed, torch.bfloat16).float()
+    )
     w = jnp.asarray(np.random.default_rng(0).standard_normal((20, 64)), jnp.bfloat16)
     again = memlm.quantize_weight(torch.from_numpy(np.asarray(w).astype(np.float32)), "int4")
     assert same(arrays.quantize(w, "int4").codes, again.codes)
@@ -656,7 +698,10 @@ def test_jax(monkeypatch):
 
 def test_example():
     done = subprocess.run(
-        [sys.executable, ROOT / "examples/numpy_matmul.py"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, ROOT / "examples/numpy_matmul.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert "numpy: largest error" in done.stdout and "torch imported: False" in done.stdout
