@@ -246,7 +246,7 @@ def embedding(
 def dequantize(
     packed: Packed, dtype="float32", *, out: Array | None = None, threads: int | None = None
 ) -> Array:
-    """``W [n, k]`` of a packed matrix in ``dtype`` (float32, float16, bfloat16), computed in f32."""
+    """``W [n, k]`` of a packed matrix in ``dtype``, as for :func:`embedding`, computed in f32."""
     return _core.dequantize(_parts(packed), _dtype_name(dtype), out, _threads(threads))
 
 

@@ -300,9 +300,9 @@ def test_arrays_are_used_where_they_lie():
     big_x, big_y = np.full((2, 3, 75), np.nan, np.float32), np.full((2, 3, 33), 7, np.float32)
     inner_x, inner_y = big_x[..., 3:73], big_y[..., 1:21]
     inner_x[:] = x.numpy().reshape(2, 3, 70)
-    for given in (inner_x, Producer(inner_x), Producer(inner_x, major=None)):
+    for lent in (inner_x, Producer(inner_x), Producer(inner_x, major=None)):
         inner_y[:] = np.nan
-        assert arrays.matmul(given, packed, bias, out=inner_y) is inner_y
+        assert arrays.matmul(lent, packed, bias, out=inner_y) is inner_y
         assert np.array_equal(inner_y.reshape(6, 20), expected)
         assert (big_y[..., :1] == 7).all() and (big_y[..., 21:] == 7).all()
     target = Producer(inner_y)
@@ -330,7 +330,7 @@ def test_a_residual_is_updated_in_place(mode):
 
 
 def test_refuses_what_it_cannot_read_in_place():
-    x, packed, extra = case("int4a-g32", 6, 20, 64)
+    x, packed, _ = case("int4a-g32", 6, 20, 64)
     x = x.numpy()
     accepted = arrays.matmul(x, packed)
 
