@@ -101,7 +101,7 @@ setup(
         ),
         Extension(
             "memlm._core",
-            ["csrc/bind.cpp"],
+            ["csrc/bind.cpp", "csrc/array.cpp", "csrc/arrays.cpp"],
             include_dirs=[pybind11.get_include()],
             depends=HEADERS,
             extra_compile_args=COMMON,

@@ -12,8 +12,12 @@
 
 namespace py = pybind11;
 
+namespace memlm {
+void bind_arrays(py::module_& m);  // arrays.cpp
+}
+
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "memlm's C ABI as far as it needs no tensors, and the constants of the formats.";
+  m.doc() = "memlm's C ABI without torch, and the constants of the formats.";
   m.attr("FORMAT_VERSION") = memlm::kFormatVersion;
   m.attr("TILE_ROWS") = memlm::kTileRows;
   m.attr("LANE_K") = memlm::kLaneK;
@@ -36,4 +40,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_isa", [](const std::string& name) {
     if (memlm_set_isa(name.c_str()) != MEMLM_OK) throw py::value_error(memlm_last_error());
   }, py::arg("name"));
+  memlm::bind_arrays(m);
 }

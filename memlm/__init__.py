@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FormatError": "memlm.errors",
-    "Format": "memlm.formats",
+    "Format": "memlm._format",
     "Packed": "memlm.formats",
     "quantize_weight": "memlm.quantize",
     "QuantConfig": "memlm.convert",
@@ -24,7 +24,7 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-_MODULES = ("cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
+_MODULES = ("arrays", "cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 

@@ -49,136 +49,22 @@ scales are separate tensors: each is read front to back, and other tools see pla
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
+from memlm._format import (
+    ACT_GROUP, CODEBOOKS, DEFAULTS, GROUPS, LANE_K, NF4_LEVELS, TILE_ROWS, VERSION, ZEROS, Format,
+)  # fmt: skip
 from memlm.errors import FormatError
 
-VERSION = 1
-TILE_ROWS = 16  # rows side by side in a block
-LANE_K = 4  # consecutive k of one row inside a 32-bit lane
-ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it
-# Bits -> groups; 0: one scale per row.
-GROUPS = {2: (32, 64, 128), 4: (32, 64, 128), 8: (0, 32, 64, 128)}
-ZEROS = {2: 1, 4: 8, 8: 0}  # bits -> what symmetric codes have subtracted
+__all__ = [
+    "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
+    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "layout", "pack",
+    "unpack", "values",
+]  # fmt: skip
+
 SCALE_DTYPES = (torch.float16, torch.float32)
-# What a kind alone means: the most accurate of each, but for nf4 and ternary, whose authors' groups
-# are taken (64, and in want of whole rows the largest).
-DEFAULTS = {
-    "int4": "int4a-g32",
-    "int8": "int8-g32",
-    "int2": "int2a-g32",
-    "nf4": "nf4-g64",
-    "ternary": "ternary-g128",
-}
-# NormalFloat (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, cut at its
-# two ends to 1, with a zero.
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-# What codes stand for -> bits.
-CODEBOOKS = {"int": tuple(GROUPS), "nf": (4,), "ternary": (2,)}
-
-_NAME = re.compile(
-    r"(?:(?P<kind>int|nf)(?P<bits>\d)(?P<asym>a?)|(?P<ternary>ternary))-(?:row|g(?P<group>[1-9]\d*))"
-)
-
-
-@dataclass(frozen=True)
-class Format:
-    """What a packed matrix holds: ``bits`` per code, ``group`` of k per scale (0: the whole row),
-    ``symmetric`` or with an offset, and the ``codebook``, what codes stand for: numbers (``int``),
-    quantiles (``nf``), or -1, 0, 1 (``ternary``).
-
-    Raises ValueError for a combination that no kernel executes.
-    """
-
-    bits: int
-    group: int = 0
-    symmetric: bool = True
-    codebook: str = "int"
-
-    def __post_init__(self):
-        if self.bits not in GROUPS:
-            raise ValueError(f"bits: got {self.bits!r}, accepted are {sorted(GROUPS)}")
-        if self.group not in GROUPS[self.bits]:
-            raise ValueError(
-                f"group: got {self.group!r}, accepted for {self.bits} bits are {GROUPS[self.bits]}"
-                " (0: one scale per row)"
-            )
-        if self.bits not in CODEBOOKS.get(self.codebook, ()):
-            raise ValueError(
-                f"codebook: got {self.codebook!r} for {self.bits} bits, accepted are "
-                f"{[c for c, bits in CODEBOOKS.items() if self.bits in bits]}"
-            )
-        if not self.symmetric and (self.bits == 8 or self.codebook != "int"):
-            raise ValueError("symmetric: 8-bit, nf4 and ternary weights are symmetric only")
-
-    @property
-    def kind(self) -> str:
-        """The name without the group: ``int4a``."""
-        if self.codebook == "ternary":
-            return "ternary"
-        return f"{self.codebook}{self.bits}{'' if self.symmetric else 'a'}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{f'g{self.group}' if self.group else 'row'}"
-
-    @property
-    def codes(self) -> range:
-        """The codes that are in use."""
-        if self.bits == 8:
-            return range(-128, 128)
-        return range(3 if self.codebook == "ternary" else 1 << self.bits)
-
-    def values(self, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
-        """What the codes 0, 1, ... of fewer than 8 bits stand for, in scales: ``[2 ** bits]``.
-        Asymmetric codes stand for themselves."""
-        if self.codebook == "nf":
-            return torch.tensor(NF4_LEVELS, device=device).to(dtype)
-        zero = ZEROS[self.bits] if self.symmetric else 0
-        return torch.arange(1 << self.bits, device=device).to(dtype) - zero
-
-    @classmethod
-    def parse(cls, spec: str | Format) -> Format:
-        """The format of a name such as ``int4-g32``; ``int4`` and ``int8`` mean ``DEFAULTS``."""
-        if isinstance(spec, Format):
-            return spec
-        if not isinstance(spec, str):
-            raise TypeError(f"format: got {type(spec).__name__}, accepted are a name or a Format")
-        match = _NAME.fullmatch(DEFAULTS.get(spec, spec))
-        if not match:
-            raise ValueError(
-                f"format: got {spec!r}, accepted are int8-gG, int4-gG, int4a-gG, nf4-gG, int2-gG, "
-                "int2a-gG, ternary-gG (G = 32, 64, 128; none: a default) and int8-row"
-            )
-        group = int(match["group"] or 0)
-        if match["ternary"]:
-            return cls(2, group, codebook="ternary")
-        return cls(int(match["bits"]), group, not match["asym"], match["kind"])
-
-    def padded_k(self, k: int) -> int:
-        """``k`` rounded up to a whole number of groups (and of activation groups)."""
-        step = max(self.group, ACT_GROUP)
-        return -(-k // step) * step
-
-    def groups(self, k: int) -> int:
-        """Scales per row."""
-        return self.padded_k(k) // self.group if self.group else 1
-
-    def bytes_per_weight(self, scale_bytes: int = 2) -> float:
-        """Stored bytes per weight for large n and k (without padding)."""
-        per_group = scale_bytes * (1 if self.symmetric else 2)
-        return self.bits / 8 + (per_group / self.group if self.group else 0)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass
@@ -328,11 +214,18 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
     return q.contiguous(), _from_tiles(packed.scales, packed.n), offsets
 
 
+def values(format: Format, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
+    """``format.levels`` as a tensor."""
+    return torch.tensor(format.levels, device=device).to(dtype)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``W [n, k]`` in ``dtype``, computed in float32 (float64 when that is asked for)."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    values = None if packed.format.bits == 8 else packed.format.values(compute, packed.codes.device)
-    return dequantize_with(packed, values, compute).to(dtype)
+    levels = None
+    if packed.format.bits < 8:
+        levels = values(packed.format, compute, packed.codes.device)
+    return dequantize_with(packed, levels, compute).to(dtype)
 
 
 def dequantize_with(packed: Packed, values: torch.Tensor | None, compute: torch.dtype):

@@ -24,6 +24,15 @@ print(os.environ.get("MEMLM_CPU_ISA", "-"), memlm.isa())
 """
 
 
+CHECK_WITHOUT_TORCH = """
+import importlib.util
+import numpy, memlm.arrays
+assert importlib.util.find_spec("torch") is None
+packed = memlm.arrays.quantize(numpy.eye(50, 70, dtype="f4"), "int8")
+print(memlm.arrays.matmul(numpy.ones((1, 70), "f4"), packed).round(2).sum())
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -69,6 +78,18 @@ def test_works_from_any_directory(environment, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "MEMLM_CPU_ISA": "scalar"},
     )  # fmt: skip
     assert done.stdout.split() == ["scalar", "scalar"], done.stderr
+
+
+def test_arrays_work_where_there_is_no_torch(environment, tmp_path):
+    (site,) = environment.parent.parent.glob("lib/python*/site-packages")
+    for package in Path(sysconfig.get_path("purelib")).glob("numpy*"):
+        (tmp_path / package.name).symlink_to(package)
+    done = subprocess.run(
+        [environment, "-S", "-c", CHECK_WITHOUT_TORCH],  # -S: no site-packages but these
+        cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": f"{tmp_path}:{site}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "50.0\n"
 
 
 def test_command(environment, tmp_path):

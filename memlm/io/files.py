@@ -1,13 +1,27 @@
-"""Writing a file so that it is there complete or not at all."""
+"""Reading JSON, and writing a file so that it is there complete or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from memlm.errors import FormatError
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError, or FormatError where it is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 @contextmanager

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from memlm.errors import FormatError
 from memlm.io import safetensors
+from memlm.io.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; FileNotFoundError, or FormatError where it is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 class Folder:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from memlm.errors import FormatError
 from memlm.io.files import replacing
 from memlm.io.gguf import GGUF
-from memlm.io.huggingface import read_json
+from memlm.io.files import read_json
 
 # tokenizer.ggml.pre -> what splits the text before byte-pair encoding.
 _PRE_TOKENIZERS = {

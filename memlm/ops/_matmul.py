@@ -101,7 +101,7 @@ def fast_weights(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Te
     format = packed.format
     if format.codebook != "nf":
         return formats.dequantize(packed, dtype)
-    values = format.values(torch.float64, packed.codes.device)
+    values = formats.values(format, torch.float64, packed.codes.device)
     largest = values.abs().max()
     values = (values * (127 / largest)).round() * (largest / 127)
     return formats.dequantize_with(packed, values.to(dtype), dtype)

@@ -1,0 +1,341 @@
+// The kernels over arrays, for memlm/arrays.py, which documents them.  Every argument is checked
+// before any memory is read or written; the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include "array.h"
+#include "formats.h"
+#include "include/memlm.h"
+
+namespace memlm {
+namespace {
+
+memlm_dtype float_dtype(const Array& array) {
+  if (array.dtype == kF32) return MEMLM_F32;
+  if (array.dtype == kF16) return MEMLM_F16;
+  if (array.dtype == kBF16) return MEMLM_BF16;
+  throw py::type_error(array.name + ": got " + text(array.dtype) +
+                       ", accepted are float32, float16, bfloat16");
+}
+
+Dtype named_dtype(const std::string& name) {
+  for (Dtype dtype : {kF32, kF16, kBF16})
+    if (name == text(dtype)) return dtype;
+  throw py::type_error("dtype: got " + name + ", accepted are float32, float16, bfloat16");
+}
+
+void expect_threads(int threads) {
+  if (threads < 1)
+    throw py::value_error("threads: got " + std::to_string(threads) + ", at least 1 is needed");
+}
+
+// Runs a kernel without the GIL.
+template <class Call>
+void run(const Call& call) {
+  memlm_status status;
+  {
+    const py::gil_scoped_release release;
+    status = call();
+  }
+  if (status == MEMLM_NO_MEMORY) throw std::bad_alloc();
+  if (status != MEMLM_OK) throw py::value_error(memlm_last_error());
+}
+
+// A packed W[n, k], checked against the layout that memlm/formats.py draws.
+struct Packed {
+  int bits;
+  Array codes, scales;
+  OptionalArray offsets;
+  memlm_packed c = {};
+
+  // Of memlm/arrays.py's (Format, n, k, codes, scales, offsets).
+  explicit Packed(const py::tuple& w)
+      : bits(w[0].attr("bits").cast<int>()),
+        codes(w[3], "codes"),
+        scales(w[4], "scales"),
+        offsets(w[5], "offsets") {
+    const auto n = w[1].cast<int64_t>(), k = w[2].cast<int64_t>();
+    const auto group = w[0].attr("group").cast<int64_t>();
+    if (n < 1 || n > INT32_MAX || k < 1 || k > INT32_MAX)
+      throw py::value_error("n, k: got " + text(Shape{n, k}) + ", accepted is 1 to 2^31-1");
+    const int64_t tiles = div_up(n, kTileRows), padded = padded_k(k, group);
+    codes.expect(bits == 8 ? kI8 : kU8, bits == 8 ? " for 8 bits" : " for 2 and 4 bits");
+    codes.expect(Shape{tiles, tile_bytes(bits, padded) / kBlock, kTileRows, kLaneK});
+    codes.expect_contiguous();
+    c.scale_dtype = float_dtype(scales);
+    if (c.scale_dtype == MEMLM_BF16)
+      throw py::type_error("scales: got bfloat16, accepted are float16, float32");
+    const Shape shape = {tiles, group ? padded / group : 1, kTileRows};
+    scales.expect(shape);
+    scales.expect_contiguous();
+    if (offsets) {
+      offsets->expect(scales.dtype, ", as scales");
+      offsets->expect(shape);
+      offsets->expect_contiguous();
+    }
+    c.codes = codes.data;
+    c.scales = scales.data;
+    c.offsets = offsets.data();
+    c.n = n;
+    c.k = k;
+    c.group = group;
+    c.levels = w[0].attr("codebook").cast<std::string>() == "nf" ? memlm_nf4_levels : nullptr;
+  }
+
+  void expect_bits(int wanted) const {
+    if (bits != wanted)
+      throw py::value_error("packed: got " + std::to_string(bits) + " bits, accepted are " +
+                            std::to_string(wanted));
+  }
+};
+
+// Where a result goes: into `given`, or, where that is None, into a new numpy array.
+struct Output {
+  py::object object;
+  Array array;
+  Rows rows;
+
+  Output(py::handle given, const Shape& shape, Dtype dtype)
+      : object(given.is_none() ? new_array(dtype, shape)
+                               : py::reinterpret_borrow<py::object>(given)),
+        array(object, "out") {
+    array.expect(dtype, ", as the result");
+    array.expect(shape);
+    rows = array.rows();
+    if (!array.writable) throw py::value_error("out: is read-only");
+  }
+
+  void expect_apart(const Array& input) const {
+    if (array.overlaps(input))
+      throw py::value_error("out: shares memory with " + input.name);
+  }
+  void expect_apart(const OptionalArray& input) const {
+    if (input) expect_apart(*input);
+  }
+  void expect_apart(const Packed& w) const {
+    expect_apart(w.codes);
+    expect_apart(w.scales);
+    expect_apart(w.offsets);
+  }
+};
+
+Shape with_last(Shape shape, int64_t last) {
+  shape.back() = last;
+  return shape;
+}
+
+// What all matmuls take beside x and W.
+struct Around {
+  py::handle bias, norm;
+  double eps;
+  bool swiglu;
+  py::handle residual, out;
+  int threads;
+
+  explicit Around(const py::tuple& t)
+      : bias(t[0]),
+        norm(t[1]),
+        eps(t[2].cast<double>()),
+        swiglu(t[3].cast<bool>()),
+        residual(t[4]),
+        out(t[5]),
+        threads(t[6].cast<int>()) {}
+};
+
+// y, of y_dtype, by kernel(w, args).
+template <class Kernel>
+py::object matmul(const Array& x, const OptionalArray& x_scales, const Packed& w,
+                  const Around& around, bool fast, Dtype y_dtype, const Kernel& kernel) {
+  const int64_t n = w.c.n, k = w.c.k, columns = around.swiglu ? n / 2 : n;
+  const OptionalArray bias(around.bias, "bias"), norm(around.norm, "norm");
+  const OptionalArray residual(around.residual, "residual");
+  if (x.shape.empty() || x.shape.back() != k)
+    throw py::value_error("x: got shape " + text(x.shape) + ", expected [..., " +
+                          std::to_string(k) + "]");
+  if (around.swiglu && n % (2 * kTileRows))
+    throw py::value_error("swiglu: W has " + std::to_string(n) +
+                          " rows, accepted are multiples of " + std::to_string(2 * kTileRows));
+  const Shape shape = with_last(x.shape, columns);
+  const auto check = [&](const OptionalArray& array, const Shape& wanted) {
+    if (!array) return;
+    array->expect(y_dtype, ", as x or the result");
+    array->expect(wanted);
+  };
+  check(bias, {n});
+  check(norm, {k});
+  check(residual, shape);
+  if (bias) bias->expect_contiguous();
+  if (norm) norm->expect_contiguous();
+  const Rows x_rows = x.rows();
+  const Rows residual_rows = residual ? residual->rows() : Rows{0, columns};
+  expect_threads(around.threads);
+
+  const Output out(around.out, shape, y_dtype);
+  out.expect_apart(x);
+  out.expect_apart(x_scales);
+  out.expect_apart(w);
+  out.expect_apart(bias);
+  out.expect_apart(norm);
+  // A residual may be updated in place: each element is read before it is written.
+  const bool in_place = residual && residual->data == out.array.data &&
+                        residual_rows.stride == out.rows.stride;
+  if (!in_place) out.expect_apart(residual);
+
+  memlm_matmul_args args = {};
+  args.m = x_rows.count;
+  args.x = x.data;
+  args.x_stride = x_rows.stride;
+  args.bias = bias.data();
+  args.y = out.array.data;
+  args.y_stride = out.rows.stride;
+  args.dtype = float_dtype(out.array);
+  args.fast = fast;
+  args.threads = around.threads;
+  args.norm = norm.data();
+  args.norm_eps = static_cast<float>(around.eps);
+  args.swiglu = around.swiglu;
+  args.residual = residual.data();
+  args.residual_stride = residual_rows.stride;
+  run([&] { return kernel(&w.c, &args); });
+  return out.object;
+}
+
+using WeightOnly = memlm_status (*)(const memlm_packed*, const memlm_matmul_args*);
+
+py::object weight_only(int bits, WeightOnly kernel, py::handle x_in, const py::tuple& packed,
+                       bool fast, const py::tuple& around) {
+  const Array x(x_in, "x");
+  const OptionalArray no_scales(py::none(), "x_scales");
+  const Packed w(packed);
+  w.expect_bits(bits);
+  float_dtype(x);
+  return matmul(x, no_scales, w, Around(around), fast, x.dtype, kernel);
+}
+
+Shape x_scales_shape(const Shape& x, int64_t x_group) {
+  if (x_group != 0 && x_group != kActGroup)
+    throw py::value_error("x_group: got " + std::to_string(x_group) +
+                          ", accepted are 0 (the whole row) and " + std::to_string(kActGroup));
+  return with_last(x, x_group ? div_up(x.back(), x_group) : 1);
+}
+
+py::object w8a8_matmul(py::handle x_in, py::handle x_scales_in, const py::tuple& packed,
+                       int64_t x_group, const std::string& dtype, const py::tuple& around_in) {
+  const Array x(x_in, "x");
+  const OptionalArray x_scales(x_scales_in, "x_scales");
+  const Packed w(packed);
+  const Around around(around_in);
+  w.expect_bits(8);
+  Dtype y_dtype = x.dtype;
+  if (x.shape.empty()) throw py::value_error("x: got shape [], expected [..., k]");
+  const Shape scales_shape = x_scales_shape(x.shape, x_group);
+  if (x_scales) {
+    x.expect(kI8, " beside x_scales");
+    x_scales->expect(kF32, "");
+    x_scales->expect(scales_shape);
+    x_scales->expect_contiguous();
+    if (!around.norm.is_none())
+      throw py::value_error(
+          "norm: got an array, but x is int8, and only numbers can be normalised");
+    y_dtype = named_dtype(dtype.empty() ? "float32" : dtype);
+  } else {
+    float_dtype(x);
+    if (!dtype.empty() && named_dtype(dtype) != y_dtype)
+      throw py::type_error("dtype: got " + dtype + ", the result has x's, " + text(y_dtype));
+  }
+  const auto* scales = static_cast<const float*>(x_scales.data());
+  return matmul(x, x_scales, w, around, true, y_dtype, [=](const auto* weights, const auto* args) {
+    return memlm_w8a8_matmul(weights, args, scales, x_group);
+  });
+}
+
+py::tuple quantize_rows(py::handle x_in, int64_t x_group, py::handle norm_in, double eps,
+                        int threads) {
+  const Array x(x_in, "x");
+  const OptionalArray norm(norm_in, "norm");
+  const memlm_dtype dtype = float_dtype(x);
+  if (x.shape.empty() || x.shape.back() < 1)
+    throw py::value_error("x: got shape " + text(x.shape) + ", expected [..., k], k at least 1");
+  const int64_t k = x.shape.back();
+  if (norm) {
+    norm->expect(x.dtype, ", as x");
+    norm->expect(Shape{k});
+    norm->expect_contiguous();
+  }
+  const Rows rows = x.rows();
+  expect_threads(threads);
+  const py::array codes = new_array(kI8, x.shape);
+  const py::array scales = new_array(kF32, x_scales_shape(x.shape, x_group));
+  auto* q = static_cast<int8_t*>(const_cast<void*>(codes.data()));
+  auto* s = static_cast<float*>(const_cast<void*>(scales.data()));
+  run([&] {
+    return memlm_quantize_rows(rows.count, k, x.data, rows.stride, dtype, norm.data(),
+                               static_cast<float>(eps), x_group, q, s, threads);
+  });
+  return py::make_tuple(codes, scales);
+}
+
+py::object embedding(py::handle ids_in, const py::tuple& packed, const std::string& dtype,
+                     py::handle out_in, int threads) {
+  const Packed w(packed);
+  const Array ids(ids_in, "ids");
+  if (ids.dtype != kI64 && ids.dtype != kI32)
+    throw py::type_error("ids: got " + text(ids.dtype) + ", accepted are int64, int32");
+  ids.expect_contiguous();
+  expect_threads(threads);
+  Shape shape = ids.shape;
+  shape.push_back(w.c.k);
+  const Output out(out_in, shape, named_dtype(dtype));
+  out.array.expect_contiguous();
+  out.expect_apart(w);
+  out.expect_apart(ids);
+  int64_t count = 1;
+  for (int64_t size : ids.shape) count *= size;
+  std::vector<int64_t> wide;
+  const auto* indices = reinterpret_cast<const int64_t*>(ids.data);
+  if (ids.dtype == kI32) {
+    const auto* narrow = reinterpret_cast<const int32_t*>(ids.data);
+    wide.assign(narrow, narrow + count);
+    indices = wide.data();
+  }
+  const memlm_dtype type = float_dtype(out.array);
+  run([&] {
+    return memlm_embedding(&w.c, w.bits, indices, count, type, out.array.data, threads);
+  });
+  return out.object;
+}
+
+py::object dequantize(const py::tuple& packed, const std::string& dtype, py::handle out_in,
+                      int threads) {
+  const Packed w(packed);
+  expect_threads(threads);
+  const Output out(out_in, {w.c.n, w.c.k}, named_dtype(dtype));
+  out.array.expect_contiguous();
+  out.expect_apart(w);
+  const memlm_dtype type = float_dtype(out.array);
+  run([&] { return memlm_dequantize(&w.c, w.bits, 0, w.c.n, type, out.array.data, threads); });
+  return out.object;
+}
+
+}  // namespace
+
+void bind_arrays(py::module_& m) {
+  const struct {
+    const char* name;
+    int bits;
+    WeightOnly kernel;
+  } matmuls[] = {{"w2_matmul", 2, memlm_w2_matmul},
+                 {"w4_matmul", 4, memlm_w4_matmul},
+                 {"w8_matmul", 8, memlm_w8_matmul}};
+  for (const auto& op : matmuls) {
+    m.def(op.name, [op](py::handle x, const py::tuple& packed, bool fast, const py::tuple& around) {
+      return weight_only(op.bits, op.kernel, x, packed, fast, around);
+    });
+  }
+  m.def("w8a8_matmul", w8a8_matmul);
+  m.def("quantize_rows", quantize_rows);
+  m.def("embedding", embedding);
+  m.def("dequantize", dequantize);
+  m.def("check_packed", [](const py::tuple& packed) { Packed w(packed); });
+}
+
+}  // namespace memlm
