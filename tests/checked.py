@@ -1,0 +1,14 @@
+"""What a run of tests/cpp/check.cpp must have printed."""
+
+OPERATIONS = (
+    "dequantize", "embedding", "w4_matmul accurate", "w4_matmul fast", "w8_matmul accurate", "w8_matmul fast"
+)  # fmt: skip
+
+
+def assert_all_checked(output: str, isas: list[str]) -> None:
+    """The best of ``isas`` was chosen, and every operation was compared on each of them."""
+    first, *lines = output.splitlines()
+    assert first == f"{isas[0]}: {' '.join(isas)}"
+    compared = {name: int(results) for name, results in (line.split(": ") for line in lines)}
+    assert set(compared) == {f"{isa} {operation}" for isa in isas for operation in OPERATIONS}
+    assert min(compared.values()) > 10_000
