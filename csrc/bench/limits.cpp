@@ -102,6 +102,8 @@ __attribute__((target("avx2"))) uint64_t read_avx2(const char* p, int64_t bytes)
   return static_cast<uint64_t>(_mm256_extract_epi64(all, 0) ^ _mm256_extract_epi64(all, 3));
 }
 
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+
 bool has_avx512vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
 }
@@ -110,6 +112,8 @@ MEMLM_CHAINS(fma_avx2, "avx2,fma", __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps
 MEMLM_CHAINS(fma_avx512, "avx512f", __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(a, x, x))
 MEMLM_CHAINS(maddubs_avx2, "avx2", __m256i, _mm256_set1_epi8(3),
              _mm256_add_epi16(a, _mm256_maddubs_epi16(x, x)))
+MEMLM_CHAINS(dot_avxvnni, "avx2,avxvnni", __m256i, _mm256_set1_epi32(0x03030303),
+             _mm256_dpbusd_avx_epi32(a, x, x))
 MEMLM_CHAINS(dot_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03030303),
              _mm512_dpbusd_epi32(a, x, x))
 
@@ -190,6 +194,7 @@ double memlm_limit_f32_gmacs(int threads, int repeats) {
 double memlm_limit_i8_gmacs(int threads, int repeats) {
 #if defined(__x86_64__)
   if (has_avx512vnni()) return gmacs(threads, repeats, 64, dot_avx512vnni);
+  if (has_avxvnni()) return gmacs(threads, repeats, 32, dot_avxvnni);
   if (has_avx2()) return gmacs(threads, repeats, 32, maddubs_avx2);
 #elif defined(__aarch64__)
   if (has_i8mm()) return gmacs(threads, repeats, 32, mmla_neon);
