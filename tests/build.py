@@ -14,22 +14,18 @@ def isa_flags(machine: str = platform.machine()) -> dict[str, list[str]]:
     """The compiler flags of every instruction set of ``machine``."""
     parser = ConfigParser()
     parser.read(CORE / "isa" / "flags.ini")
-    return {name: flags.split() for name, flags in parser[machine].items()}
+    section = parser[machine if machine in parser else "DEFAULT"]
+    return {name: flags.split() for name, flags in section.items()}
 
 
 def program(
-    name: str,
-    folder: Path,
-    flags: list[str],
-    isas: dict[str, list[str]],
-    dispatch: list[str] = [],
-    compiler: str = "g++",
+    name: str, folder: Path, flags: list[str], isas: dict[str, list[str]], compiler: str = "g++"
 ) -> Path:
     """Builds tests/cpp/``name``.cpp in ``folder``: all of it with ``flags``, the kernels of each of
-    ``isas`` and the choice among them with more."""
+    ``isas`` with more."""
     units = {CORE / "isa" / f"{isa}.cpp": more for isa, more in isas.items()}
-    units |= {CORE / "dispatch.cpp": dispatch, CORE / "threads.cpp": []}
-    units |= {ROOT / "tests" / "cpp" / f"{name}.cpp": []}
+    others = [CORE / "dispatch.cpp", CORE / "threads.cpp", ROOT / "tests" / "cpp" / f"{name}.cpp"]
+    units |= {unit: [] for unit in others}
     common = [compiler, "-std=c++17", "-ffp-contract=off", "-w", *flags]
     running = [
         subprocess.Popen([*common, *more, "-c", unit, "-o", folder / f"{unit.stem}.o"])

@@ -98,7 +98,7 @@ inline I dpbusd(I acc, B w, const int8_t* x) {
           : "+v"(acc)
           : "v"(w), "m"(*reinterpret_cast<const char(*)[4]>(x)));
   return acc;
-#else  // tests/test_isas.py: on SIMDe
+#else  // tests/test_isas.py: emulated
   int32_t x4;
   memcpy(&x4, x, 4);
   return _mm512_dpbusd_epi32(acc, w, i_set1(x4));

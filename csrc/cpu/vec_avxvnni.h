@@ -18,7 +18,7 @@ inline I dpbusd(I acc, B w, const int8_t* x) {
           : "+x"(acc.a), "+x"(acc.b), "=&x"(x4)
           : "m"(*reinterpret_cast<const char(*)[4]>(x)), "x"(w.a), "x"(w.b));
   return acc;
-#else  // tests/test_isas.py: on SIMDe
+#else  // tests/test_isas.py: emulated
   const __m256i x4 = broadcast4(x);
   return {_mm256_dpbusd_epi32(acc.a, w.a, x4), _mm256_dpbusd_epi32(acc.b, w.b, x4)};
 #endif

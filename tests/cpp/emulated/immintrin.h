@@ -50,6 +50,20 @@ inline __m512i srai_epi32(__m512i x, int count) {
   return map<__m512i>(cast<I>(x), [&](__m256i h) { return _mm256_srai_epi32(h, count); });
 }
 
+// x behind y, each to the nearest bf16.
+inline __m512bh cvtne2ps_pbh(__m512 x, __m512 y) {
+  struct { uint32_t i[32]; } wide = cast<decltype(wide)>(Pair<__m512>{y, x});
+  struct { uint16_t i[32]; } result;
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t bits = wide.i[i], magnitude = bits & 0x7fffffff;
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    if (magnitude > 0x7f800000) rounded = bits | 0x400000;   // NaN
+    if (magnitude < 0x00800000) rounded = bits & 0x80000000;  // denormal numbers count as zero
+    result.i[i] = static_cast<uint16_t>(rounded >> 16);
+  }
+  return cast<__m512bh>(result);
+}
+
 struct Lanes { int32_t i[16]; };
 struct FloatLanes { float f[16]; };
 inline __m128i cvtepi32_epi8(__m512i x) {
@@ -85,6 +99,7 @@ inline float reduce_add_ps(__m512 x) {
 #undef _mm512_reduce_add_epi32
 #undef _mm512_reduce_max_epi32
 #undef _mm512_reduce_add_ps
+#undef _mm512_cvtne2ps_pbh
 #define _mm512_cvtepi32_ps halves::cvtepi32_ps
 #define _mm512_cvtps_epi32 halves::cvtps_epi32
 #define _mm512_cvtepu16_epi32 halves::cvtepu16_epi32
@@ -95,3 +110,4 @@ inline float reduce_add_ps(__m512 x) {
 #define _mm512_reduce_add_epi32 halves::reduce_add_epi32
 #define _mm512_reduce_max_epi32 halves::reduce_max_epi32
 #define _mm512_reduce_add_ps halves::reduce_add_ps
+#define _mm512_cvtne2ps_pbh halves::cvtne2ps_pbh
