@@ -8,6 +8,7 @@
 import platform
 import sys
 import sysconfig
+from configparser import ConfigParser
 from pathlib import Path
 
 import pybind11
@@ -18,13 +19,12 @@ from setuptools.command.build_ext import build_ext
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
-ISA_FLAGS = {"scalar": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
-    avx512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own headers
-    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], *avx512]
-    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mavx512bf16"]
+flags = ConfigParser()
+flags.read("csrc/cpu/isa/flags.ini")
+machine = platform.machine()
+ISA_FLAGS = {
+    isa: line.split() for isa, line in flags[machine if machine in flags else "DEFAULT"].items()
+}
 
 HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
 

@@ -14,8 +14,8 @@ from . import numerics
 
 # n, k: one of each, tails in both, several stretches of k, more tiles than one block.
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 129), (100, 300), (33, 2111), (130, 4128)]
-# Both sides of every register tile (4 rows scalar, 6 AVX2, 12 AVX-512, 16 and 32 AMX, which starts
-# at 13 or 25), several tiles, tails.
+# Both sides of every register tile (4 rows scalar, 6 AVX2 and AVX-VNNI, 12 AVX-512, 16 and 32 AMX,
+# which starts at 13 or 25), several tiles, tails.
 ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 25, 31, 33]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -16,6 +16,10 @@
 #include "../formats.h"
 #include "threads.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace memlm {
 namespace {
 
@@ -37,6 +41,13 @@ struct Candidate {
 #if defined(__x86_64__)
 
 // These also check that the system saves the registers (XGETBV).
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+
 bool has_avx512vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -60,11 +71,10 @@ const Candidate kCandidates[] = {
 #if defined(__x86_64__)
     {&amx::kernels, has_amx},
     {&avx512vnni::kernels, has_avx512vnni},
-    {&avx2::kernels,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
+    {&avxvnni::kernels, has_avxvnni},
+    {&avx2::kernels, has_avx2},
+#elif defined(__aarch64__)  // what the kernel reports, it also saves
+    {&neon_dotprod::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
 #endif
     {&scalar::kernels, [] { return true; }},
 };

@@ -1,7 +1,7 @@
-// All CPU kernels for one instruction set: included by isa/<isa>.cpp after vec_<isa>.h, with
-// MEMLM_ISA set to its namespace.  Only plain C headers and templates of our own may be included
-// from here on: an inline function of the standard library, compiled for AVX2, could be the copy
-// that the linker keeps for every machine.
+// All CPU kernels for one instruction set: isa/<isa>.cpp sets MEMLM_ISA to its namespace and includes
+// vec_<isa>.h, then this.  Only plain C headers and templates of our own may be included from here
+// on: an inline function of the standard library, compiled for AVX2, could be the copy that the
+// linker keeps for every machine.
 #pragma once
 #include "dispatch.h"
 #include "dequantize-inl.h"

@@ -16,6 +16,15 @@ constexpr int kTileBytes = 1024;
 // W first, at 16 rows 0.97 against 0.79 ms, at 32 rows 1.14 against 1.50 ms (4096x4096).
 constexpr int64_t kTilesFromFast = 25, kTilesFromAccurate = kTileM + 1, kTilesFromPerRow = kTileM + 1;
 
+}  // namespace MEMLM_ISA
+}  // namespace memlm
+
+#if !defined(__AVX512BF16__)  // tests/test_isas.py: emulated
+#include <tile_unit.h>
+#else
+namespace memlm {
+namespace MEMLM_ISA {
+
 // The tile registers are switched on while a TileUnit lives, all eight with 16 rows of 64 bytes.
 class TileUnit {
  public:
@@ -55,6 +64,13 @@ template <int S, int X, int W>
 inline void tile_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(X), "i"(W));
 }
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm
+#endif
+
+namespace memlm {
+namespace MEMLM_ISA {
 
 // x, or NaN where x is not finite.
 inline F f_finite_or_nan(F x) { return _mm512_add_ps(x, _mm512_sub_ps(x, x)); }

@@ -39,7 +39,7 @@ inline F f_load_bf16(const uint16_t* p) {
 }
 inline void f_store_f16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline F f_from_i(I x) { return _mm512_cvtepi32_ps(x); }
@@ -93,10 +93,16 @@ inline F b_byte_to_f(B x) {
 // In assembly, because GCC 12 broadcasts to a register first and copies acc around: twice as many
 // instructions.
 inline I dpbusd(I acc, B w, const int8_t* x) {
+#if defined(__AVX512VNNI__)
   __asm__("vpdpbusd %2%{1to16%}, %1, %0"
           : "+v"(acc)
           : "v"(w), "m"(*reinterpret_cast<const char(*)[4]>(x)));
   return acc;
+#else  // tests/test_isas.py: emulated
+  int32_t x4;
+  memcpy(&x4, x, 4);
+  return _mm512_dpbusd_epi32(acc, w, i_set1(x4));
+#endif
 }
 
 inline Pairs pairs_start(int32_t x) { return i_set1(x); }

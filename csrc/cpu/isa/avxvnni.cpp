@@ -1,0 +1,4 @@
+#define MEMLM_ISA avxvnni
+#include "../vec_avxvnni.h"
+
+#include "../kernels-inl.h"

@@ -1,0 +1,148 @@
+// What vec_avx2.h and vec_avxvnni.h have in common: 16 lanes as two 256-bit registers, all of the
+// vector vocabulary but the integer products.  vec_scalar.h says what each function computes.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+struct F { __m256 a, b; };
+struct I { __m256i a, b; };
+struct B { __m256i a, b; };
+
+// Rows of x per register tile: 6 x 2 accumulators, 2 weights, 1 broadcast are 15 of 16 registers.
+constexpr int kTileM = 6;
+constexpr int kDirectTilesFast = 3, kDirectTilesAccurate = 1;
+
+inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F f_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void f_store(float* p, F x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline F f_mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F f_add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F f_div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline float f_reduce_add(F x) {
+  const __m256 v = _mm256_add_ps(x.a, x.b);
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+inline F f_fma(F x, F y, F z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+
+inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+
+inline F f_load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))};
+}
+inline F f_load_bf16(const uint16_t* p) {
+  const auto widen = [](__m128i h) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  };
+  return {widen(load128(p)), widen(load128(p + 8))};
+}
+inline void f_store_f16(uint16_t* p, F x) {
+  __m128i* out = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(out, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(out + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline F f_from_i(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I f_round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline F f_exp2(I n) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  const auto power = [bias](__m256i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(v, bias), 23));
+  };
+  return {power(n.a), power(n.b)};
+}
+inline I f_magnitude_bits(F x) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(x.a), mask),
+          _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
+}
+
+inline I i_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline I i_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I i_max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline int32_t i_reduce_max(I x) {
+  __m256i v = _mm256_max_epi32(x.a, x.b);
+  __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+inline int32_t i_reduce_add(I x) {
+  __m256i v = _mm256_add_epi32(x.a, x.b);
+  __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+inline void i_store_i8(int8_t* p, I x) {
+  // packs works within 128-bit halves: [x0-3 x8-11 | x4-7 x12-15], put in order by the permute.
+  __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+}
+
+inline B b_load(const void* p) {
+  return {load256(p), load256(static_cast<const char*>(p) + 32)};
+}
+inline void b_store(void* p, B x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, x.b);
+}
+template <int kShift, int kBits>
+inline B b_field(B x) {
+  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, kShift), mask),
+          _mm256_and_si256(_mm256_srli_epi16(x.b, kShift), mask)};
+}
+template <int kShift, int kBits>
+inline F b_field_to_f(B x) {
+  const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
+  return f_from_i({_mm256_and_si256(_mm256_srli_epi32(x.a, kShift), mask),
+                   _mm256_and_si256(_mm256_srli_epi32(x.b, kShift), mask)});
+}
+struct Table { __m256 low, high; };  // entries 0 to 7, 8 to 15
+using ByteTable = __m256i;           // the 16 bytes twice
+inline Table t_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline ByteTable t_load_bytes(const int8_t* p) { return _mm256_broadcastsi128_si256(load128(p)); }
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  const auto entry = [&](__m256i v) {  // vpermps looks at 3 bits; the fourth goes to the sign
+    const __m256i index = _mm256_srli_epi32(v, kShift);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index),
+                            _mm256_permutevar8x32_ps(t.high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - kShift)));
+  };
+  return {entry(x.a), entry(x.b)};
+}
+inline B b_lookup(B x, const ByteTable& t) {
+  return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
+}
+template <int kByte>
+inline F b_byte_to_f(B x) {
+  return f_from_i({_mm256_srai_epi32(_mm256_slli_epi32(x.a, 24 - 8 * kByte), 24),
+                   _mm256_srai_epi32(_mm256_slli_epi32(x.b, 24 - 8 * kByte), 24)});
+}
+
+inline __m256i broadcast4(const int8_t* x) {
+  int32_t bits;
+  memcpy(&bits, x, 4);
+  return _mm256_set1_epi32(bits);
+}
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm
