@@ -25,6 +25,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own headers
     ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], *avx512]
     ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mavx512bf16"]
+if platform.machine() in ("aarch64", "arm64"):
+    # 16 lanes are four registers there: GCC counts functions too long to inline, and its scheduling
+    # before register allocation makes the loops spill.
+    neon = ["-finline-limit=5000", "-fno-schedule-insns"]
+    ISA_FLAGS["neon_dotprod"] = ["-march=armv8.2-a+dotprod", *neon]
 
 HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
 

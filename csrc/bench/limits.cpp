@@ -11,6 +11,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 
 namespace {
@@ -48,6 +51,42 @@ volatile uint64_t g_sink;  // keeps results alive
 
 constexpr int64_t kRounds = 4 << 20;
 
+// MEMLM_CHAINS' name() runs kRounds steps of kChains independent chains a = step(a, x), enough to
+// hide an operation's 4 or 5 cycles where two start in each (x86, and AVX2 has 16 registers) or
+// four (Arm).  Named variables, because GCC keeps an array in memory; the empty asm statements, so
+// that no operation is left out.
+#if defined(__x86_64__)
+constexpr int kChains = 12;
+#define MEMLM_REGISTER(x) "+v"(x)
+#define MEMLM_LAST_STEPS(step)
+#elif defined(__aarch64__)
+constexpr int kChains = 16;
+#define MEMLM_REGISTER(x) "+w"(x)
+#define MEMLM_LAST_STEPS(step) \
+  MEMLM_STEP(a12, step) MEMLM_STEP(a13, step) MEMLM_STEP(a14, step) MEMLM_STEP(a15, step)
+#else
+constexpr int kChains = 12;
+#endif
+#define MEMLM_STEP(chain, step)               \
+  {                                           \
+    auto& a = chain;                          \
+    __asm__ volatile("" : MEMLM_REGISTER(x)); \
+    a = step;                                 \
+    __asm__ volatile("" : MEMLM_REGISTER(a)); \
+  }
+#define MEMLM_CHAINS(name, isa, type, start, step)                                          \
+  __attribute__((target(isa))) void name() {                                                \
+    [[maybe_unused]] type x = start, a0 = x, a1 = x, a2 = x, a3 = x, a4 = x, a5 = x, a6 = x, \
+                          a7 = x, a8 = x, a9 = x, a10 = x, a11 = x, a12 = x, a13 = x,       \
+                          a14 = x, a15 = x;                                                 \
+    for (int64_t i = 0; i < kRounds; ++i) {                                                 \
+      MEMLM_STEP(a0, step) MEMLM_STEP(a1, step) MEMLM_STEP(a2, step) MEMLM_STEP(a3, step)   \
+      MEMLM_STEP(a4, step) MEMLM_STEP(a5, step) MEMLM_STEP(a6, step) MEMLM_STEP(a7, step)   \
+      MEMLM_STEP(a8, step) MEMLM_STEP(a9, step) MEMLM_STEP(a10, step) MEMLM_STEP(a11, step) \
+      MEMLM_LAST_STEPS(step)                                                                \
+    }                                                                                       \
+  }
+
 #if defined(__x86_64__)
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -67,38 +106,24 @@ bool has_avx512vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
 }
 
-// name() runs kRounds steps of 12 independent chains a = step(a, x): an operation takes 4 or 5
-// cycles, two start in each.  Named variables, because GCC keeps an array in memory; the empty asm
-// statements, so that no operation is left out.
-#define MEMLM_STEP(chain, step)       \
-  {                                   \
-    auto& a = chain;                  \
-    __asm__ volatile("" : "+v"(x));   \
-    a = step;                         \
-    __asm__ volatile("" : "+v"(a));   \
-  }
-#define MEMLM_CHAINS(name, isa, type, start, step)                                          \
-  __attribute__((target(isa))) void name() {                                                \
-    type x = start, a0 = x, a1 = x, a2 = x, a3 = x, a4 = x, a5 = x, a6 = x, a7 = x, a8 = x, \
-         a9 = x, a10 = x, a11 = x;                                                          \
-    for (int64_t i = 0; i < kRounds; ++i) {                                                 \
-      MEMLM_STEP(a0, step) MEMLM_STEP(a1, step) MEMLM_STEP(a2, step) MEMLM_STEP(a3, step)   \
-      MEMLM_STEP(a4, step) MEMLM_STEP(a5, step) MEMLM_STEP(a6, step) MEMLM_STEP(a7, step)   \
-      MEMLM_STEP(a8, step) MEMLM_STEP(a9, step) MEMLM_STEP(a10, step) MEMLM_STEP(a11, step) \
-    }                                                                                       \
-  }
 MEMLM_CHAINS(fma_avx2, "avx2,fma", __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(a, x, x))
 MEMLM_CHAINS(fma_avx512, "avx512f", __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(a, x, x))
 MEMLM_CHAINS(maddubs_avx2, "avx2", __m256i, _mm256_set1_epi8(3),
              _mm256_add_epi16(a, _mm256_maddubs_epi16(x, x)))
 MEMLM_CHAINS(dot_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03030303),
              _mm512_dpbusd_epi32(a, x, x))
-#undef MEMLM_CHAINS
-#undef MEMLM_STEP
 
-#else
-bool has_avx2() { return false; }
-bool has_avx512vnni() { return false; }
+#elif defined(__aarch64__)
+
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_i8mm() { return getauxval(AT_HWCAP2) & HWCAP2_I8MM; }
+
+MEMLM_CHAINS(fma_neon, "arch=armv8-a", float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(a, x, x))
+MEMLM_CHAINS(dot_neon, "arch=armv8.2-a+dotprod", int32x4_t, vdupq_n_s32(0x03030303),
+             vdotq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)))
+MEMLM_CHAINS(mmla_neon, "arch=armv8.2-a+i8mm", int32x4_t, vdupq_n_s32(0x03030303),
+             vmmlaq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)))
+
 #endif
 
 uint64_t read_scalar(const char* p, int64_t bytes) {
@@ -112,10 +137,10 @@ uint64_t read_scalar(const char* p, int64_t bytes) {
 }
 
 void fma_scalar() {
-  float a[12];
+  float a[kChains];
   for (float& v : a) v = 0.5f;
   for (int64_t i = 0; i < kRounds; ++i)
-    for (int j = 0; j < 12; ++j) {
+    for (int j = 0; j < kChains; ++j) {
       a[j] = a[j] * 0.5f + 0.5f;
       __asm__ volatile("" : "+m"(a[j]));
     }
@@ -146,16 +171,18 @@ double memlm_limit_dram_gbps(int threads, int64_t bytes, int huge_pages, int rep
   return static_cast<double>(share) * threads / seconds / 1e9;
 }
 
-// Multiply-adds per second, 10^9, of 12 chains of so many lanes.
+// Multiply-adds per second, 10^9, of kChains chains of so many lanes.
 static double gmacs(int threads, int repeats, int lanes, void (*run)()) {
   const double seconds = shortest(threads, repeats, [run](int) { run(); });
-  return 12.0 * lanes * kRounds * threads / seconds / 1e9;
+  return 1.0 * kChains * lanes * kRounds * threads / seconds / 1e9;
 }
 
 double memlm_limit_f32_gmacs(int threads, int repeats) {
 #if defined(__x86_64__)
   if (has_avx512vnni()) return gmacs(threads, repeats, 16, fma_avx512);
   if (has_avx2()) return gmacs(threads, repeats, 8, fma_avx2);
+#elif defined(__aarch64__)
+  return gmacs(threads, repeats, 4, fma_neon);
 #endif
   return gmacs(threads, repeats, 1, fma_scalar);
 }
@@ -164,6 +191,9 @@ double memlm_limit_i8_gmacs(int threads, int repeats) {
 #if defined(__x86_64__)
   if (has_avx512vnni()) return gmacs(threads, repeats, 64, dot_avx512vnni);
   if (has_avx2()) return gmacs(threads, repeats, 32, maddubs_avx2);
+#elif defined(__aarch64__)
+  if (has_i8mm()) return gmacs(threads, repeats, 32, mmla_neon);
+  if (has_dotprod()) return gmacs(threads, repeats, 16, dot_neon);
 #endif
   (void)threads, (void)repeats;
   return 0;

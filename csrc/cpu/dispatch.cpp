@@ -16,6 +16,10 @@
 #include "../formats.h"
 #include "threads.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace memlm {
 namespace {
 
@@ -65,6 +69,8 @@ const Candidate kCandidates[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      }},
+#elif defined(__aarch64__)  // what the kernel reports, it also saves
+    {&neon_dotprod::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
 #endif
     {&scalar::kernels, [] { return true; }},
 };

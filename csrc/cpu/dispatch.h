@@ -23,5 +23,6 @@ namespace scalar { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
+namespace neon_dotprod { extern const Kernels kernels; }
 
 }  // namespace memlm

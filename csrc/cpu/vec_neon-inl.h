@@ -1,0 +1,168 @@
+// What the vector vocabularies for Arm share: 16 lanes as four 128-bit registers, with the dot
+// products of ARMv8.2.  vec_scalar.h says what each function computes.  Included by
+// vec_neon_<extension>.h with MEMLM_ISA set, so that each instruction set has a copy of its own.
+#pragma once
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+struct F { float32x4_t v[4]; };
+struct I { int32x4_t v[4]; };
+struct B { int8x16_t v[4]; };
+using Pairs = I;  // sdot adds all four products of a lane: no pairs are left to add
+
+// op(0) .. op(3), one for each register of R.
+template <class R, class Op>
+inline R quarters(const Op& op) {
+  return {{op(0), op(1), op(2), op(3)}};
+}
+
+inline F f_set1(float x) { return quarters<F>([&](int) { return vdupq_n_f32(x); }); }
+inline F f_zero() { return f_set1(0); }
+inline F f_load(const float* p) {
+  return quarters<F>([&](int i) { return vld1q_f32(p + 4 * i); });
+}
+inline void f_store(float* p, F x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, x.v[i]);
+}
+inline F f_mul(F x, F y) {
+  return quarters<F>([&](int i) { return vmulq_f32(x.v[i], y.v[i]); });
+}
+inline F f_add(F x, F y) {
+  return quarters<F>([&](int i) { return vaddq_f32(x.v[i], y.v[i]); });
+}
+inline F f_div(F x, F y) {
+  return quarters<F>([&](int i) { return vdivq_f32(x.v[i], y.v[i]); });
+}
+// By comparison, since fmin and fmax give NaN where x is NaN.
+inline F f_min(F x, F y) {
+  return quarters<F>([&](int i) { return vbslq_f32(vcltq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
+}
+inline F f_max(F x, F y) {
+  return quarters<F>([&](int i) { return vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
+}
+inline float f_reduce_add(F x) {
+  return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])));
+}
+inline F f_fma(F x, F y, F z) {
+  return quarters<F>([&](int i) { return vfmaq_f32(z.v[i], x.v[i], y.v[i]); });
+}
+
+inline F f_load_f16(const uint16_t* p) {
+  return quarters<F>([&](int i) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+  });
+}
+inline F f_load_bf16(const uint16_t* p) {
+  return quarters<F>([&](int i) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+  });
+}
+inline void f_store_f16(uint16_t* p, F x) {
+  for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.v[i])));
+}
+
+inline F f_from_i(I x) { return quarters<F>([&](int i) { return vcvtq_f32_s32(x.v[i]); }); }
+inline I f_round(F x) { return quarters<I>([&](int i) { return vcvtnq_s32_f32(x.v[i]); }); }
+inline F f_exp2(I n) {
+  return quarters<F>([&](int i) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23));
+  });
+}
+inline I f_magnitude_bits(F x) {
+  return quarters<I>([&](int i) { return vreinterpretq_s32_f32(vabsq_f32(x.v[i])); });
+}
+
+inline I i_set1(int32_t x) { return quarters<I>([&](int) { return vdupq_n_s32(x); }); }
+inline I i_zero() { return i_set1(0); }
+inline I i_add(I x, I y) {
+  return quarters<I>([&](int i) { return vaddq_s32(x.v[i], y.v[i]); });
+}
+inline I i_max(I x, I y) {
+  return quarters<I>([&](int i) { return vmaxq_s32(x.v[i], y.v[i]); });
+}
+inline int32_t i_reduce_max(I x) {
+  return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])));
+}
+inline int32_t i_reduce_add(I x) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3])));
+}
+inline void i_store_i8(int8_t* p, I x) {
+  for (int i = 0; i < 4; i += 2)
+    vst1_s8(p + 4 * i, vmovn_s16(vcombine_s16(vmovn_s32(x.v[i]), vmovn_s32(x.v[i + 1]))));
+}
+
+inline B b_load(const void* p) {
+  return quarters<B>([&](int i) { return vld1q_s8(static_cast<const int8_t*>(p) + 16 * i); });
+}
+inline void b_store(void* p, B x) {
+  for (int i = 0; i < 4; ++i) vst1q_s8(static_cast<int8_t*>(p) + 16 * i, x.v[i]);
+}
+template <int kShift, int kBits>
+inline B b_field(B x) {
+  return quarters<B>([&](int i) {
+    uint8x16_t bytes = vreinterpretq_u8_s8(x.v[i]);
+    if constexpr (kShift > 0) bytes = vshrq_n_u8(bytes, kShift);
+    if constexpr (kShift + kBits < 8) bytes = vandq_u8(bytes, vdupq_n_u8((1 << kBits) - 1));
+    return vreinterpretq_s8_u8(bytes);
+  });
+}
+// The conversion divides by 2^kShift: nothing has to be shifted.
+template <int kShift, int kBits>
+inline F b_field_to_f(B x) {
+  return quarters<F>([&](int i) {
+    const uint32x4_t field =
+        vandq_u32(vreinterpretq_u32_s8(x.v[i]), vdupq_n_u32(((1u << kBits) - 1) << kShift));
+    if constexpr (kShift == 0)
+      return vcvtq_f32_u32(field);
+    else
+      return vcvtq_n_f32_u32(field, kShift);
+  });
+}
+using Table = uint8x16x4_t;
+using ByteTable = int8x16_t;
+inline Table t_load(const float* p) {
+  const auto entries = [p](int i) { return vreinterpretq_u8_f32(vld1q_f32(p + 4 * i)); };
+  return {{entries(0), entries(1), entries(2), entries(3)}};
+}
+inline ByteTable t_load_bytes(const int8_t* p) { return vld1q_s8(p); }
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  return quarters<F>([&](int i) {
+    // tbl takes bytes: entry e is bytes 4e .. 4e + 3.
+    uint32x4_t index = vreinterpretq_u32_s8(x.v[i]);
+    if constexpr (kShift > 0) index = vshrq_n_u32(index, kShift);
+    index = vandq_u32(index, vdupq_n_u32(15));
+    index = vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(index)));
+  });
+}
+inline B b_lookup(B x, const ByteTable& t) {
+  return quarters<B>([&](int i) { return vqtbl1q_s8(t, vreinterpretq_u8_s8(x.v[i])); });
+}
+template <int kByte>
+inline F b_byte_to_f(B x) {
+  return quarters<F>([&](int i) {
+    const int32x4_t top = vshlq_n_s32(vreinterpretq_s32_s8(x.v[i]), 24 - 8 * kByte);
+    return vcvtq_f32_s32(vshrq_n_s32(top, 24));
+  });
+}
+
+constexpr int kSignedBias = 0;  // sdot takes signed weights
+inline B b_bias(B w) { return w; }
+inline I i_dot_s8(I acc, B w, const int8_t* x) {
+  uint32_t bits;  // a plain load: sdot by element broadcasts them
+  memcpy(&bits, x, 4);
+  const int8x8_t x4 = vcreate_s8(bits);
+  return quarters<I>([&](int i) { return vdotq_lane_s32(acc.v[i], w.v[i], x4, 0); });
+}
+
+inline Pairs pairs_start(int32_t x) { return i_set1(x); }
+inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+inline I pairs_sum(Pairs p, int32_t) { return p; }
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm
