@@ -1,4 +1,5 @@
-"""The C ABI from C: the example compiles without a warning, links, and computes what it should."""
+"""The C ABI without Python: the example in C compiles without a warning, links, and computes what
+it should; tests/cpp/check.cpp compares every operation with a reference of its own."""
 
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import memlm
 from memlm.cpu import include_path, lib_path
 
+from .checked import assert_all_checked
 from .test_packaging import ROOT
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -41,3 +43,15 @@ def test_an_instruction_set_that_does_not_run_here_is_said(example):
 def test_needs_no_torch_and_no_python(example):
     linked = subprocess.run(["ldd", lib_path()], capture_output=True, text=True, check=True).stdout
     assert "torch" not in linked and "python" not in linked
+
+
+def test_every_operation(tmp_path):
+    program, library = tmp_path / "check", lib_path().parent
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", ROOT / "tests/cpp/check.cpp",
+         f"-L{library}", "-lmemlm", f"-Wl,-rpath,{library}", "-o", program],
+        check=True,
+    )  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True, env={"MEMLM_CPU_ISA": ""})
+    assert done.returncode == 0, done.stderr
+    assert_all_checked(done.stdout, memlm.isas())

@@ -1,0 +1,471 @@
+// Every operation of the C ABI on every instruction set that runs here, against reference.h.
+// Prints the instruction set in use and all that run here, then how many results of each operation
+// were compared; stops at the first wrong one.
+// usage: check [isas]      isas: the first line only
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <string>
+
+#include "reference.h"
+
+using namespace reference;
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+double normal() { return std::normal_distribution<double>()(random_bits); }
+int integer(int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random_bits);
+}
+
+template <class T = double, class Next>
+std::vector<T> filled(int64_t count, const Next& next) {
+  std::vector<T> values(count);
+  for (T& value : values) value = next();
+  return values;
+}
+
+[[noreturn]] void fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::vfprintf(stderr, format, args);
+  va_end(args);
+  std::fputc('\n', stderr);
+  std::exit(1);
+}
+
+void require(memlm_status status) {
+  if (status != MEMLM_OK) fail("%s: status %d: %s", memlm_isa(), status, memlm_last_error());
+}
+
+std::map<std::string, int64_t> compared;  // "isa operation" -> results
+int64_t telling = 0, bounded = 0;         // results that a zero would fail, of all within bounds
+
+std::string describe(const Weights& w) {
+  const char* const kinds[] = {"symmetric", "asymmetric", "table"};
+  char text[100];
+  std::snprintf(text, sizeof text, "%s, %s %d bits, group %d, %dx%d", memlm_isa(),
+                kinds[static_cast<int>(w.format.kind)], w.format.bits,
+                static_cast<int>(w.format.group), static_cast<int>(w.n), static_cast<int>(w.k));
+  return text;
+}
+
+template <class F>
+void on_every_isa(const F& f) {
+  for (const char* const* isa = memlm_isas(); *isa; ++isa) {
+    require(memlm_set_isa(*isa));
+    f();
+  }
+}
+
+const Format kFormats[] = {
+    {Kind::kSymmetric, 2, 32},  {Kind::kSymmetric, 2, 128}, {Kind::kAsymmetric, 2, 64},
+    {Kind::kSymmetric, 4, 32},  {Kind::kSymmetric, 4, 64},  {Kind::kSymmetric, 4, 128},
+    {Kind::kAsymmetric, 4, 32}, {Kind::kAsymmetric, 4, 128}, {Kind::kTable, 4, 32},
+    {Kind::kTable, 4, 64},      {Kind::kSymmetric, 8, 0},   {Kind::kSymmetric, 8, 32},
+    {Kind::kSymmetric, 8, 128}};
+// n, k: one of each, tails in both, several groups, several stretches of k, more tiles than a
+// block.
+const int64_t kShapes[][2] = {{1, 1},    {32, 32},   {17, 33}, {5, 129},
+                              {64, 300}, {19, 1111}, {70, 260}};
+// Both sides of every register tile, several of them, tails.
+const int64_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 35};
+// The most for a matrix: fewer for large ones, which would take long in an emulator.
+int64_t most_rows(const Weights& w) { return w.n * w.k > 5000 ? 13 : 35; }
+const memlm_dtype kDtypes[] = {MEMLM_F32, MEMLM_F16, MEMLM_BF16};
+
+Weights random_weights(Format format, int64_t n, int64_t k, memlm_dtype scale_dtype, double size) {
+  const int64_t groups = format.groups(k);
+  const double most = format.kind == Kind::kTable ? 1 : (format.high() - format.low() + 1) / 2;
+  const auto code = [&] { return integer(format.low(), format.high()); };
+  const auto scale = [&] { return size * uniform(0.5, 1.5) / most; };
+  const auto offset = [&] { return -size * uniform(0.5, 1.5); };
+  return Weights(format, n, k, filled<int>(n * k, code), scale_dtype,
+                 filled(n * groups, scale), filled(n * groups, offset));
+}
+
+// A product, by the function and mode that compute it.
+enum class Product { kAccurate, kFast, kW8A8Groups, kW8A8Rows };
+
+std::vector<Product> products(const Format& format) {
+  if (format.bits < 8) return {Product::kAccurate, Product::kFast};
+  return {Product::kAccurate, Product::kFast, Product::kW8A8Groups, Product::kW8A8Rows};
+}
+
+bool is_w8a8(Product product) {
+  return product == Product::kW8A8Groups || product == Product::kW8A8Rows;
+}
+
+std::string name(const Weights& w, Product product) {
+  if (product == Product::kW8A8Groups) return "w8a8_matmul groups";
+  if (product == Product::kW8A8Rows) return "w8a8_matmul rows";
+  return "w" + std::to_string(w.format.bits) + "_matmul " +
+         (product == Product::kFast ? "fast" : "accurate");
+}
+
+int64_t x_group(Product product) { return product == Product::kW8A8Rows ? 0 : kSub; }
+
+// What the product of m rows makes of activations; on_tiles: on the CPU's tile unit.
+Rounding rounding(Product product, bool on_tiles) {
+  if (product == Product::kW8A8Rows) return Rounding::kInt8PerRow;
+  if (product == Product::kW8A8Groups) return Rounding::kInt8Per32;
+  if (product == Product::kAccurate) return Rounding::kNone;
+  return on_tiles ? Rounding::kBf16 : Rounding::kInt8Per32;
+}
+
+bool on_tiles(int64_t m) { return memlm_tile_rows() && m >= memlm_tile_rows(); }
+
+// x as int8, with its scales.
+struct Codes {
+  std::vector<int8_t> x;
+  std::vector<float> scales;
+};
+
+struct Call {
+  Product product;
+  int threads;
+  Around around;
+  const Codes* codes;  // instead of numbers; NULL: none
+};
+
+int64_t columns(const Weights& w, const Around& around) { return around.swiglu ? w.n / 2 : w.n; }
+
+// The bytes of y [m, columns].  Rows lie further apart than they are long; what lies between stays
+// as it is.
+std::vector<uint8_t> run(const Weights& w, const Array& x, int64_t x_stride, int64_t m,
+                         const Call& call) {
+  constexpr int64_t kGap = 3;
+  constexpr uint8_t kPoison = 0xff;  // NaN in every format
+  const int64_t n = columns(w, call.around), size = Float(x.dtype).bytes;
+  const int64_t row = n * size, stride = (n + kGap) * size;
+  std::vector<uint8_t> y(m * stride + size, kPoison);
+  memlm_matmul_args args{};
+  args.m = m;
+  args.x = call.codes ? call.codes->x.data() : x.data();
+  args.x_stride = call.codes ? w.k : x_stride;
+  args.y = y.data() + size;
+  args.y_stride = n + kGap;
+  args.dtype = x.dtype;
+  args.fast = call.product == Product::kFast;
+  args.threads = call.threads;
+  if (call.around.bias) args.bias = call.around.bias->data();
+  if (call.around.norm) args.norm = call.around.norm->data(), args.norm_eps = kEps;
+  if (call.around.residual) args.residual = call.around.residual->data();
+  args.residual_stride = n;
+  args.swiglu = call.around.swiglu;
+  const memlm_packed packed = w.packed();
+  if (is_w8a8(call.product))
+    require(memlm_w8a8_matmul(&packed, &args, call.codes ? call.codes->scales.data() : nullptr,
+                              x_group(call.product)));
+  else
+    require((w.format.bits == 2   ? memlm_w2_matmul
+             : w.format.bits == 4 ? memlm_w4_matmul
+                                  : memlm_w8_matmul)(&packed, &args));
+
+  std::vector<uint8_t> result;
+  for (int64_t i = 0; i < m; ++i) {
+    const uint8_t* start = y.data() + size + i * stride;
+    result.insert(result.end(), start, start + row);
+    for (int64_t j = row; j < stride; ++j)
+      if (start[j] != kPoison) fail("%s: wrote beyond a row of y", describe(w).c_str());
+  }
+  return result;
+}
+
+Values decode(memlm_dtype dtype, const std::vector<uint8_t>& bytes) {
+  const Float format(dtype);
+  Values values(bytes.size() / format.bytes);
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &bytes[i * format.bytes], format.bytes);
+    values[i] = format.decode(bits);
+  }
+  return values;
+}
+
+void count(const std::string& operation, int64_t results) {
+  compared[std::string(memlm_isa()) + " " + operation] += results;
+}
+
+void check_run(const Weights& w, const Array& x, int64_t x_stride, int64_t m, const Call& call,
+               const Expected& expected) {
+  const Values y = decode(x.dtype, run(w, x, x_stride, m, call));
+  for (size_t i = 0; i < y.size(); ++i) {
+    if (!(std::fabs(y[i] - expected.y[i]) <= expected.bound[i]))
+      fail("%s: %s, m=%d, dtype %d%s%s%s%s: y[%d] is %.9g, should be %.9g within %.3g",
+           name(w, call.product).c_str(), describe(w).c_str(), static_cast<int>(m), x.dtype,
+           call.around.bias ? ", bias" : "", call.around.norm ? ", norm" : "",
+           call.around.residual ? ", residual" : "", call.around.swiglu ? ", swiglu" : "",
+           static_cast<int>(i), y[i], expected.y[i], expected.bound[i]);
+    telling += std::fabs(expected.y[i]) > expected.bound[i];
+  }
+  bounded += static_cast<int64_t>(y.size());
+  count(name(w, call.product), static_cast<int64_t>(y.size()));
+}
+
+// Any number of threads gives the same bits.
+void check_threads(const Weights& w, const Array& x, int64_t x_stride, Call call) {
+  for (int64_t m : {int64_t{1}, most_rows(w)}) {
+    call.threads = 1;
+    const std::vector<uint8_t> one = run(w, x, x_stride, m, call);
+    for (int threads : {2, 3, 8}) {
+      call.threads = threads;
+      if (run(w, x, x_stride, m, call) != one)
+        fail("%s: %s, m=%d: %d threads give other bits than one", name(w, call.product).c_str(),
+             describe(w).c_str(), static_cast<int>(m), threads);
+    }
+  }
+}
+
+// memlm_quantize_rows rounds as specified, and a product of what it gives is that of the numbers.
+void check_codes(const Weights& w, const Array& x, int64_t x_stride, const Call& call) {
+  const int64_t m = most_rows(w), k = w.k, group = x_group(call.product), span = group ? group : k;
+  const int64_t groups = (k + span - 1) / span;
+  Codes codes = {std::vector<int8_t>(m * k), std::vector<float>(m * groups)};
+  require(memlm_quantize_rows(m, k, x.data(), x_stride, x.dtype,
+                              call.around.norm ? call.around.norm->data() : nullptr, kEps, group,
+                              codes.x.data(), codes.scales.data(), 2));
+  if (!call.around.norm) {
+    Codes expected = codes;
+    for (int64_t i = 0; i < m; ++i)
+      quantize(&x.values[i * x_stride], k, span, &expected.x[i * k], &expected.scales[i * groups]);
+    if (codes.x != expected.x || codes.scales != expected.scales)
+      fail("quantize_rows: %s, group %d, dtype %d: other codes or scales", describe(w).c_str(),
+           static_cast<int>(group), x.dtype);
+    count("quantize_rows", m * k);
+  }
+  Call given = call;
+  given.codes = &codes;
+  given.around.norm = nullptr;
+  if (run(w, x, x_stride, m, given) != run(w, x, x_stride, m, call))
+    fail("%s: %s, dtype %d: codes give other bits than the numbers they are of",
+         name(w, call.product).c_str(), describe(w).c_str(), x.dtype);
+}
+
+// Every format on every shape; the formats of x, of scales and what stands around take turns.
+void check_products() {
+  int turn = 0;
+  bool tiles = false;
+  on_every_isa([&] { tiles |= memlm_tile_rows() > 0; });
+  for (const Format& format : kFormats)
+    for (const auto& [n, k] : kShapes) {
+      const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
+      // Weights far outside f16's range keep f32 scales.
+      const bool wide = scale_dtype == MEMLM_F32 && dtype == MEMLM_F32;
+      const double size = wide ? std::pow(10, 4 * (turn % 7) - 12) : 0.1;
+      const Weights w = random_weights(format, n, k, scale_dtype, size);
+      // Columns of very different size, as activations have; what lies between rows is NaN.
+      const int64_t stride = k + turn % 3, most = most_rows(w);
+      Values numbers(most * stride, NAN);
+      const Values spread = filled(k, [] { return std::exp(normal()); });
+      for (int64_t i = 0; i < most; ++i)
+        for (int64_t j = 0; j < k; ++j) numbers[i * stride + j] = normal() * spread[j];
+      for (int64_t j = 0; j < k && j < kSub; ++j) numbers[stride + j] = 0;  // a group of zeros
+      for (int64_t j = 0; j < k; ++j)  // scales of 1, and halves to round
+        numbers[2 * stride + j] = j % kSub == 0 ? 127 : integer(-127, 126) + 0.5;
+      const Array x(dtype, numbers);
+      const Array bias(dtype, filled(n, [&] { return size * normal(); }));
+      const Array norm(dtype, filled(k, [] { return 1 + 0.3 * normal(); }));
+      const Array residual(dtype, filled(most * n, [&] { return size * normal(); }));
+      const bool swiglu = n % (2 * kTile) == 0 && !wide && turn % 2;
+      const Around kinds[] = {{nullptr, nullptr, nullptr, swiglu},
+                              {&bias, nullptr, nullptr, swiglu},
+                              {&bias, &norm, nullptr, swiglu},
+                              {nullptr, nullptr, &residual, swiglu},
+                              {&bias, &norm, &residual, swiglu}};
+      const Around& around = kinds[turn % 5];
+      for (Product product : products(format)) {
+        const auto expect = [&](bool tile_unit) {
+          return matmul(w, x, stride, most, rounding(product, tile_unit), around);
+        };
+        const Expected plain = expect(false);
+        const Expected on_tile_unit = tiles ? expect(true) : Expected{};
+        const Call call = {product, 1, around, nullptr};
+        on_every_isa([&] {
+          for (int64_t m : kRows)
+            if (m <= most) check_run(w, x, stride, m, call, on_tiles(m) ? on_tile_unit : plain);
+          check_threads(w, x, stride, call);
+          if (is_w8a8(product)) check_codes(w, x, stride, call);
+        });
+      }
+      ++turn;
+    }
+}
+
+// With scales of 1 and activations that are integers, 127 the largest of every group, integer
+// products are exact: at the extremes of codes and activations too, where sums are fullest.
+void check_integers() {
+  constexpr int64_t n = 35, k = 384, m = 9;
+  Values random = filled(m * k, [] { return integer(-127, 127); }), alternating(m * k);
+  for (int64_t i = 0; i < m * k; ++i) {
+    if (i % kSub == 0) random[i] = 127;
+    alternating[i] = i % 2 ? -127 : 127;
+  }
+  const Values activations[] = {random, Values(m * k, 127), Values(m * k, -127), alternating};
+  for (const Format& format : kFormats) {
+    if (format.kind == Kind::kTable) continue;  // its levels are no integers
+    const auto random_code = [&] { return integer(format.low(), format.high()); };
+    const std::vector<int> codes[] = {filled<int>(n * k, random_code),
+                                      std::vector<int>(n * k, format.low()),
+                                      std::vector<int>(n * k, format.high())};
+    const Values ones(n * format.groups(k), 1), offset(n * format.groups(k), -3);
+    for (const auto& q : codes) {
+      const Weights w(format, n, k, q, MEMLM_F16, ones, offset);
+      for (const Values& numbers : activations) {
+        const Array x(MEMLM_F32, numbers);
+        Values exact(m * n);  // below 2^24: f32 holds them all
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t r = 0; r < n; ++r)
+            for (int64_t j = 0; j < k; ++j)
+              exact[i * n + r] += numbers[i * k + j] * (w.product(r, j) + w.offset(r, j));
+        on_every_isa([&] {
+          for (Product product : products(format)) {
+            if (product == Product::kAccurate) continue;
+            for (int64_t rows = 1; rows <= m; ++rows) {
+              const Values y = decode(MEMLM_F32, run(w, x, k, rows, {product, 1, {}, nullptr}));
+              for (size_t i = 0; i < y.size(); ++i)
+                if (y[i] != exact[i])
+                  fail("%s: %s, m=%d: y[%d] is %.9g, should be exactly %.9g",
+                       name(w, product).c_str(), describe(w).c_str(), static_cast<int>(rows),
+                       static_cast<int>(i), y[i], exact[i]);
+              count(name(w, product), static_cast<int64_t>(y.size()));
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+// What is not finite reaches its own row of y and no other.
+void check_not_finite() {
+  constexpr int64_t n = 20, k = 64, m = 15;
+  for (const Format& format : kFormats)
+    for (double value : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+      const memlm_dtype dtype = kDtypes[format.group % 3];
+      const Weights w = random_weights(format, n, k, MEMLM_F16, 1);
+      Values numbers = filled(m * k, normal);
+      numbers[3 * k + 5] = value;
+      const Array x(dtype, numbers);
+      on_every_isa([&] {
+        for (Product product : products(format))
+          for (int64_t rows : {int64_t{4}, m}) {
+            const Values y = decode(dtype, run(w, x, k, rows, {product, 2, {}, nullptr}));
+            for (int64_t i = 0; i < rows * n; ++i)
+              if (std::isfinite(y[i]) == (i / n == 3))  // Inf times a weight of zero is NaN
+                fail("%s: %s, dtype %d: y[%d] is %g", name(w, product).c_str(), describe(w).c_str(),
+                     dtype, static_cast<int>(i), y[i]);
+            count(name(w, product), rows * n);
+          }
+      });
+    }
+}
+
+// Activations too small for a scale, and denormal ones.
+void check_tiny() {
+  constexpr int64_t n = 18, k = 96, m = 15;
+  for (const Format& format : kFormats)
+    for (double size : {1e-40, 3e-37, 1e-30}) {
+      const Weights w = random_weights(format, n, k, MEMLM_F32, 1);
+      const Array x(MEMLM_F32, filled(m * k, [&] { return size * normal(); }));
+      for (Product product : products(format))
+        on_every_isa([&] {
+          for (int64_t rows : {int64_t{5}, m}) {
+            Expected expected = matmul(w, x, k, rows, rounding(product, on_tiles(rows)), {});
+            // Products below the normal numbers are off by up to half of the smallest number each;
+            // those of two scales, by as much times the integers; a tile unit takes denormal
+            // numbers, and the parts that it cuts others into, for zero.
+            const double smallest = Float(MEMLM_F32).smallest();
+            const double each = product == Product::kW8A8Rows ? smallest * 127 * 128
+                                : on_tiles(rows)              ? 16 * std::ldexp(1, -126)
+                                                              : smallest;
+            for (double& bound : expected.bound) bound += k * each;
+            check_run(w, x, k, rows, {product, 1, {}, nullptr}, expected);
+          }
+        });
+    }
+}
+
+// Gates at which exp over- or underflows: row r of the gate picks x[r], and all of up picks x[0].
+void check_gates() {
+  constexpr int64_t n = 32, k = 32;
+  std::vector<int> q(2 * n * k);
+  for (int64_t r = 0; r < n; ++r) q[r * k + r] = 1, q[(n + r) * k] = 1;
+  const Weights w({Kind::kSymmetric, 8, 0}, 2 * n, k, q, MEMLM_F32, Values(2 * n, 1), {});
+  Values gates = {1, 1e4, 88, 87, 1, 1e-3, 0, -1e-3, -1, -87, -88, -1e4};
+  gates.resize(k);
+  const Array x(MEMLM_F32, gates);
+  const Around around = {nullptr, nullptr, nullptr, true};
+  const Expected expected = matmul(w, x, k, 1, Rounding::kNone, around);
+  on_every_isa([&] { check_run(w, x, k, 1, {Product::kAccurate, 1, around, nullptr}, expected); });
+}
+
+// dequantize and embedding give the same rows.
+void check_rows() {
+  int turn = 0;
+  const double u = Float(MEMLM_F32).roundoff();
+  for (const Format& format : kFormats)
+    for (const auto& [n, k] : kShapes) {
+      const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
+      ++turn;
+      const Float out(dtype);
+      const Weights w = random_weights(format, n, k, scale_dtype, 1);
+      const memlm_packed packed = w.packed();
+      const int64_t first = n / 3, rows = n - first, row_bytes = k * out.bytes;
+      const std::vector<int64_t> ids = filled<int64_t>(
+          9, [last = static_cast<int>(n) - 1] { return integer(0, last); });
+      on_every_isa([&] {
+        std::vector<uint8_t> all(rows * row_bytes, 0xff), some(ids.size() * row_bytes, 0xff);
+        require(memlm_dequantize(&packed, format.bits, first, rows, dtype, all.data(), 3));
+        const Values y = decode(dtype, all);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < k; ++c) {
+            const double product = w.product(first + r, c);
+            const double value = product + w.offset(first + r, c);
+            // The product and the sum round once each in f32, and the result to its format.
+            const double f32 = u * (std::fabs(product) + std::fabs(value));
+            const double bound = f32 + out.roundoff() * (std::fabs(value) + f32) + out.smallest();
+            if (!(std::fabs(y[r * k + c] - value) <= bound))
+              fail("dequantize, %s, dtype %d: [%d, %d] is %.9g, should be %.9g within %.3g",
+                   describe(w).c_str(), dtype, static_cast<int>(first + r), static_cast<int>(c),
+                   y[r * k + c], value, bound);
+          }
+        count("dequantize", rows * k);
+        const auto number = static_cast<int64_t>(ids.size());
+        require(memlm_embedding(&packed, format.bits, ids.data(), number, dtype, some.data(), 2));
+        for (int64_t i = 0; i < number; ++i) {
+          std::vector<uint8_t> row(row_bytes);
+          require(memlm_dequantize(&packed, format.bits, ids[i], 1, dtype, row.data(), 1));
+          if (std::memcmp(row.data(), &some[i * row_bytes], row_bytes) != 0)
+            fail("embedding, %s, dtype %d: row %d differs from dequantize's", describe(w).c_str(),
+                 dtype, static_cast<int>(ids[i]));
+        }
+        count("embedding", number * k);
+      });
+    }
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  std::printf("%s:", memlm_isa());
+  for (const char* const* isa = memlm_isas(); *isa; ++isa) std::printf(" %s", *isa);
+  std::printf("\n");
+  if (argc > 1) return 0;
+  check_products();
+  check_integers();
+  check_not_finite();
+  check_tiny();
+  check_gates();
+  check_rows();
+  if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
+  for (const auto& [name, results] : compared)
+    std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));
+}
