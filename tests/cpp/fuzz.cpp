@@ -33,11 +33,11 @@ void one_case() {
   const int bits = pick(0, 1) ? 4 : 8;
   const int64_t groups[] = {32, 64, 128, 0};
   const int64_t group = groups[pick(0, bits == 8 ? 3 : 2)];
-  const int64_t m = pick(0, 40), n = pick(1, 70), k = pick(1, 300);
+  const bool swiglu = pick(0, 2) == 0, norm = pick(0, 1);
+  const int64_t m = pick(0, 40), n = swiglu ? 32 * pick(1, 2) : pick(1, 70), k = pick(1, 300);
   const auto dtype = static_cast<memlm_dtype>(pick(0, 2));
   const int64_t size = dtype == MEMLM_F32 ? 4 : 2;
-  const bool swiglu = pick(0, 2) == 0, norm = !swiglu && pick(0, 1);
-  const int64_t columns = swiglu ? 2 * k : k;
+  const int64_t columns = swiglu ? n / 2 : n;
 
   const int64_t padded = memlm::padded_k(k, group), tiles = memlm::div_up(n, memlm::kTileRows);
   const int64_t code_bytes = tiles * memlm::tile_bytes(bits, padded);
@@ -48,16 +48,18 @@ void one_case() {
   for (int64_t i = 0; i < code_bytes; ++i) codes[i] = static_cast<uint8_t>(random_bits());
   const bool has_offsets = bits == 4 && pick(0, 1);
   const memlm_packed w = {codes.get(), scales.get(), has_offsets ? offsets.get() : nullptr,
-                          scale_dtype, n, k, group};
+                          scale_dtype, n, k, group, nullptr};
 
   // The last row ends where its last element does, not at its stride.
   const auto matrix = [&](int64_t width, int64_t stride) {
     return zeros(m ? ((m - 1) * stride + width) * size : 0);
   };
-  const int64_t x_stride = columns + pick(0, 3), y_stride = n + pick(0, 3), r_stride = n + pick(0, 3);
-  const Bytes x = matrix(columns, x_stride), y = matrix(n, y_stride), residual = matrix(n, r_stride);
+  const int64_t x_stride = k + pick(0, 3), y_stride = columns + pick(0, 3);
+  const int64_t r_stride = columns + pick(0, 3);
+  const Bytes x = matrix(k, x_stride), y = matrix(columns, y_stride);
+  const Bytes residual = matrix(columns, r_stride);
   const Bytes bias = zeros(n * size), norm_weight = zeros(k * size);
-  for (int64_t i = 0; m && i < ((m - 1) * x_stride + columns) * size; ++i)
+  for (int64_t i = 0; m && i < ((m - 1) * x_stride + k) * size; ++i)
     x[i] = static_cast<uint8_t>(random_bits());  // NaN, Inf and denormals among them
   const memlm_matmul_args args = {
       m, x.get(), x_stride, pick(0, 1) ? bias.get() : nullptr, y.get(), y_stride, dtype,
