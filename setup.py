@@ -30,6 +30,7 @@ if platform.machine() in ("aarch64", "arm64"):
     # before register allocation makes the loops spill.
     neon = ["-finline-limit=5000", "-fno-schedule-insns"]
     ISA_FLAGS["neon_dotprod"] = ["-march=armv8.2-a+dotprod", *neon]
+    ISA_FLAGS["neon_i8mm"] = ["-march=armv8.2-a+dotprod+i8mm", *neon]
 
 HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
 

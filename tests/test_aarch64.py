@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 # qemu's CPU models and what should run on them, best first.
 CPUS = {
-    "max": ["neon_dotprod", "scalar"],
+    "max": ["neon_i8mm", "neon_dotprod", "scalar"],
     "neoverse-n1": ["neon_dotprod", "scalar"],
     "cortex-a72": ["scalar"],
 }
@@ -72,9 +72,9 @@ def test_lower_ones_can_be_forced(programs):
     for isa in CPUS["max"]:
         done = run("max", programs / "check", "isas", isa=isa)
         assert done.stdout == f"{isa}: {' '.join(CPUS['max'])}\n" and not done.stderr
-    done = run("cortex-a72", programs / "check", "isas", isa="neon_dotprod")
-    assert done.stdout == "scalar: scalar\n"
-    assert "MEMLM_CPU_ISA=neon_dotprod does not run here" in done.stderr
+    done = run("neoverse-n1", programs / "check", "isas", isa="neon_i8mm")
+    assert done.stdout == "neon_dotprod: neon_dotprod scalar\n"
+    assert "MEMLM_CPU_ISA=neon_i8mm does not run here" in done.stderr
 
 
 def test_random_calls(programs):
