@@ -1,8 +1,9 @@
 """What a run of tests/cpp/check.cpp must have printed."""
 
 OPERATIONS = (
-    "dequantize", "embedding", "quantize_rows", "w2_matmul accurate", "w2_matmul fast", "w4_matmul accurate",
-    "w4_matmul fast", "w8_matmul accurate", "w8_matmul fast", "w8a8_matmul groups", "w8a8_matmul rows",
+    "dequantize", "embedding", "quantize_rows",
+    "w2_matmul accurate", "w2_matmul fast", "w4_matmul accurate", "w4_matmul fast",
+    "w8_matmul accurate", "w8_matmul fast", "w8a8_matmul groups", "w8a8_matmul rows",
 )  # fmt: skip
 
 

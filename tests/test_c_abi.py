@@ -1,5 +1,5 @@
-"""The C ABI without Python: the example in C compiles without a warning, links, and computes what it
-should; tests/cpp/check.cpp compares every operation with a reference of its own."""
+"""The C ABI without Python: the example in C compiles without a warning, links, and computes what
+it should; tests/cpp/check.cpp compares every operation with a reference of its own."""
 
 import shutil
 import subprocess

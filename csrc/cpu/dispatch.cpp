@@ -74,6 +74,10 @@ const Candidate kCandidates[] = {
     {&avxvnni::kernels, has_avxvnni},
     {&avx2::kernels, has_avx2},
 #elif defined(__aarch64__)  // what the kernel reports, it also saves
+    {&neon_i8mm::kernels,
+     [] {
+       return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP2) & HWCAP2_I8MM);
+     }},
     {&neon_dotprod::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
 #endif
     {&scalar::kernels, [] { return true; }},

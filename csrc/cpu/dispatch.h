@@ -25,5 +25,6 @@ namespace avxvnni { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
 namespace neon_dotprod { extern const Kernels kernels; }
+namespace neon_i8mm { extern const Kernels kernels; }
 
 }  // namespace memlm

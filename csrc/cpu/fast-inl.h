@@ -6,13 +6,38 @@
 namespace memlm {
 namespace MEMLM_ISA {
 
-template <class W, int MT>
+// The integer sums of MT rows of x, over 32 k.  K is kDotK, or kLaneK; the instruction set that has
+// another kDotK specialises this.
+template <class W, int MT, int K>
+struct Dots {
+  typename W::Sums p[MT];
+  // start(m): where the sums of row m start.
+  template <class Start>
+  explicit Dots(const Start& start) {
+    for (int m = 0; m < MT; ++m) p[m] = W::start(start(m));
+  }
+  // Two blocks of weights, and their k of x: int8 [8 / K][MT][K].
+  void add(B b0, B b1, const int8_t* x) {
+    for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b0, x + m * kLaneK);
+    for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b1, x + (MT + m) * kLaneK);
+  }
+  I total(int m, int32_t start) const { return W::total(p[m], start); }
+};
+
+// Blocks 2i and 2i + 1 of the 32 k at codes, as Dots with K takes them.
+template <int K, class W>
+inline void load_dots(const W& codec, const uint8_t* codes, int i, B& b0, B& b1) {
+  codec.load2(codes, i, b0, b1);
+  if (K > kLaneK) b_interleave(b0, b1);
+}
+
+template <class W, int MT, int K = kDotK>
 struct IntegerSums {
   F v[MT];
   explicit IntegerSums(const float* sums) {
     for (int m = 0; m < MT; ++m) v[m] = f_load(sums + m * kTileRows);
   }
-  // Adds 32 k: load2(i, b0, b1) gives blocks 2i and 2i + 1, x is one record.
+  // Adds 32 k: load2(i, b0, b1) gives blocks 2i and 2i + 1 as Dots takes them, x is one record.
   template <class Load>
   void add(const Load& load2, F scale, F offset, const char* x) {
     const char* x_scales = x + kActGroup * MT;
@@ -21,21 +46,19 @@ struct IntegerSums {
       if (W::kDotBias) memcpy(&value, x_scales + 4 * (MT + m), 4);
       return value;
     };
-    typename W::Sums p[MT];
-    for (int m = 0; m < MT; ++m) p[m] = W::start(start(m));
+    Dots<W, MT, K> dots(start);
     const int8_t* q = reinterpret_cast<const int8_t*>(x);
 #pragma GCC unroll 1
     for (int i = 0; i < 4; ++i, q += 2 * MT * kLaneK) {
       B b0, b1;
       load2(i, b0, b1);
-      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b0, q + m * kLaneK);
-      for (int m = 0; m < MT; ++m) p[m] = W::dot(p[m], b1, q + (MT + m) * kLaneK);
+      dots.add(b0, b1, q);
     }
     for (int m = 0; m < MT; ++m) {
       float x_scale, offset_factor;
       memcpy(&x_scale, x_scales + 4 * m, 4);
       memcpy(&offset_factor, x_scales + 4 * (MT + m), 4);
-      const F dot = f_from_i(W::total(p[m], start(m)));
+      const F dot = f_from_i(dots.total(m, start(m)));
       v[m] = f_fma(f_mul(dot, f_set1(x_scale)), scale, v[m]);
       if (W::kOffsets) v[m] = f_fma(f_set1(offset_factor), offset, v[m]);
     }
@@ -57,8 +80,9 @@ struct Fast {
   static constexpr int64_t kPanelBytesPerK = kPanelRecord / kActGroup;
 
   // Packed x, per register tile of mt rows and 32 k, so that the loop reads one stream:
-  //     int8 codes [8][mt][4] | f32 scale [mt] | [mt] of what the sum of the codes is needed for:
-  //     with offsets f32 scale * sum, else int32 -kDotBias * sum, where the integer sums start
+  //     int8 codes [32 / kDotK][mt][kDotK] | f32 scale [mt] | [mt] of what the sum of the codes is
+  //     needed for: with offsets f32 scale * sum, else int32 -kDotBias * sum, where the integer sums
+  //     start
   static constexpr int64_t kRecord = kActGroup + 4 + 4;  // bytes per row of x and 32 k
   static constexpr int64_t row_bytes(int64_t padded) { return padded / kActGroup * kRecord; }
   static constexpr int64_t bytes_before(int64_t k0, int mt) { return row_bytes(k0) * mt; }
@@ -67,8 +91,8 @@ struct Fast {
                    float* buffer, char* record) {
     quantize_row(in, row, k, padded, buffer,
                  [&](int64_t, const int8_t* q, float scale, int32_t sum) {
-      for (int j = 0; j < kActGroup / kLaneK; ++j)
-        memcpy(record + (j * mt + lane) * kLaneK, q + j * kLaneK, kLaneK);
+      for (int j = 0; j < kActGroup / kDotK; ++j)
+        memcpy(record + (j * mt + lane) * kDotK, q + j * kDotK, kDotK);
       memcpy(record + kActGroup * mt + 4 * lane, &scale, 4);
       const float offset_factor = scale * static_cast<float>(sum);
       const int32_t start = -W::kDotBias * sum;
@@ -84,13 +108,16 @@ struct Fast {
 
   template <int MT>
   static void direct(const Stretch<W>& s, const char* x, float* sums) {
-    IntegerSums<W, MT> acc(sums);
+    // Interleaving does not pay for a single row, whose packed form is the same either way.
+    constexpr int K = MT == 1 ? kLaneK : kDotK;
+    IntegerSums<W, MT, K> acc(sums);
     const uint8_t* codes = s.codes;
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.dot_scale(g), offset = s.dot_offset(g);
       for (int64_t i = 0; i < s.subs; ++i) {
         prefetch(codes, tile_bytes(W::kBits, kActGroup));
-        acc.add([&](int j, B& b0, B& b1) { s.codec.load2(codes, j, b0, b1); }, scale, offset, x);
+        const auto load2 = [&](int j, B& b0, B& b1) { load_dots<K>(s.codec, codes, j, b0, b1); };
+        acc.add(load2, scale, offset, x);
         codes += tile_bytes(W::kBits, kActGroup);
         x += kRecord * MT;
       }
@@ -108,7 +135,7 @@ struct Fast {
         char* blocks = out + kPanelScales;
         for (int j = 0; j < 4; ++j) {
           B b0, b1;
-          s.codec.load2(codes, j, b0, b1);
+          load_dots<kDotK>(s.codec, codes, j, b0, b1);
           b_store(blocks + 2 * j * kBlock, b0);
           b_store(blocks + (2 * j + 1) * kBlock, b1);
         }

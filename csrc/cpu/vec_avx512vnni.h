@@ -116,5 +116,8 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return dpbusd(acc, w, x);
 }
 
+constexpr int kDotK = 4;
+inline void b_interleave(B&, B&) {}
+
 }  // namespace MEMLM_ISA
 }  // namespace memlm

@@ -13,5 +13,8 @@ constexpr int kTileM = 4;
 // Not measured: no such machine was at hand.
 constexpr int kDirectTilesFast = 1, kDirectTilesAccurate = 1;
 
+constexpr int kDotK = 4;
+inline void b_interleave(B&, B&) {}
+
 }  // namespace MEMLM_ISA
 }  // namespace memlm

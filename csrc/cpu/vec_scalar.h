@@ -153,6 +153,11 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return acc;
 }
 
+// The k of one row that a product of many rows takes at once: those of one block, or 8, of two blocks
+// that b_interleave has put side by side (with a specialisation of Dots, fast-inl.h).
+constexpr int kDotK = 4;
+inline void b_interleave(B&, B&) {}
+
 #undef MEMLM_LANES
 
 }  // namespace MEMLM_ISA

@@ -7,7 +7,8 @@ namespace MEMLM_ISA {
 
 struct W8 {
   static constexpr int kBits = 8, kZero = 0, kDotBias = kSignedBias, kLoadK = 4;
-  static constexpr bool kOffsets = false, kUnit = false, kUnpacks = kSignedBias != 0;
+  static constexpr bool kOffsets = false, kUnit = false;
+  static constexpr bool kUnpacks = kSignedBias != 0 || kDotK != kLaneK;
   using LoadIndices = Indices<0, 1, 2, 3>;
   using Sums = I;
 

@@ -1,6 +1,6 @@
-// Every operation of the C ABI on every instruction set that runs here, against reference.h.  Prints
-// the instruction set in use and all that run here, then how many results of each operation were
-// compared; stops at the first wrong one.
+// Every operation of the C ABI on every instruction set that runs here, against reference.h.
+// Prints the instruction set in use and all that run here, then how many results of each operation
+// were compared; stops at the first wrong one.
 // usage: check [isas]      isas: the first line only
 #include <cstdarg>
 #include <cstdio>
@@ -21,7 +21,9 @@ double uniform(double low, double high) {
   return std::uniform_real_distribution<double>(low, high)(random_bits);
 }
 double normal() { return std::normal_distribution<double>()(random_bits); }
-int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_bits); }
+int integer(int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random_bits);
+}
 
 template <class T = double, class Next>
 std::vector<T> filled(int64_t count, const Next& next) {
@@ -69,11 +71,14 @@ const Format kFormats[] = {
     {Kind::kAsymmetric, 4, 32}, {Kind::kAsymmetric, 4, 128}, {Kind::kTable, 4, 32},
     {Kind::kTable, 4, 64},      {Kind::kSymmetric, 8, 0},   {Kind::kSymmetric, 8, 32},
     {Kind::kSymmetric, 8, 128}};
-// n, k: one of each, tails in both, several groups, several stretches of k, more tiles than a block.
-const int64_t kShapes[][2] = {{1, 1}, {32, 32}, {17, 33}, {5, 129}, {64, 300}, {19, 1111}, {70, 260}};
+// n, k: one of each, tails in both, several groups, several stretches of k, more tiles than a
+// block.
+const int64_t kShapes[][2] = {{1, 1},    {32, 32},   {17, 33}, {5, 129},
+                              {64, 300}, {19, 1111}, {70, 260}};
 // Both sides of every register tile, several of them, tails.
 const int64_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 35};
-constexpr int64_t kMostRows = 35;
+// The most for a matrix: fewer for large ones, which would take long in an emulator.
+int64_t most_rows(const Weights& w) { return w.n * w.k > 5000 ? 13 : 35; }
 const memlm_dtype kDtypes[] = {MEMLM_F32, MEMLM_F16, MEMLM_BF16};
 
 Weights random_weights(Format format, int64_t n, int64_t k, memlm_dtype scale_dtype, double size) {
@@ -115,7 +120,10 @@ Rounding rounding(Product product, bool on_tiles) {
   return on_tiles ? Rounding::kBf16 : Rounding::kInt8Per32;
 }
 
-bool on_tiles(int64_t m) { return memlm_tile_rows() && m >= memlm_tile_rows(); }
+bool on_tiles(Product product, int64_t m) {
+  const int64_t from = memlm_tile_rows(product == Product::kFast);
+  return from && m >= from;
+}
 
 // x as int8, with its scales.
 struct Codes {
@@ -132,8 +140,8 @@ struct Call {
 
 int64_t columns(const Weights& w, const Around& around) { return around.swiglu ? w.n / 2 : w.n; }
 
-// The bytes of y [m, columns].  Rows lie further apart than they are long; what lies between stays as
-// it is.
+// The bytes of y [m, columns].  Rows lie further apart than they are long; what lies between stays
+// as it is.
 std::vector<uint8_t> run(const Weights& w, const Array& x, int64_t x_stride, int64_t m,
                          const Call& call) {
   constexpr int64_t kGap = 3;
@@ -207,7 +215,7 @@ void check_run(const Weights& w, const Array& x, int64_t x_stride, int64_t m, co
 
 // Any number of threads gives the same bits.
 void check_threads(const Weights& w, const Array& x, int64_t x_stride, Call call) {
-  for (int64_t m : {int64_t{1}, kMostRows}) {
+  for (int64_t m : {int64_t{1}, most_rows(w)}) {
     call.threads = 1;
     const std::vector<uint8_t> one = run(w, x, x_stride, m, call);
     for (int threads : {2, 3, 8}) {
@@ -219,9 +227,9 @@ void check_threads(const Weights& w, const Array& x, int64_t x_stride, Call call
   }
 }
 
-// memlm_quantize_rows rounds as specified, and a product of what it gives is the one of the numbers.
+// memlm_quantize_rows rounds as specified, and a product of what it gives is that of the numbers.
 void check_codes(const Weights& w, const Array& x, int64_t x_stride, const Call& call) {
-  const int64_t m = kMostRows, k = w.k, group = x_group(call.product), span = group ? group : k;
+  const int64_t m = most_rows(w), k = w.k, group = x_group(call.product), span = group ? group : k;
   const int64_t groups = (k + span - 1) / span;
   Codes codes = {std::vector<int8_t>(m * k), std::vector<float>(m * groups)};
   require(memlm_quantize_rows(m, k, x.data(), x_stride, x.dtype,
@@ -248,7 +256,7 @@ void check_codes(const Weights& w, const Array& x, int64_t x_stride, const Call&
 void check_products() {
   int turn = 0;
   bool tiles = false;
-  on_every_isa([&] { tiles |= memlm_tile_rows() > 0; });
+  on_every_isa([&] { tiles |= memlm_tile_rows(1) > 0; });
   for (const Format& format : kFormats)
     for (const auto& [n, k] : kShapes) {
       const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
@@ -257,16 +265,18 @@ void check_products() {
       const double size = wide ? std::pow(10, 4 * (turn % 7) - 12) : 0.1;
       const Weights w = random_weights(format, n, k, scale_dtype, size);
       // Columns of very different size, as activations have; what lies between rows is NaN.
-      const int64_t stride = k + turn % 3;
-      Values numbers(kMostRows * stride, NAN);
+      const int64_t stride = k + turn % 3, most = most_rows(w);
+      Values numbers(most * stride, NAN);
       const Values spread = filled(k, [] { return std::exp(normal()); });
-      for (int64_t i = 0; i < kMostRows; ++i)
+      for (int64_t i = 0; i < most; ++i)
         for (int64_t j = 0; j < k; ++j) numbers[i * stride + j] = normal() * spread[j];
       for (int64_t j = 0; j < k && j < kSub; ++j) numbers[stride + j] = 0;  // a group of zeros
+      for (int64_t j = 0; j < k; ++j)  // scales of 1, and halves to round
+        numbers[2 * stride + j] = j % kSub == 0 ? 127 : integer(-127, 126) + 0.5;
       const Array x(dtype, numbers);
       const Array bias(dtype, filled(n, [&] { return size * normal(); }));
       const Array norm(dtype, filled(k, [] { return 1 + 0.3 * normal(); }));
-      const Array residual(dtype, filled(kMostRows * n, [&] { return size * normal(); }));
+      const Array residual(dtype, filled(most * n, [&] { return size * normal(); }));
       const bool swiglu = n % (2 * kTile) == 0 && !wide && turn % 2;
       const Around kinds[] = {{nullptr, nullptr, nullptr, swiglu},
                               {&bias, nullptr, nullptr, swiglu},
@@ -276,14 +286,14 @@ void check_products() {
       const Around& around = kinds[turn % 5];
       for (Product product : products(format)) {
         const auto expect = [&](bool tile_unit) {
-          return matmul(w, x, stride, kMostRows, rounding(product, tile_unit), around);
+          return matmul(w, x, stride, most, rounding(product, tile_unit), around);
         };
         const Expected plain = expect(false);
         const Expected on_tile_unit = tiles ? expect(true) : Expected{};
         const Call call = {product, 1, around, nullptr};
         on_every_isa([&] {
           for (int64_t m : kRows)
-            check_run(w, x, stride, m, call, on_tiles(m) ? on_tile_unit : plain);
+            if (m <= most) check_run(w, x, stride, m, call, on_tiles(product, m) ? on_tile_unit : plain);
           check_threads(w, x, stride, call);
           if (is_w8a8(product)) check_codes(w, x, stride, call);
         });
@@ -292,8 +302,8 @@ void check_products() {
     }
 }
 
-// With scales of 1 and activations that are integers, 127 the largest of every group, integer products
-// are exact: at the extremes of codes and activations too, where sums are fullest.
+// With scales of 1 and activations that are integers, 127 the largest of every group, integer
+// products are exact: at the extremes of codes and activations too, where sums are fullest.
 void check_integers() {
   constexpr int64_t n = 35, k = 384, m = 9;
   Values random = filled(m * k, [] { return integer(-127, 127); }), alternating(m * k);
@@ -371,19 +381,33 @@ void check_tiny() {
       for (Product product : products(format))
         on_every_isa([&] {
           for (int64_t rows : {int64_t{5}, m}) {
-            Expected expected = matmul(w, x, k, rows, rounding(product, on_tiles(rows)), {});
+            Expected expected = matmul(w, x, k, rows, rounding(product, on_tiles(product, rows)), {});
             // Products below the normal numbers are off by up to half of the smallest number each;
             // those of two scales, by as much times the integers; a tile unit takes denormal
             // numbers, and the parts that it cuts others into, for zero.
             const double smallest = Float(MEMLM_F32).smallest();
             const double each = product == Product::kW8A8Rows ? smallest * 127 * 128
-                                : on_tiles(rows)              ? 16 * std::ldexp(1, -126)
+                                : on_tiles(product, rows)              ? 16 * std::ldexp(1, -126)
                                                               : smallest;
             for (double& bound : expected.bound) bound += k * each;
             check_run(w, x, k, rows, {product, 1, {}, nullptr}, expected);
           }
         });
     }
+}
+
+// Gates at which exp over- or underflows: row r of the gate picks x[r], and all of up picks x[0].
+void check_gates() {
+  constexpr int64_t n = 32, k = 32;
+  std::vector<int> q(2 * n * k);
+  for (int64_t r = 0; r < n; ++r) q[r * k + r] = 1, q[(n + r) * k] = 1;
+  const Weights w({Kind::kSymmetric, 8, 0}, 2 * n, k, q, MEMLM_F32, Values(2 * n, 1), {});
+  Values gates = {1, 1e4, 88, 87, 1, 1e-3, 0, -1e-3, -1, -87, -88, -1e4};
+  gates.resize(k);
+  const Array x(MEMLM_F32, gates);
+  const Around around = {nullptr, nullptr, nullptr, true};
+  const Expected expected = matmul(w, x, k, 1, Rounding::kNone, around);
+  on_every_isa([&] { check_run(w, x, k, 1, {Product::kAccurate, 1, around, nullptr}, expected); });
 }
 
 // dequantize and embedding give the same rows.
@@ -406,7 +430,8 @@ void check_rows() {
         const Values y = decode(dtype, all);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < k; ++c) {
-            const double product = w.product(first + r, c), value = product + w.offset(first + r, c);
+            const double product = w.product(first + r, c);
+            const double value = product + w.offset(first + r, c);
             // The product and the sum round once each in f32, and the result to its format.
             const double f32 = u * (std::fabs(product) + std::fabs(value));
             const double bound = f32 + out.roundoff() * (std::fabs(value) + f32) + out.smallest();
@@ -441,6 +466,7 @@ int main(int argc, char**) {
   check_integers();
   check_not_finite();
   check_tiny();
+  check_gates();
   check_rows();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)

@@ -1,5 +1,5 @@
-// What the kernels should compute, in double precision over unpacked weights, and how far they may be
-// off: written from memlm/formats.py, memlm/ops/_matmul.py and tests/numerics.py, not from csrc.
+// What the kernels should compute, in double precision over unpacked weights, and how far they may
+// be off: written from memlm/formats.py, memlm/ops/_matmul.py and tests/numerics.py, not from csrc.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -159,8 +159,8 @@ struct Weights {
   }
 };
 
-// Activations rounded to int8, a scale for each `span`, with f32 arithmetic like the kernels', so that
-// codes and scales come out the same.
+// Activations rounded to int8, a scale for each `span`, with f32 arithmetic like the kernels', so
+// that codes and scales come out the same.
 inline void quantize(const double* x, int64_t k, int64_t span, int8_t* codes, float* scales) {
   for (int64_t start = 0; start < k; start += span) {
     const int64_t end = start + span < k ? start + span : k;
@@ -198,8 +198,10 @@ inline Expected swiglu(const Expected& both, int64_t m, int64_t n) {
     const int64_t g = i / n * 2 * n + i % n;
     const double up = both.y[g + n], up_off = both.bound[g + n];
     const double silu = both.y[g] / (1 + std::exp(-both.y[g]));
-    // The slope of silu is at most 1.1; exp, sum and division are a few roundings.
-    const double silu_off = 1.1 * both.bound[g] + 16 * u * std::fabs(silu);
+    // The slope of silu is at most 1.1; exp, sum and division are a few roundings; exp stays within
+    // 2^-126 and 2^127.
+    const double silu_off = 1.1 * both.bound[g] + 16 * u * std::fabs(silu) +
+                            std::ldexp(std::fabs(both.y[g]), -126);
     result.y[i] = silu * up;
     result.bound[i] = silu_off * (std::fabs(up) + up_off) + std::fabs(silu) * up_off +
                       u * std::fabs(silu * up);
@@ -207,9 +209,9 @@ inline Expected swiglu(const Expected& both, int64_t m, int64_t n) {
   return result;
 }
 
-// The first m rows of x [m, stride] times W, with what stands around, rounded to x's format at the end.
-inline Expected matmul(const Weights& w, const Array& x, int64_t stride, int64_t m, Rounding rounding,
-                       const Around& around) {
+// The first m rows of x [m, stride] times W, with what stands around; rounded to x's format last.
+inline Expected matmul(const Weights& w, const Array& x, int64_t stride, int64_t m,
+                       Rounding rounding, const Around& around) {
   const double u = Float(MEMLM_F32).roundoff();
   const int64_t n = w.n, k = w.k, span = rounding == Rounding::kInt8PerRow ? k : kSub;
   const bool integers = rounding == Rounding::kInt8Per32 || rounding == Rounding::kInt8PerRow;
