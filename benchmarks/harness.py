@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -307,7 +306,7 @@ def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list
         except RuntimeError as error:
             if candidate.impl.startswith("memlm"):
                 raise
-            out.print(f"{candidate.impl}: not for {case}: {str(error).splitlines()[0]}")
+            out.print(f"{candidate.impl} {candidate.format}: not for {case}: {str(error).splitlines()[0]}")
     if not runners:
         return []
     _cool(runners)
@@ -418,12 +417,14 @@ def main(
     cases = [Case(m, n, k) for n, k in options.shapes for m in options.ms]
     with torch.inference_mode():
         results = measure(operation, cases, candidates, options.threads)
-    Console(width=None if sys.stdout.isatty() else 110).print(table(results, baseline))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(results, baseline))
     if options.json:
         write_lines(results, options.json)
     if options.record:
         write_lines(results, default_results())
     if options.plot:
+        from .plots import roofline
+
         roofline(results, options.plot)
     return results
 

@@ -1,5 +1,5 @@
 """ggml, llama.cpp's library: its own types, rounded by its own functions, and computed from the
-layout of the file or from those that it repacks weights into as it loads a model.
+layout of the file or from the one that it repacks weights into as it loads a model.
 
 It is used through its C API: from llama-cpp-python, and from each library that the environment
 variable ``MEMLM_GGML`` names, ``name=path`` of a libggml.so, with ``:`` between several.  So forks,
@@ -21,11 +21,14 @@ from pathlib import Path
 
 import torch
 
-from ..harness import ROUNDING, Candidate, out
+from ..harness import ROUNDING, Candidate
 
 F32 = 0  # enum ggml_type, as are
 TYPES = {4: {"q4_0": 2, "q4_k": 12}, 8: {"q8_0": 8}}
 IK_TYPES = {4: {"q4_0_r8": 202, "q4_k_r4": 212}, 8: {"q8_0_r8": 208}}  # rows interleaved
+# The layout whose products can be compared.  There is one for AMX besides, which sets a thread's tiles
+# up once and ends the process when another library of the process (oneDNN) has released them.
+REPACKED = b"CPU_REPACK"
 PRODUCTS = 256  # in a context, of which some versions allow but 64
 NODES = 4  # more than a graph of one product has
 TINY = 256  # rows and columns that every layout accepts
@@ -100,8 +103,8 @@ class _Library:
             address = self.backend_reg_get_proc_address(reg, b"ggml_backend_dev_get_extra_bufts")
             extra = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(address)(self.device)
             for layout in iter(iter(extra).__next__, None):  # up to a null pointer
-                name = self.backend_buft_name(layout).decode()
-                self.layouts["_" + name.lower().removeprefix("cpu_")] = layout
+                if self.backend_buft_name(layout) == REPACKED:
+                    self.layouts["_repack"] = layout
 
     def types(self, bits: int) -> dict[str, int]:
         return TYPES[bits] if self.device else {**TYPES[bits], **IK_TYPES[bits]}
@@ -199,22 +202,6 @@ def _accepts(library: _Library, type: int, layout: int) -> bool:
     return library.backend_dev_supports_op(library.device, product)
 
 
-def _survives(library: _Library, type: int, layout: int) -> bool:
-    """Whether a product does not end the process: tried in another one, on one thread.
-
-    (The AMX layout of a library that GCC 12 compiled does: the compiler takes the stores of the
-    tiles' configuration for dead.  ``CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-tree-dse`` keeps them.)
-    """
-    if child := os.fork():
-        return os.waitpid(child, 0)[1] == 0
-    try:
-        torch.set_num_threads(1)
-        _prepare(library, type, layout, torch.zeros(TINY, TINY))(torch.zeros(TINY, TINY))
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
-
-
 def _libraries() -> Iterator[tuple[str, str, Path]]:
     """(name, version, path) of each library."""
     if spec := importlib.util.find_spec("llama_cpp"):
@@ -234,9 +221,6 @@ def candidates(bits: int) -> list[Candidate]:
             for suffix, layout in library.layouts.items():
                 impl = name + suffix
                 if not _accepts(library, type, layout):
-                    continue
-                if not _survives(library, type, layout):
-                    out.print(f"{impl} {format}: left out (it crashes)")
                     continue
                 found.append(
                     Candidate(
