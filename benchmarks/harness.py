@@ -205,9 +205,7 @@ class _Runner:
     Raises AssertionError where its result is wrong.
     """
 
-    def __init__(
-        self, candidate: Candidate, x: torch.Tensor, w: torch.Tensor, exact: torch.Tensor
-    ):
+    def __init__(self, candidate: Candidate, x: torch.Tensor, w: torch.Tensor, exact: torch.Tensor):
         self.candidate = candidate
         self.x = x.to(candidate.dtype) if x.is_floating_point() else x
         self.copies = [candidate.prepare(w)]
@@ -306,7 +304,8 @@ def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list
         except RuntimeError as error:
             if candidate.impl.startswith("memlm"):
                 raise
-            out.print(f"{candidate.impl} {candidate.format}: not for {case}: {str(error).splitlines()[0]}")
+            name, reason = f"{candidate.impl} {candidate.format}", str(error).splitlines()[0]
+            out.print(f"{name}: not for {case}: {reason}")
     if not runners:
         return []
     _cool(runners)

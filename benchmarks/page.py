@@ -120,12 +120,10 @@ def write(results: list[Measurement], page: Path) -> None:
         if op.endswith("_matmul") and reference:
             slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
             folder = page.with_suffix("")
-            for what, draw in (
-                ("ratios", lambda path: plots.ratios(run, reference, path)),
-                ("roofline", lambda path: plots.roofline(run, path)),
-            ):
-                picture = folder / f"{slug}-{op}-{what}.png"
-                draw(picture)
+            pictures = {what: folder / f"{slug}-{op}-{what}.png" for what in ("ratios", "roofline")}
+            plots.ratios(run, reference, pictures["ratios"])
+            plots.roofline(run, pictures["roofline"])
+            for what, picture in pictures.items():
                 parts.append(f"![{op}, {what}]({folder.name}/{picture.name})\n")
         for n, k, threads in dict.fromkeys((r.n, r.k, r.threads) for r in run):
             rows = [r for r in run if (r.n, r.k, r.threads) == (n, k, threads)]
