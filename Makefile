@@ -1,6 +1,6 @@
 # make demo   set up and quantise, measure and run a real model
 # make test   set up and run the tests
-# make bench  set up and measure the kernels against torch
+# make bench  set up and measure the kernels against their rivals; docs/results.md
 PYTHON ?= python3
 # The CPU build that the project is developed with; any torch from 2.10 on will do.
 TORCH ?= torch==2.13.0
@@ -14,9 +14,15 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.bench_w4_matmul
-	$(BIN)/python -m benchmarks.bench_w8_matmul
+bench: $(VENV)/.rivals
+	$(BIN)/python -m benchmarks.bench_w4_matmul --record
+	$(BIN)/python -m benchmarks.bench_w8_matmul --record
+	$(BIN)/python -m benchmarks.page
+
+# Compiles llama.cpp, which takes some minutes.
+$(VENV)/.rivals: $(VENV)/.ready
+	$(BIN)/pip install --quiet $(TORCH) --editable '.[test,rivals]'
+	touch $@
 
 # Compiles again whatever has changed in csrc/.
 build: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""``w4_matmul`` against torch: ``python -m benchmarks.bench_w4_matmul --help``."""
+"""``w4_matmul`` against its rivals: ``python -m benchmarks.bench_w4_matmul --help``."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import harness, matmul
+from benchmarks import harness, matmul, rivals
 
 OPERATION = harness.MATMULS["w4_matmul"]
 FORMATS = ["int4-g32", "int4a-g32"]
-CANDIDATES = [*matmul.memlm_candidates(FORMATS), *matmul.torch_float(), *matmul.torch_int4()]
+CANDIDATES = [
+    *matmul.memlm_candidates(FORMATS),
+    *matmul.torch_float(),
+    *matmul.torch_int4(),
+    *rivals.candidates(4),
+]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``w8_matmul`` against torch: ``python -m benchmarks.bench_w8_matmul --help``."""
+"""``w8_matmul`` against its rivals: ``python -m benchmarks.bench_w8_matmul --help``."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import harness, matmul
+from benchmarks import harness, matmul, rivals
 
 OPERATION = harness.MATMULS["w8_matmul"]
 FORMATS = ["int8-row", "int8-g32"]
-CANDIDATES = [*matmul.memlm_candidates(FORMATS), *matmul.torch_float(), *matmul.torch_int8()]
+CANDIDATES = [
+    *matmul.memlm_candidates(FORMATS),
+    *matmul.torch_float(),
+    *matmul.torch_int8(),
+    *rivals.candidates(8),
+]
 
 
 @pytest.mark.parametrize(

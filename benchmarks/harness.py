@@ -1,12 +1,14 @@
 """Timing of operations: cold weights, interleaved rivals, the machine's limits in the same run.
 
-A call is timed alone.  Before its turn comes again all other candidates have run, each on the next
-of its copies of the weights, and a candidate has as many copies as it takes to exceed the largest
-cache twice: what is read comes from memory, as in a model.  Reported is the median.  Limits are
-measured in the same process, before.
+A candidate's turn begins when no thread of the process is busy any more (pools of threads spin for
+a while after their work), and with a call that is not timed: it wakes the candidate's threads, as
+the layer before does in a model.  The next call is timed, alone.  Each call takes the next of the
+candidate's copies of the weights; before a copy's turn comes again, all copies of all candidates
+have been read, which together are larger than the largest cache twice: what is read comes from
+memory, as in a model.  Reported is the median.  Limits are measured in the same process, before.
 
 Nothing is timed that computes something wrong: each candidate's result is first compared with the
-float product.
+float product, and the error that it has is reported.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,10 @@ from memlm import limits
 from memlm.formats import Format, Packed
 
 ROUNDS, SECONDS = 9, 0.5  # timed calls of each candidate: at least; and for about so long in all
-COLD = 2  # the copies of a weight together are larger than so many times the largest cache
+COLD = 2  # all copies of all weights together are larger than so many times the largest cache
+# No thread is busy when the process takes less than a tenth of SETTLE seconds in so long (the kernel
+# counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for good.
+SETTLE, PATIENCE = 0.01, 50
 
 out = Console(stderr=True)
 
@@ -94,9 +99,12 @@ DEQUANTIZE = Operation(
 class Candidate:
     """One way to compute a case.
 
-    prepare(w) makes of the float ``w [n, k]`` what is stored, run(x, stored) computes.
-    ``arithmetic``: ``"f32"`` or ``"i8"``, whose limit counts for it.  ``error``: the
-    relative error (Frobenius norm) against the float result beyond which it counts as wrong.
+    prepare(w) makes of the float ``w [n, k]`` what is stored, run(x, stored) computes, both with
+    ``torch.get_num_threads()`` threads.  What is stored is copied with ``copy.deepcopy`` and is a
+    tuple of tensors or has ``nbytes``, the bytes of the weights that a call reads.
+    ``arithmetic``: ``"f32"`` or ``"i8"``, whose limit counts for it.  ``error``: the relative error
+    (Frobenius norm) against the float result beyond which it counts as wrong.  ``version``: of the
+    library that computes, with its name.
     """
 
     impl: str
@@ -106,6 +114,7 @@ class Candidate:
     prepare: Callable[[torch.Tensor], Any]
     run: Callable[[torch.Tensor, Any], torch.Tensor]
     dtype: torch.dtype = torch.float32  # of a float x
+    version: str = f"torch {torch.__version__}"
 
 
 # Relative error of random weights after rounding: to 4 bits about 0.1, to 8 bits 0.01; a result that
@@ -128,14 +137,26 @@ def packed(
         ROUNDING[format.bits],
         lambda w: memlm.quantize_weight(w, format),
         run,
+        version=f"memlm {memlm.__version__}",
     )
+
+
+@dataclass
+class Sized:
+    """A stored weight that does not tell its size itself."""
+
+    value: Any
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One line of the results.  ``us``: median microseconds of a call; ``weight_bytes``: what one
     call reads of the weights; ``limit_gbps``: bytes from memory, 10^9 per second; ``limit_gops``:
-    multiply-adds of the candidate's arithmetic, 10^9 per second, both as measured in this run."""
+    multiply-adds of the candidate's arithmetic, 10^9 per second, both as measured in this run;
+    ``error``: relative (Frobenius norm) against the float result in f64; ``version``: of the
+    library that ran, with its name; ``date``: when the run began, UTC.  Lines written before
+    there were such fields have none of the last three."""
 
     op: str
     impl: str
@@ -155,6 +176,9 @@ class Measurement:
     memlm: str
     torch: str
     commit: str
+    error: float | None = None
+    version: str = ""
+    date: str = ""
 
     @property
     def gbps(self) -> float:
@@ -170,44 +194,62 @@ class Measurement:
         return max(self.gbps / self.limit_gbps, self.gops / self.limit_gops)
 
 
-def stored_bytes(stored, w: torch.Tensor) -> int:
-    """Bytes of what ``prepare`` made of ``w``."""
-    if isinstance(stored, tuple):
-        return sum(part.nbytes for part in stored)
-    # Objects of torch's own do not tell: their weights are int8.
-    return getattr(stored, "nbytes", w.numel())
+def stored_bytes(stored) -> int:
+    """Bytes of what ``prepare`` made."""
+    return sum(part.nbytes for part in stored) if isinstance(stored, tuple) else stored.nbytes
 
 
 class _Runner:
-    """A candidate with its cold copies."""
+    """A candidate, checked, with its copies of the weights.
 
-    def __init__(self, operation: Operation, candidate: Candidate, w: torch.Tensor, case: Case):
-        self.operation, self.candidate = operation, candidate
-        self.x = operation.x(case)
-        if self.x.is_floating_point():
-            self.x = self.x.to(candidate.dtype)
-        stored = candidate.prepare(w)
-        size = stored_bytes(stored, w)
-        self.weight_bytes = round(size * operation.share(case))
-        copies = 1 + COLD * limits.cache_bytes() // size
-        self.copies = [stored, *(copy.deepcopy(stored) for _ in range(copies))]
-        self.turn, self.times = 0, []
+    Raises AssertionError where its result is wrong.
+    """
 
-    def check(self, w: torch.Tensor) -> None:
-        exact = self.operation.exact(self.x, w)
-        error = (self.candidate.run(self.x, self.copies[0]).double() - exact).norm() / exact.norm()
-        if not error < self.candidate.error:
+    def __init__(self, candidate: Candidate, x: torch.Tensor, w: torch.Tensor, exact: torch.Tensor):
+        self.candidate = candidate
+        self.x = x.to(candidate.dtype) if x.is_floating_point() else x
+        self.copies = [candidate.prepare(w)]
+        self.size = stored_bytes(self.copies[0])
+        result = candidate.run(self.x, self.copies[0]).double()
+        self.error = float((result - exact).norm() / exact.norm())
+        if not self.error < candidate.error:
             raise AssertionError(
-                f"{self.candidate.impl} {self.candidate.format}: relative error {error:.3g}, "
-                f"expected below {self.candidate.error}"
+                f"{candidate.impl} {candidate.format}: relative error {self.error:.3g}, "
+                f"expected below {candidate.error}"
             )
+        self.calls, self.times = 0, []
 
-    def step(self) -> float:
-        stored = self.copies[self.turn % len(self.copies)]
-        self.turn += 1
+    def call(self) -> float:
+        """Seconds of one call, on the next copy."""
+        stored = self.copies[self.calls % len(self.copies)]
+        self.calls += 1
         start = time.perf_counter()
         self.candidate.run(self.x, stored)
         return time.perf_counter() - start
+
+    def turn(self) -> None:
+        _settle()
+        self.call()
+        self.times.append(self.call())
+
+
+def _settle() -> None:
+    """Waits until no thread of this process is busy."""
+    for _ in range(PATIENCE):
+        before = time.process_time()
+        time.sleep(SETTLE)
+        if time.process_time() - before <= SETTLE / 10:
+            return
+
+
+def _cool(runners: list[_Runner]) -> None:
+    """Gives each runner as many copies as keep all of them cold, and calls each of them once: what
+    a first call does belongs to no measurement."""
+    copies = 1 + COLD * limits.cache_bytes() // sum(runner.size for runner in runners)
+    for runner in runners:
+        runner.copies += (copy.deepcopy(runner.copies[0]) for _ in range(copies))
+        for _ in runner.copies:
+            runner.call()
 
 
 def measure(
@@ -225,6 +267,7 @@ def measure(
         "memlm": memlm.__version__,
         "torch": torch.__version__,
         "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         task = progress.add_task(operation.name, total=len(threads) * len(cases))
@@ -239,8 +282,10 @@ def measure(
                     results.append(
                         Measurement(
                             operation.name, c.impl, c.format, case.m, case.n, case.k, count,
-                            statistics.median(runner.times) * 1e6, runner.weight_bytes,
-                            limit.dram_gbps, gops, operation.macs(case), c.arithmetic, **about,
+                            statistics.median(runner.times) * 1e6,
+                            round(runner.size * operation.share(case)), limit.dram_gbps, gops,
+                            operation.macs(case), c.arithmetic, error=runner.error,
+                            version=c.version, **about,
                         )  # fmt: skip
                     )
                 progress.advance(task)
@@ -250,24 +295,25 @@ def measure(
 
 def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
     torch.manual_seed(0)
-    w = torch.randn(case.n, case.k)
+    w, x = torch.randn(case.n, case.k), operation.x(case)
+    exact = operation.exact(x, w)
     runners = []
     for candidate in candidates:
         try:
-            runner = _Runner(operation, candidate, w, case)
-            runner.check(w)
+            runners.append(_Runner(candidate, x, w, exact))
         except RuntimeError as error:
             if candidate.impl.startswith("memlm"):
                 raise
-            out.print(f"{candidate.impl}: not for {case}: {str(error).splitlines()[0]}")
-            continue
-        runner.step()
-        runners.append(runner)
+            name, reason = f"{candidate.impl} {candidate.format}", str(error).splitlines()[0]
+            out.print(f"{name}: not for {case}: {reason}")
+    if not runners:
+        return []
+    _cool(runners)
     start = time.perf_counter()
     rounds = 0
     while rounds < ROUNDS or time.perf_counter() - start < SECONDS * len(runners):
         for runner in runners:
-            runner.times.append(runner.step())
+            runner.turn()
         rounds += 1
     return runners
 
@@ -304,46 +350,6 @@ def table(results: list[Measurement], baseline: str) -> Table:
             f"{r.gbps:.1f}", f"{r.gops:.1f}", f"{r.of_limit:.0%}", ratio,
         )  # fmt: skip
     return shown
-
-
-def roofline(results: list[Measurement], path: Path) -> None:
-    """Speed over intensity (multiply-adds per byte of weights), below the machine's roofs."""
-    try:
-        import matplotlib
-    except ImportError:
-        warnings.warn("matplotlib is not installed (pip install 'memlm[plots]'): no plot")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    threads = max(r.threads for r in results)
-    results = [r for r in results if r.threads == threads]
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    intensities = [r.macs / r.weight_bytes for r in results]
-    low, high = min(intensities) / 2, max(intensities) * 2
-    roofs = {r.arithmetic: r.limit_gops for r in results}
-    bandwidth = results[0].limit_gbps
-    for style, (arithmetic, roof) in zip(("-", "--"), sorted(roofs.items())):
-        xs = sorted({low, min(max(roof / bandwidth, low), high), high})
-        axis.plot(xs, [min(bandwidth * x, roof) for x in xs], style, color="black", linewidth=1,
-                  label=f"limit, {arithmetic}: {roof:.0f} GMAC/s")  # fmt: skip
-    markers = "os^Dvp*XPhd<>"
-    names = list(dict.fromkeys((r.impl, r.format) for r in results))
-    for i, name in enumerate(names):
-        points = sorted(
-            (x, r.gops) for x, r in zip(intensities, results) if (r.impl, r.format) == name
-        )
-        axis.plot(*zip(*points), markers[i % len(markers)], markersize=6, alpha=0.85,
-                  label=" ".join(name))  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of weights",
-             ylabel="10⁹ multiply-adds per second",
-             title=f"{results[0].op} on {results[0].device}, {threads} threads, "
-                   f"{bandwidth:.0f} GB/s")  # fmt: skip
-    axis.grid(which="major", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_lines(results: list[Measurement], path: Path) -> None:
@@ -410,12 +416,14 @@ def main(
     cases = [Case(m, n, k) for n, k in options.shapes for m in options.ms]
     with torch.inference_mode():
         results = measure(operation, cases, candidates, options.threads)
-    Console(width=None if sys.stdout.isatty() else 110).print(table(results, baseline))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(results, baseline))
     if options.json:
         write_lines(results, options.json)
     if options.record:
         write_lines(results, default_results())
     if options.plot:
+        from .plots import roofline
+
         roofline(results, options.plot)
     return results
 
@@ -433,9 +441,10 @@ def pytest_cases(candidates: list[Candidate], shapes: list[tuple[int, int]], ms:
 def run_benchmark(benchmark, operation: Operation, case: Case, candidate: Candidate) -> None:
     """One entry of pytest-benchmark, with cold weights."""
     torch.manual_seed(0)
-    w = torch.randn(case.n, case.k)
-    runner = _Runner(operation, candidate, w, case)
+    w, x = torch.randn(case.n, case.k), operation.x(case)
     with torch.inference_mode():
-        runner.check(w)
-        benchmark(runner.step)
-    benchmark.extra_info.update(m=case.m, n=case.n, k=case.k, weight_bytes=runner.weight_bytes)
+        runner = _Runner(candidate, x, w, operation.exact(x, w))
+        _cool([runner])
+        benchmark(runner.call)
+    weight_bytes = round(runner.size * operation.share(case))
+    benchmark.extra_info.update(m=case.m, n=case.n, k=case.k, weight_bytes=weight_bytes)

@@ -1,9 +1,13 @@
-"""The candidates of ``bench_w4_matmul`` and ``bench_w8_matmul``: memlm, torch's float matmul, and
-torch's own low-bit CPU operations."""
+"""The candidates of ``bench_w4_matmul`` and ``bench_w8_matmul`` besides the other libraries': memlm,
+torch's float matmul, and torch's own low-bit CPU operations."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,7 @@ from memlm import ops
 
 from .harness import ROUNDING, Candidate, packed
 
-SHAPES, MS = "4096x4096,1536x576,49152x576", "1,4,16,64,512"
+SHAPES, MS = "4096x4096,1536x576,49152x576", "1,4,16,32,128,512"
 PYTEST_SHAPES, PYTEST_MS = [(4096, 4096)], [1, 512]
 BASELINE = "torch_f32"
 
@@ -69,21 +73,44 @@ def torch_int4() -> list[Candidate]:
     ]
 
 
+@contextlib.contextmanager
+def _engine(name: str):
+    """What torch prepares 8-bit weights for."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    yield
+    torch.backends.quantized.engine = before
+
+
+@dataclass
+class _Prepacked:
+    """Weights that torch prepared for an engine, and multiplies with it."""
+
+    value: Any
+    nbytes: int
+    engine: str
+
+    def __deepcopy__(self, memo) -> _Prepacked:
+        with _engine(self.engine):  # a copy is prepared again
+            return _Prepacked(copy.deepcopy(self.value), self.nbytes, self.engine)
+
+
 def torch_int8() -> list[Candidate]:
     """torch's 8-bit CPU matmuls, one scale per row: weight-only, and with dynamically quantised
-    activations (one scale per tensor)."""
+    activations (one scale per tensor) by both engines, fbgemm and oneDNN."""
 
     def prepare(w):
         scale = w.abs().amax(1) / 127
         return (w / scale[:, None]).round().to(torch.int8), scale.to(torch.bfloat16)
 
-    def prepare_dynamic(w):
+    def prepare_dynamic(w, engine):
         scale = (w.abs().amax(1) / 127).double()
-        with warnings.catch_warnings():
+        with _engine(engine), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates these tensors, not the operation
             zero = torch.zeros(len(w), dtype=torch.int64)
             q = torch.quantize_per_channel(w, scale, zero, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(q, None)
+            value = torch.ops.quantized.linear_prepack(q, None)
+        return _Prepacked(value, w.numel() + 4 * len(w), engine)
 
     return [
         Candidate(
@@ -95,12 +122,15 @@ def torch_int8() -> list[Candidate]:
             lambda x, stored: torch._weight_int8pack_mm(x, *stored),
             torch.bfloat16,
         ),
-        Candidate(
-            "torch_dynamic_int8",
-            "int8-row",
-            "i8",
-            ROUNDING[8],
-            prepare_dynamic,
-            lambda x, stored: torch.ops.quantized.linear_dynamic(x, stored, False),
+        *(
+            Candidate(
+                f"torch_{engine}_int8",
+                "int8-row",
+                "i8",
+                ROUNDING[8],
+                lambda w, engine=engine: prepare_dynamic(w, engine),
+                lambda x, stored: torch.ops.quantized.linear_dynamic(x, stored.value, False),
+            )
+            for engine in ("fbgemm", "onednn")
         ),
     ]

@@ -1,5 +1,6 @@
 """The benchmarks' harness: what it measures, refuses, writes and draws."""
 
+import copy
 import json
 
 import pytest
@@ -9,13 +10,14 @@ import memlm
 from benchmarks import harness, matmul
 from benchmarks.bench_dequantize import CANDIDATES as DEQUANTIZE
 from benchmarks.bench_embedding import CANDIDATES as EMBEDDING
-from benchmarks.bench_w4_matmul import CANDIDATES as W4
-from benchmarks.bench_w8_matmul import CANDIDATES as W8
 from memlm import limits
+
+W4 = [*matmul.memlm_candidates(["int4-g32"]), *matmul.torch_float(), *matmul.torch_int4()]
+W8 = [*matmul.memlm_candidates(["int8-row"]), *matmul.torch_float(), *matmul.torch_int8()]
 
 FIELDS = {
     "op", "impl", "format", "m", "n", "k", "threads", "us", "weight_bytes", "limit_gbps",
-    "limit_gops",
+    "limit_gops", "error", "version", "date",
 }  # fmt: skip
 LIMITS = limits.Limits(1, 20.0, 19.0, 50.0, 200.0)
 
@@ -24,6 +26,8 @@ LIMITS = limits.Limits(1, 20.0, 19.0, 50.0, 200.0)
 def quick(monkeypatch, restore_threads):
     monkeypatch.setattr(harness, "ROUNDS", 2)
     monkeypatch.setattr(harness, "SECONDS", 0.0)
+    monkeypatch.setattr(harness, "SETTLE", 0.0)
+    monkeypatch.setattr(harness, "PATIENCE", 1)
     monkeypatch.setattr(limits, "cache_bytes", lambda: 100_000)
     monkeypatch.setattr(limits, "measure", lambda threads: LIMITS)
 
@@ -47,6 +51,12 @@ def test_lines_of_json(tmp_path, capsys, op, candidates):
     assert by_impl["torch_f32"]["weight_bytes"] == 4 * 48 * 64
     assert by_impl["torch_f32"]["limit_gops"] == 50 and by_impl["memlm"]["limit_gops"] == 200
     assert by_impl["memlm"]["isa"] == memlm.isa()
+    assert by_impl["memlm"]["version"] == f"memlm {memlm.__version__}"
+    assert by_impl["torch_f32"]["version"] == f"torch {torch.__version__}"
+    rounding = {"w4_matmul": (0.05, 0.2), "w8_matmul": (0.003, 0.03)}[op]
+    assert rounding[0] < by_impl["memlm"]["error"] < rounding[1]
+    assert by_impl["torch_f32"]["error"] < 1e-6
+    assert len({line["date"] for line in lines}) == 1
     assert "torch_f32 / this" in capsys.readouterr().out
     run(op, candidates, "--json", file, "--impls", "memlm", "--ms", "5", "--shapes", "16x32,32x64")
     added = file.read_text().splitlines()[len(lines):]  # fmt: skip
@@ -78,10 +88,19 @@ def test_a_rival_that_refuses_is_left_out_and_memlm_is_not(capsys):
     rival = harness.Candidate("rival", "x", "f32", 0.5, refuse, None)
     results = run("w4_matmul", [rival, *matmul.torch_float()])
     assert {r.impl for r in results} == {"torch_f32", "torch_bf16"}
-    assert "rival: not for 48x64, m=1: k must be" in capsys.readouterr().err.replace("\n", " ")
+    assert "rival x: not for 48x64, m=1: k must be" in capsys.readouterr().err.replace("\n", " ")
     ours = harness.Candidate("memlm", "x", "f32", 0.5, refuse, None)
     with pytest.raises(RuntimeError, match="multiple of 1024"):
         run("w4_matmul", [ours])
+
+
+def test_only_rivals_that_refuse():
+    def refuse(w):
+        raise RuntimeError("never")
+
+    rival = harness.Candidate("rival", "x", "f32", 0.5, refuse, None)
+    case = harness.Case(1, 48, 64)
+    assert harness.measure(harness.MATMULS["w4_matmul"], [case], [rival], [1]) == []
 
 
 def test_weights_are_cold_and_rivals_interleaved():
@@ -97,15 +116,40 @@ def test_weights_are_cold_and_rivals_interleaved():
     case = harness.Case(1, 48, 64)
     harness.measure(harness.MATMULS["w4_matmul"], [case], [candidate("a"), candidate("b")], [1])
     assert made == [1, 1]  # copied, not prepared again
-    timed = log[-4:]
-    assert [name for name, _ in timed] == ["a", "b", "a", "b"]
-    assert timed[0][1] != timed[2][1]
-    copies = {pointer for name, pointer in log if name == "a"}
-    assert len(copies) == 3  # of check and first step, and of the two rounds
-    runner = harness._Runner(
-        harness.MATMULS["w4_matmul"], candidate("a"), torch.zeros(48, 64), case
-    )
-    assert sum(c.nbytes for c in runner.copies) > harness.COLD * limits.cache_bytes()
+    turns = log[-8:]
+    assert [name for name, _ in turns] == ["a", "a", "b", "b"] * 2  # to wake up, and to be timed
+    size = 48 * 64 * 4
+    for name in "ab":  # each call has a copy that all copies of both were read since
+        pointers = [pointer for n, pointer in log[2:] if n == name]
+        copies = len(set(pointers))
+        assert pointers[:copies] == list(dict.fromkeys(pointers))
+        assert pointers[copies:] == pointers[: len(pointers) - copies]
+        assert 2 * copies * size > harness.COLD * limits.cache_bytes() > 2 * (copies - 3) * size
+
+
+def test_a_turn_waits_for_busy_threads(monkeypatch):
+    busy = iter([0.0, 0.008, 0.008, 0.018, 0.018, 0.0181])  # before and after each wait
+    waits = []
+    monkeypatch.setattr(harness, "SETTLE", 0.01)
+    monkeypatch.setattr(harness, "PATIENCE", 50)
+    monkeypatch.setattr(harness.time, "process_time", lambda: next(busy))
+    monkeypatch.setattr(harness.time, "sleep", waits.append)
+    harness._settle()
+    assert waits == [0.01] * 3
+
+
+def test_torch_engines():
+    w, x = torch.randn(48, 64), torch.randn(3, 64)
+    before = torch.backends.quantized.engine
+    names = {}
+    for candidate in matmul.torch_int8():
+        if candidate.arithmetic == "i8":
+            stored = copy.deepcopy(candidate.prepare(w))
+            names[candidate.impl] = stored.engine
+            error = (candidate.run(x, stored) - x @ w.T).norm() / (x @ w.T).norm()
+            assert 0.001 < error < 0.03
+    assert names == {"torch_fbgemm_int8": "fbgemm", "torch_onednn_int8": "onednn"}
+    assert torch.backends.quantized.engine == before
 
 
 def test_roofline(tmp_path):

@@ -373,7 +373,7 @@ void check_not_finite() {
 
 // Activations too small for a scale, and denormal ones.
 void check_tiny() {
-  constexpr int64_t n = 18, k = 96, m = 15;
+  constexpr int64_t n = 18, k = 96, m = 26;
   for (const Format& format : kFormats)
     for (double size : {1e-40, 3e-37, 1e-30}) {
       const Weights w = random_weights(format, n, k, MEMLM_F32, 1);
@@ -387,8 +387,8 @@ void check_tiny() {
             // numbers, and the parts that it cuts others into, for zero.
             const double smallest = Float(MEMLM_F32).smallest();
             const double each = product == Product::kW8A8Rows ? smallest * 127 * 128
-                                : on_tiles(product, rows)              ? 16 * std::ldexp(1, -126)
-                                                              : smallest;
+                                : on_tiles(product, rows) ? 16 * std::ldexp(1, -126)
+                                                          : smallest;
             for (double& bound : expected.bound) bound += k * each;
             check_run(w, x, k, rows, {product, 1, {}, nullptr}, expected);
           }
