@@ -144,5 +144,8 @@ inline __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(bits);
 }
 
+constexpr int kDotK = 4;
+inline void b_interleave(B&, B&) {}
+
 }  // namespace MEMLM_ISA
 }  // namespace memlm

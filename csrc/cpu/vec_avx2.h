@@ -30,8 +30,5 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return {_mm256_add_epi32(acc.a, dot(w.a)), _mm256_add_epi32(acc.b, dot(w.b))};
 }
 
-constexpr int kDotK = 4;
-inline void b_interleave(B&, B&) {}
-
 }  // namespace MEMLM_ISA
 }  // namespace memlm
