@@ -17,6 +17,7 @@ test: $(VENV)/.ready
 bench: $(VENV)/.rivals
 	$(BIN)/python -m benchmarks.bench_w4_matmul --record
 	$(BIN)/python -m benchmarks.bench_w8_matmul --record
+	$(BIN)/python -m benchmarks.bench_w8a8_matmul --record
 	$(BIN)/python -m benchmarks.page
 
 # Compiles llama.cpp, which takes some minutes.
@@ -27,7 +28,7 @@ $(VENV)/.rivals: $(VENV)/.ready
 # Compiles again whatever has changed in csrc/.
 build: $(VENV)/.ready
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.ini')
 $(VENV)/.ready: pyproject.toml setup.py $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[test]'

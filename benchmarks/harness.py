@@ -77,7 +77,7 @@ MATMULS = {
         macs=lambda case: case.m * case.n * case.k,
         share=lambda case: 1.0,
     )
-    for name in ("w4_matmul", "w8_matmul")
+    for name in ("w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
 }
 EMBEDDING = Operation(
     "embedding",
@@ -119,7 +119,7 @@ class Candidate:
 
 # Relative error of random weights after rounding: to 4 bits about 0.1, to 8 bits 0.01; a result that
 # is wrong is off by about 1.
-ROUNDING = {4: 0.2, 8: 0.03}
+ROUNDING = {2: 0.6, 4: 0.2, 8: 0.03}
 
 
 def packed(

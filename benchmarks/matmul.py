@@ -30,6 +30,11 @@ def memlm_candidates(formats: list[str]) -> list[Candidate]:
     ]
 
 
+def memlm_w8a8() -> list[Candidate]:
+    """``memlm_w8a8``: one scale per row of W and of x."""
+    return [packed("int8-row", lambda x, w: ops.matmul(x, w, mode="w8a8"), "memlm_w8a8", "i8")]
+
+
 def torch_float() -> list[Candidate]:
     """``torch_f32``, ``torch_bf16``: what a user has before quantising."""
     return [

@@ -24,7 +24,7 @@ def _stacked(
     def padded(t: torch.Tensor) -> torch.Tensor:
         return F.pad(t.detach(), (0, 0) * (t.dim() - 1) + (0, -len(t) % rows))
 
-    whole = nn.Linear(widths[0], 0, bias=False, device="meta")
+    whole = nn.Linear(widths[0], 1, bias=False, device="meta")
     whole.weight = nn.Parameter(torch.cat([padded(w) for w in weights]))
     if any(layer.bias is not None for layer in layers):
         biases = [w.new_zeros(len(w)) if x.bias is None else x.bias for w, x in zip(weights, layers)]

@@ -68,7 +68,7 @@ def quantize_activations(x: torch.Tensor, group: int = ACT_GROUP):
     span = group or k
     padded = x.new_zeros(m, -(-k // span) * span)
     padded[:, :k] = x
-    groups = padded.view(m, -1, span)
+    groups = padded.view(m, padded.shape[1] // span, span)
     amax = groups.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(amax, 127) / amax  # torch computes 127 / amax as 127 * (1 / amax)
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
@@ -113,7 +113,7 @@ def reference(x, packed: Packed, bias, fast: bool, norm, eps, swiglu, residual) 
     rows = prologue(x, packed.k, norm, eps).reshape(-1, packed.k)
     if fast:
         q, scale = quantize_activations(rows)
-        rows = (q * scale).view(rows.shape[0], -1)[:, : packed.k]
+        rows = (q * scale).flatten(1)[:, : packed.k]
     y = rows @ (fast_weights(packed) if fast else formats.dequantize(packed)).T
     return epilogue(y, bias, swiglu, residual).to(x.dtype).view(shape)
 

@@ -29,7 +29,7 @@ def _reference(x, x_group, norm, eps):
     groups, k = _check(x, x_group, norm), x.shape[-1]
     rows = _matmul.prologue(x, k, norm, eps).reshape(-1, k)
     q, scales = _matmul.quantize_activations(rows, x_group)
-    codes = q.view(len(rows), -1)[:, :k].to(torch.int8)
+    codes = q.flatten(1)[:, :k].to(torch.int8)
     return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], groups)
 
 

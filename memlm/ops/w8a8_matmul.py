@@ -47,7 +47,7 @@ def _reference(given: dict) -> torch.Tensor:
     if given["x_scales"] is None:
         rows = _matmul.prologue(x, packed.k, given["norm"], given["eps"]).reshape(-1, packed.k)
         q, scales = _matmul.quantize_activations(rows, group)
-        x, scales = q.view(len(rows), -1)[:, : packed.k], scales.squeeze(-1)
+        x, scales = q.flatten(1)[:, : packed.k], scales.squeeze(-1)
     else:
         x, scales = x.reshape(-1, packed.k), given["x_scales"].reshape(-1, given["x_scales"].shape[-1])
     if group or packed.format.group:
