@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import platform
 import statistics
@@ -38,9 +39,12 @@ from memlm.formats import Format, Packed
 
 ROUNDS, SECONDS = 9, 0.5  # timed calls of each candidate: at least; and for about so long in all
 COLD = 2  # all copies of all weights together are larger than so many times the largest cache
-# No thread is busy when the process takes less than a tenth of SETTLE seconds in so long (the kernel
-# counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for good.
+# No thread is busy when the process takes less than a tenth of SETTLE seconds in so long (the
+# kernel counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for
+# good.
 SETTLE, PATIENCE = 0.01, 50
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 out = Console(stderr=True)
 
@@ -252,6 +256,18 @@ def _cool(runners: list[_Runner]) -> None:
             runner.call()
 
 
+def _keep_memory() -> None:
+    """Has glibc's malloc keep what is freed.
+
+    Otherwise each large result is made of new pages, which takes as long as the product, and only
+    from those candidates that have no memory of their own for results.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def measure(
     operation: Operation, cases: Iterable[Case], candidates: list[Candidate], threads: list[int]
 ) -> list[Measurement]:
@@ -260,6 +276,7 @@ def measure(
     A rival that refuses a case is left out, with a message.  Raises AssertionError for a result
     that is wrong.
     """
+    _keep_memory()
     cases, results, before = list(cases), [], torch.get_num_threads()
     about = {
         "isa": memlm.isa(),
