@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import functools
 import json
 import platform
 import statistics
@@ -126,6 +127,12 @@ class Candidate:
 ROUNDING = {4: 0.2, 8: 0.03}
 
 
+@functools.lru_cache(maxsize=4)
+def quantized(w: torch.Tensor, format: Format) -> Packed:
+    """``w`` rounded by memlm; kept, for several candidates and cases ask for the same."""
+    return memlm.quantize_weight(w, format)
+
+
 def packed(
     name: str,
     run: Callable[[torch.Tensor, Packed], torch.Tensor],
@@ -139,7 +146,7 @@ def packed(
         format.name,
         arithmetic,
         ROUNDING[format.bits],
-        lambda w: memlm.quantize_weight(w, format),
+        lambda w: copy.deepcopy(quantized(w, format)),
         run,
         version=f"memlm {memlm.__version__}",
     )
@@ -310,9 +317,16 @@ def measure(
     return results
 
 
-def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
+@functools.lru_cache(maxsize=1)
+def _weights(n: int, k: int) -> torch.Tensor:
     torch.manual_seed(0)
-    w, x = torch.randn(case.n, case.k), operation.x(case)
+    return torch.randn(n, k)
+
+
+def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
+    w = _weights(case.n, case.k)
+    torch.manual_seed(1)
+    x = operation.x(case)
     exact = operation.exact(x, w)
     runners = []
     for candidate in candidates:
@@ -457,8 +471,7 @@ def pytest_cases(candidates: list[Candidate], shapes: list[tuple[int, int]], ms:
 
 def run_benchmark(benchmark, operation: Operation, case: Case, candidate: Candidate) -> None:
     """One entry of pytest-benchmark, with cold weights."""
-    torch.manual_seed(0)
-    w, x = torch.randn(case.n, case.k), operation.x(case)
+    w, x = _weights(case.n, case.k), operation.x(case)
     with torch.inference_mode():
         runner = _Runner(candidate, x, w, operation.exact(x, w))
         _cool([runner])
