@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import functools
 import json
 import platform
 import statistics
@@ -38,9 +40,12 @@ from memlm.formats import Format, Packed
 
 ROUNDS, SECONDS = 9, 0.5  # timed calls of each candidate: at least; and for about so long in all
 COLD = 2  # all copies of all weights together are larger than so many times the largest cache
-# No thread is busy when the process takes less than a tenth of SETTLE seconds in so long (the kernel
-# counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for good.
+# No thread is busy when the process takes less than a tenth of SETTLE seconds in so long (the
+# kernel counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for
+# good.
 SETTLE, PATIENCE = 0.01, 50
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 out = Console(stderr=True)
 
@@ -122,6 +127,12 @@ class Candidate:
 ROUNDING = {2: 0.6, 4: 0.2, 8: 0.03}
 
 
+@functools.lru_cache(maxsize=4)
+def quantized(w: torch.Tensor, format: Format) -> Packed:
+    """``w`` rounded by memlm; kept, for several candidates and cases ask for the same."""
+    return memlm.quantize_weight(w, format)
+
+
 def packed(
     name: str,
     run: Callable[[torch.Tensor, Packed], torch.Tensor],
@@ -135,7 +146,7 @@ def packed(
         format.name,
         arithmetic,
         ROUNDING[format.bits],
-        lambda w: memlm.quantize_weight(w, format),
+        lambda w: copy.deepcopy(quantized(w, format)),
         run,
         version=f"memlm {memlm.__version__}",
     )
@@ -252,6 +263,18 @@ def _cool(runners: list[_Runner]) -> None:
             runner.call()
 
 
+def _keep_memory() -> None:
+    """Has glibc's malloc keep what is freed.
+
+    Otherwise each large result is made of new pages, which takes as long as the product, and only
+    from those candidates that have no memory of their own for results.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def measure(
     operation: Operation, cases: Iterable[Case], candidates: list[Candidate], threads: list[int]
 ) -> list[Measurement]:
@@ -260,6 +283,7 @@ def measure(
     A rival that refuses a case is left out, with a message.  Raises AssertionError for a result
     that is wrong.
     """
+    _keep_memory()
     cases, results, before = list(cases), [], torch.get_num_threads()
     about = {
         "isa": memlm.isa(),
@@ -293,9 +317,16 @@ def measure(
     return results
 
 
-def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
+@functools.lru_cache(maxsize=1)
+def _weights(n: int, k: int) -> torch.Tensor:
     torch.manual_seed(0)
-    w, x = torch.randn(case.n, case.k), operation.x(case)
+    return torch.randn(n, k)
+
+
+def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
+    w = _weights(case.n, case.k)
+    torch.manual_seed(1)
+    x = operation.x(case)
     exact = operation.exact(x, w)
     runners = []
     for candidate in candidates:
@@ -440,8 +471,7 @@ def pytest_cases(candidates: list[Candidate], shapes: list[tuple[int, int]], ms:
 
 def run_benchmark(benchmark, operation: Operation, case: Case, candidate: Candidate) -> None:
     """One entry of pytest-benchmark, with cold weights."""
-    torch.manual_seed(0)
-    w, x = torch.randn(case.n, case.k), operation.x(case)
+    w, x = _weights(case.n, case.k), operation.x(case)
     with torch.inference_mode():
         runner = _Runner(candidate, x, w, operation.exact(x, w))
         _cool([runner])

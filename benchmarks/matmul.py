@@ -1,5 +1,5 @@
-"""The candidates of ``bench_w4_matmul`` and ``bench_w8_matmul`` besides the other libraries': memlm,
-torch's float matmul, and torch's own low-bit CPU operations."""
+"""The candidates of ``bench_w4_matmul`` and ``bench_w8_matmul`` besides the other libraries':
+memlm, torch's float matmul, and torch's own low-bit CPU operations."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _names(results: list[Measurement]) -> list[Name]:
 
 
 def _styles(names: list[Name]) -> dict[Name, dict]:
-    """A colour for each library, a marker for each of its candidates; memlm's are black and on top."""
+    """A colour for each library, a marker for each of its candidates; memlm's black and on top."""
     libraries = list(dict.fromkeys(impl.split("_")[0] for impl, _ in names))
     others = [library for library in libraries if library != "memlm"]
     styles, seen = {}, dict.fromkeys(libraries, 0)

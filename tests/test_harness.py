@@ -1,7 +1,11 @@
 """The benchmarks' harness: what it measures, refuses, writes and draws."""
 
 import copy
+import ctypes
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +140,28 @@ def test_a_turn_waits_for_busy_threads(monkeypatch):
     monkeypatch.setattr(harness.time, "sleep", waits.append)
     harness._settle()
     assert waits == [0.01] * 3
+
+
+def test_large_results_are_made_of_memory_that_is_there():
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("not glibc")
+    program = """
+import resource, torch
+from benchmarks import harness
+harness._keep_memory()
+faults = []
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[15], resource.getpagesize())
+"""
+    root = str(Path(__file__).parent.parent)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    faults, page = map(int, ran.stdout.split())
+    assert faults < (4 << 24) / page / 100
 
 
 def test_torch_engines():

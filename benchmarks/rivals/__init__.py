@@ -10,10 +10,9 @@ import importlib
 
 import torch
 
-import memlm
 from memlm import formats
 
-from ..harness import Candidate, out
+from ..harness import Candidate, out, quantized
 
 LIBRARIES = ("torchao", "onnxruntime", "openvino", "bitsandbytes", "ggml")
 
@@ -37,7 +36,7 @@ def rounded(w: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     format = formats.Format.parse(format)
     if w.shape[1] % (format.group or 1):
         raise RuntimeError(f"k: got {w.shape[1]}, a multiple of {format.group} is needed")
-    codes, scales, _ = formats.unpack(memlm.quantize_weight(w, format))
+    codes, scales, _ = formats.unpack(quantized(w, format))
     return codes, scales.float()
 
 

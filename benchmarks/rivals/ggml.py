@@ -2,10 +2,10 @@
 layout of the file or from the one that it repacks weights into as it loads a model.
 
 It is used through its C API: from llama-cpp-python, and from each library that the environment
-variable ``MEMLM_GGML`` names, ``name=path`` of a libggml.so, with ``:`` between several.  So forks,
-such as ik_llama.cpp, are compared.  It has to be built with OpenMP, as it is by default: without, it
-would start threads for each call.  (Two libraries that consist of several files of the same names do
-not go together in one process: the second would take the first's.)
+variable ``MEMLM_GGML`` names, ``name=path`` of a libggml.so, with ``:`` between several.  So
+forks, such as ik_llama.cpp, are compared.  It has to be built with OpenMP, as it is by default:
+without, it would start threads for each call.  (Two libraries that consist of several files of the
+same names do not go together in one process: the second would take the first's.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..harness import ROUNDING, Candidate
 F32 = 0  # enum ggml_type, as are
 TYPES = {4: {"q4_0": 2, "q4_k": 12}, 8: {"q8_0": 8}}
 IK_TYPES = {4: {"q4_0_r8": 202, "q4_k_r4": 212}, 8: {"q8_0_r8": 208}}  # rows interleaved
-# The layout whose products can be compared.  There is one for AMX besides, which sets a thread's tiles
-# up once and ends the process when another library of the process (oneDNN) has released them.
+# The layout whose products can be compared.  There is one for AMX besides, which sets up a thread's
+# tiles once and ends the process when another library of the process (oneDNN) has released them.
 REPACKED = b"CPU_REPACK"
 PRODUCTS = 256  # in a context, of which some versions allow but 64
 NODES = 4  # more than a graph of one product has
@@ -139,7 +139,7 @@ class _Context:
 
 
 class _Matmul:
-    """``W [n, k]`` in a layout, and the graph ``y = x @ W.T`` for the last x."""
+    """``W [n, k]`` in a layout, and the graph ``y = x @ W.T`` for one x."""
 
     def __init__(self, library: _Library, rows: torch.Tensor, k: int, type: int, layout: int):
         self.library, self.rows, self.k, self.type, self.layout = library, rows, k, type, layout
@@ -198,7 +198,8 @@ def _accepts(library: _Library, type: int, layout: int) -> bool:
     if library.device is None:
         return True
     rows = torch.zeros(TINY, library.row_size(type, TINY), dtype=torch.uint8)
-    product = _Matmul(library, rows, TINY, type, layout).bind(torch.zeros(1, TINY))
+    matmul = _Matmul(library, rows, TINY, type, layout)  # kept while the product is looked at
+    product = matmul.bind(torch.zeros(1, TINY))
     return library.backend_dev_supports_op(library.device, product)
 
 

@@ -1,5 +1,5 @@
-"""OpenVINO: a MatMul with compressed weights, as its plugin runs it by default (in bf16 where the CPU
-has it) and with activations rounded to int8 (``DYNAMIC_QUANTIZATION_GROUP_SIZE``)."""
+"""OpenVINO: a MatMul with compressed weights, as its plugin runs it by default (in bf16 where the
+CPU has it) and with activations rounded to int8 (``DYNAMIC_QUANTIZATION_GROUP_SIZE``)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""torchao: 4-bit weights (asymmetric, groups of 32), 8-bit weights, and 8-bit weights with a scale for
-each row of x; in bf16, which its CPU paths are made for, and compiled where that helps."""
+"""torchao: 4-bit weights (asymmetric, groups of 32), 8-bit weights, and 8-bit weights with a scale
+for each row of x; in bf16, which its CPU paths are made for, and compiled where that helps."""
 
 from __future__ import annotations
 
