@@ -185,6 +185,7 @@ class Packed(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "offsets")]
     _fields_ += [("scale_dtype", ctypes.c_int)]
     _fields_ += [(name, ctypes.c_int64) for name in ("n", "k", "group")]
+    _fields_ += [("levels", ctypes.c_void_p)]
 
 N, K = 6400, 128
 lib = ctypes.CDLL({str(lib_path())!r})
