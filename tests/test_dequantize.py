@@ -5,10 +5,10 @@ import torch
 
 import memlm
 from memlm import formats, ops
-from memlm.ops import implementations
+from memlm.ops import _matmul, implementations
 from memlm.quantize import quantize_weight
 
-FORMATS = ["int8-row", "int8-g64", "int4-g32", "int4-g128", "int4a-g64"]
+FORMATS = ["int8-row", "int8-g64", "int4-g32", "int4-g128", "int4a-g64", "nf4-g64", "int2a-g32", "ternary-g64"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -18,7 +18,7 @@ def packed_of(name, n, k, size=1.0):
 
 
 def arguments(p, row, rows, dtype):
-    return p.codes, p.scales, p.offsets, p.n, p.k, p.format.group, row, rows, dtype
+    return *_matmul.weight_arguments(p), row, rows, dtype
 
 
 @pytest.mark.parametrize("isa", memlm.isas())
