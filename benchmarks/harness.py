@@ -91,6 +91,14 @@ EMBEDDING = Operation(
     macs=lambda case: case.m * case.k,
     share=lambda case: case.m / case.n,
 )
+# The matrix is not a weight here but the activations: n rows of k.
+QUANTIZE_ROWS = Operation(
+    "quantize_rows",
+    x=lambda case: torch.empty(0),
+    exact=lambda _, x: x.double(),
+    macs=lambda case: case.n * case.k,
+    share=lambda case: 1.0,
+)
 DEQUANTIZE = Operation(
     "dequantize",
     x=lambda case: torch.empty(0),
@@ -120,6 +128,7 @@ class Candidate:
     run: Callable[[torch.Tensor, Any], torch.Tensor]
     dtype: torch.dtype = torch.float32  # of a float x
     version: str = f"torch {torch.__version__}"
+    value: Callable[[Any], torch.Tensor] = lambda result: result  # the numbers that a result stands for
 
 
 # Relative error of random weights after rounding: to 4 bits about 0.1, to 8 bits 0.01; a result that
@@ -221,7 +230,7 @@ class _Runner:
         self.x = x.to(candidate.dtype) if x.is_floating_point() else x
         self.copies = [candidate.prepare(w)]
         self.size = stored_bytes(self.copies[0])
-        result = candidate.run(self.x, self.copies[0]).double()
+        result = candidate.value(candidate.run(self.x, self.copies[0])).double()
         self.error = float((result - exact).norm() / exact.norm())
         if not self.error < candidate.error:
             raise AssertionError(

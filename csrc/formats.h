@@ -17,8 +17,8 @@ static constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 
 // k rounded up to a whole number of groups and of activation groups.
 static constexpr int64_t padded_k(int64_t k, int64_t group) {
-  const int64_t step = group > kActGroup ? group : kActGroup;
-  return div_up(k, step) * step;
+  const int64_t step = group > kActGroup ? group : kActGroup;  // a power of two
+  return (k + step - 1) & -step;
 }
 
 // Bytes of codes of one tile.

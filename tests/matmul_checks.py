@@ -1,4 +1,5 @@
-"""The checks that the weight-only matmuls share; their test files say which formats they run on."""
+"""The tests that the weight-only matmuls share: the files of each derive a class from WeightOnly, which
+says what they run on."""
 
 import pytest
 import torch
@@ -185,9 +186,10 @@ def check_integers_exact(name, format: str, code_low: int, code_high: int, isa: 
 
 
 def check_threads(name, format, fast):
-    x, packed, bias = random_case(format, 333, 555, 70, torch.float32)
+    # Work for 4 threads at one row, for all of 8 at more.
+    x, packed, bias = random_case(format, 1111, 555, 70, torch.float32)
     results = []
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         results.append([run(name, "cpp", x[:m], packed, bias, fast) for m in (1, 5, 70)])
     for other in results[1:]:
@@ -225,6 +227,29 @@ def check_small_activations(name, format):
         arithmetic = numerics.arithmetic("cpp", m, True)
         numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, arithmetic))
         assert torch.equal(y[1], torch.zeros(20))
+
+
+def check_large_sizes(name, format, fast):
+    """Sizes of real models that no tile or group divides evenly in powers of two."""
+    for n, k in ((29568, 32), (17, 29568)):
+        x, packed, bias = random_case(format, n, k, 33, torch.float32)
+        for m in (1, 33):
+            y = run(name, "cpp", x[:m].contiguous(), packed, bias, fast)
+            arithmetic = numerics.arithmetic("cpp", m, fast)
+            numerics.assert_within(y, *numerics.exact_matmul(x[:m], packed, bias, arithmetic))
+
+
+def off_by_one(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers one element into a buffer, where nothing is aligned."""
+    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+
+def check_unaligned(name, format, fast):
+    x, packed, bias = random_case(format, 70, 300, 33, torch.float32)
+    moved = Packed(packed.format, 70, 300, **{k: off_by_one(t) for k, t in packed.tensors().items()})
+    for m in (1, 7, 33):
+        y = run(name, "cpp", off_by_one(x[:m]), moved, off_by_one(bias), fast)
+        assert torch.equal(y, run(name, "cpp", x[:m].contiguous(), packed, bias, fast))
 
 
 def check_shapes_and_strides(name, format):
@@ -334,3 +359,77 @@ def check_bad_input(name, format):
     refused(ValueError, "shape: got n=0", n=0)
     with pytest.raises(ValueError, match="mode: got 'best'"):
         ops.matmul(x, packed, bias, "best")
+
+
+class WeightOnly:
+    """Every implementation, instruction set and format against f64, and as a torch op.
+
+    ``OP``: the operation; ``FORMATS``: those compared with f64; ``SOME``: one of each kind, for the
+    rest; ``INTEGERS``: formats whose codes are the integers ``CODES`` (lowest, highest)."""
+
+    OP: str
+    FORMATS: list[str]
+    SOME: list[str]
+    INTEGERS: list[str]
+    CODES: tuple[int, int]
+    PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
+
+    def pytest_generate_tests(self, metafunc):
+        values = {
+            "fast": [True, False],
+            "path": self.PATHS,
+            "isa": memlm.isas(),
+            "format": self.FORMATS,
+            "some": self.SOME,
+            "integers": self.INTEGERS,
+        }
+        ids = {
+            "fast": lambda fast: "fast" if fast else "accurate",
+            "path": lambda path: "-".join(filter(None, path)),
+        }
+        for name in metafunc.fixturenames:
+            if name in values:
+                metafunc.parametrize(name, values[name], ids=ids.get(name))
+
+    def test_against_fp64(self, format, path, fast, restore_isa):
+        check_against_fp64(self.OP, format, *path, fast)
+
+    def test_integers_are_exact(self, integers, isa, restore_isa):
+        check_integers_exact(self.OP, integers, *self.CODES, isa)
+
+    def test_numbers(self, some, fast):
+        check_f32_scales(self.OP, some, fast)
+        check_not_finite(self.OP, some, fast)
+        check_small_activations(self.OP, some)
+
+    def test_independent_of_threads(self, some, fast, restore_threads):
+        check_threads(self.OP, some, fast)
+
+    def test_shapes_and_strides(self, some):
+        check_shapes_and_strides(self.OP, some)
+
+    def test_large_sizes(self, some, fast):
+        check_large_sizes(self.OP, some, fast)
+
+    def test_unaligned(self, some, fast):
+        check_unaligned(self.OP, some, fast)
+
+    def test_opcheck(self, some, fast):
+        check_torch_op(self.OP, some, fast)
+
+    def test_torch(self, some):
+        check_gradient(self.OP, some)
+        check_autocast(some)
+
+    def test_compile(self):
+        check_compile(self.SOME[-1])
+
+    def test_bad_input(self, some):
+        check_bad_input(self.OP, some)
+
+    def test_with_the_layers_around_it(self, some, path, fast, restore_isa):
+        check_around(self.OP, some, *path, fast)
+
+    def test_layers_around_it_at_extremes_and_their_gradients(self, some):
+        check_around_extremes(self.OP, some)
+        check_around_gradient(self.OP, some)

@@ -35,10 +35,19 @@ def test_projections_are_those_of_their_layers(format, mode):
 def test_swiglu(width, bias):
     gate, up = layers(width, width, bias=bias)
     made = SwiGLU.from_float(gate, up, "int8", "accurate")
-    x = torch.randn(3, 48)
-    expected = F.silu(gate(x)) * up(x)
-    assert made(x).shape == (3, width)
-    torch.testing.assert_close(made(x), expected, rtol=0.05, atol=0.01)
+    whole, half = made.linear.to_float().requires_grad_(False), made.linear.out_features // 2
+    x, norm = torch.randn(3, 48), torch.rand(48) + 0.5
+    for given in ({}, {"norm": norm, "eps": 1e-5}):
+        h = F.rms_norm(x, (48,), norm, 1e-5) if given else x
+        parts = [whole(h)[:, start : start + width] for start in (0, half)]
+        y = made(x, **given)
+        assert y.shape == (3, width)
+        torch.testing.assert_close(y, F.silu(parts[0]) * parts[1], rtol=1e-4, atol=1e-6)
+    # What is packed are these two layers, and zeros below each.
+    for layer, start in ((gate, 0), (up, half)):
+        rows = whole.weight[start : start + width]
+        assert (rows - layer.weight).norm() < 0.01 * layer.weight.norm()
+        assert not whole.weight[start + width : start + half].any()
 
 
 def test_swiglu_gradient():

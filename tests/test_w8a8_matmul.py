@@ -1,4 +1,4 @@
-"""w8a8_matmul and quantize_rows: exact integers, every implementation and instruction set."""
+"""w8a8_matmul: exact integers, every implementation and instruction set."""
 
 import pytest
 import torch
@@ -86,20 +86,6 @@ def test_codes_and_numbers_give_the_same(path, x_group, restore_isa):
             assert torch.equal(y, numbers)
 
 
-@pytest.mark.parametrize("isa", memlm.isas())
-@pytest.mark.parametrize("x_group", [0, 32])
-def test_quantize_rows(isa, x_group, restore_isa):
-    memlm.set_isa(isa)
-    for shape in ((1, 1), (3, 33), (2, 5, 300), (0, 40)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        codes, scales = ops.quantize_rows(x, x_group)
-        expected = implementations("quantize_rows")["reference"](x, x_group, None, 0.0)
-        assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
-    bad = torch.tensor([[1.0, float("inf")], [0.0, 0.0]])
-    codes, scales = ops.quantize_rows(bad, x_group)
-    assert scales[0].isnan().all() and scales[1].item() == 0 and not codes[1].any()
-
-
 def test_independent_of_threads(restore_threads):
     x, packed, bias = random_case("int8-row", 1100, 1000, 33, torch.float32)
     results = []
@@ -119,7 +105,10 @@ def test_torch():
     torch.library.opcheck(op, (leaf, None, *arguments, bias, 0, None, 0.0, False, None, None))
     codes, scales = ops.quantize_rows(x)
     torch.library.opcheck(op, (codes, scales, *arguments, None, 0, None, 0.0, False, None, None))
-    torch.library.opcheck(torch.ops.memlm.quantize_rows.default, (x, 32, None, 0.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.matmul(x, packed, bias, "w8a8").dtype == torch.bfloat16
+        y = ops.w8a8_matmul(codes, scales, *arguments, bias)
+    assert torch.equal(y, ops.w8a8_matmul(codes, scales, *arguments, bias))  # in f32, as asked for
     seed = torch.randn(6, 32)
     ops.matmul(leaf, packed, bias, "w8a8").backward(seed)
     torch.testing.assert_close(leaf.grad, seed @ w)
@@ -143,8 +132,6 @@ def test_bad_input():
     refused(RuntimeError, "x: holds -128 in row 1", codes.index_fill(0, torch.tensor(1), -128), scales, *parts)
     with pytest.raises(ValueError, match="mode: got 'w8a8'"):
         ops.matmul(x, memlm.quantize_weight(torch.ones(4, 70), "int4"), mode="w8a8")
-    with pytest.raises(TypeError, match="x: got torch.int64"):
-        ops.quantize_rows(torch.ones(2, 3, dtype=torch.int64))
     wide = formats.pack(torch.ones(1, 65537, dtype=torch.int8), torch.ones(1, 1), None, "int8-row")
     with pytest.raises(RuntimeError, match="k: got 65537"):
         ops.matmul(torch.ones(1, 65537), wide, mode="w8a8")

@@ -8,6 +8,7 @@
 #endif
 
 #include <atomic>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -134,6 +135,9 @@ memlm_status check(const memlm_packed* w, int bits) {
     return fail(MEMLM_INVALID, "offsets: 8-bit weights are symmetric only");
   if (w->levels && (bits != 4 || w->offsets))
     return fail(MEMLM_INVALID, "levels: are for 4 bits without offsets");
+  for (int i = 0; w->levels && i < 16; ++i)
+    if (!std::isfinite(w->levels[i]))
+      return fail(MEMLM_INVALID, "levels: number %d is %g, accepted are finite ones", i, w->levels[i]);
   if (w->scale_dtype != MEMLM_F16 && w->scale_dtype != MEMLM_F32)
     return fail(MEMLM_INVALID, "scale_dtype: got %d, accepted are f16, f32", w->scale_dtype);
   // 2^31 keeps every product of sizes below within 64 bits.
@@ -202,9 +206,9 @@ memlm_status check_x_group(int64_t x_group) {
 memlm_status check_codes(const memlm_matmul_args& args, int64_t k) {
   for (int64_t row = 0; row < args.m; ++row) {
     const int8_t* x = static_cast<const int8_t*>(args.x) + row * args.x_stride;
-    int8_t least = 0;
-    for (int64_t i = 0; i < k; ++i) least = x[i] < least ? x[i] : least;
-    if (least == -128)
+    bool found = false;
+    for (int64_t i = 0; i < k; ++i) found |= x[i] == -128;
+    if (found)
       return fail(MEMLM_INVALID, "x: holds -128 in row %lld, accepted are codes of -127 to 127",
                   (long long)row);
   }

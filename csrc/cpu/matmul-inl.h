@@ -151,20 +151,16 @@ void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& ar
   parallel_for(columns.tiles, div_up(columns.tiles, args.threads * kPiecesPerThread), args.threads,
                [&](int64_t begin, int64_t end, int) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      alignas(64) float sums[2][kTileM * kTileRows];
-      F total[2];
+      alignas(64) float sums[kTileM * kTileRows];
+      F totals[kTileM][2];
       for (int part = 0; part < columns.parts; ++part) {
         const Stretch<W> s(codec, w, columns.w_tile(tile, part), 0, padded);
-        Mode::start(x, padded, mt, sums[part]);
-        with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums[part]); });
+        Mode::start(x, padded, mt, sums);
+        with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums); });
+        for (int row = 0; row < mt; ++row)
+          totals[row][part] = Mode::finish(s, x, padded, mt, row, sums + row * kTileRows);
       }
-      for (int row = 0; row < mt; ++row) {
-        for (int part = 0; part < columns.parts; ++part) {
-          const Stretch<W> s(codec, w, columns.w_tile(tile, part), 0, padded);
-          total[part] = Mode::finish(s, x, padded, mt, row, sums[part] + row * kTileRows);
-        }
-        store_tile(columns, args, tile, row, total);
-      }
+      for (int row = 0; row < mt; ++row) store_tile(columns, args, tile, row, totals[row]);
     }
   });
 }
@@ -184,8 +180,9 @@ struct Block {
   char* panel(int64_t i) const { return panels + i * panel_bytes; }
 };
 
-// Tiles of W per block: x is streamed from the L3 once per block, at 16 rows of W per tile for a byte
-// of x; more would not fit the L2 together with the panel's stretch of k.
+// Tiles of W per block.  x is streamed from the L3 once per block: 4 tiles are 64 multiply-adds for a
+// byte of x, 32 tiles, whose unit multiplies ten times as fast, 512.  More would not fit the L2
+// together with the panel's stretch of k.
 template <class Mode>
 constexpr int64_t kBlockTiles = Mode::kTiles ? 32 : 4;
 // Bytes of one panel, all tiles together: half of a 256 KB L2, the smallest in use; every CPU with a
@@ -194,7 +191,7 @@ template <class Mode>
 constexpr int64_t kPanelBytes = Mode::kTiles ? 512 * 1024 : 128 * 1024;
 // On a tile unit a stretch of x's register tile stays in a 48 KB L1 while the tiles of W pass by.
 constexpr int64_t kTileXBytes = 32 * 1024;
-// Rows of x whose sums are kept at a time (64 KB per tile of W).
+// Rows of x whose sums are kept at a time: 32 KB for a tile of W, 1 MB of a 2 MB L2 for 32.
 constexpr int64_t kChunkRows = 512;
 
 template <class Mode>
@@ -244,8 +241,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         const int mt = x_tiles.rows_of(t);
         const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
         if constexpr (Mode::kTiles) {
-          const char* next = x_tile(t + 1 < t1 ? t + 1 : t) + Mode::bytes_before(block.k0, mt);
-          Mode::multiply(block, count, at, next, padded, mt, sums_of(t), sums_next);
+          Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
         } else {
           for (int64_t i = 0; i < count; ++i)
             with_rows(mt, [&](auto n) {

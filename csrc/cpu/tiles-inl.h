@@ -105,15 +105,6 @@ inline void multiply_tiles(TilePair x, bool two_x, TilePair w, bool two_w, int64
   f(x, w, steps, sums, sums_next);
 }
 
-// Asks for part i of n of the x that comes next: it lies in the L3, whose latency the L1's few
-// outstanding lines would not hide.
-inline void prefetch_part(TilePair next, int64_t bytes, int64_t i, int64_t n) {
-  for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += 64) {
-    __builtin_prefetch(next.first + at, 0, 2);
-    __builtin_prefetch(next.second + at, 0, 2);
-  }
-}
-
 // Both modes of arithmetic on numbers: T is OneBf16 (fast) or ThreeBf16 (accurate).
 template <class W, class T>
 struct Bf16Tiles {
@@ -165,18 +156,15 @@ struct Bf16Tiles {
     memset(sums, 0, sizeof(float) * mt * kTileRows);
   }
 
-  // x times `count` tiles of W: sums_next floats lie between the sums of one and the next.  next_x
-  // is what will be multiplied after it.
+  // x times `count` tiles of W: sums_next floats lie between the sums of one and the next.
   template <class Block>
-  static void multiply(const Block& block, int64_t count, const char* x, const char* next_x,
-                       int64_t padded, int mt, float* sums, int64_t sums_next) {
-    const int64_t half = kTileX * row_bytes(padded), steps = (block.k1 - block.k0) / kStepK;
-    const TilePair xs = {x, x + half};
-    for (int64_t i = 0; i < count; i += 2) {
-      prefetch_part({next_x, next_x + half}, steps * T::kParts * kTileBytes, i, count);
+  static void multiply(const Block& block, int64_t count, const char* x, int64_t padded, int mt,
+                       float* sums, int64_t sums_next) {
+    const TilePair xs = {x, x + kTileX * row_bytes(padded)};
+    const int64_t steps = (block.k1 - block.k0) / kStepK;
+    for (int64_t i = 0; i < count; i += 2)
       multiply_tiles<T>(xs, mt > kTileX, {block.panel(i), block.panel(i + 1)}, i + 1 < count, steps,
                         sums + i * sums_next, sums_next);
-    }
   }
 
   static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
@@ -216,15 +204,13 @@ struct PerRowTiles {
   }
 
   template <class Block>
-  static void multiply(const Block& block, int64_t count, const char* x, const char* next_x,
-                       int64_t padded, int mt, float* sums, int64_t sums_next) {
-    const int64_t half = kTileX * code_bytes(padded);
-    const TilePair xs = {x, x + half};
+  static void multiply(const Block& block, int64_t count, const char* x, int64_t padded, int mt,
+                       float* sums, int64_t sums_next) {
+    const TilePair xs = {x, x + kTileX * code_bytes(padded)};
     const int64_t k = block.k1 - block.k0, steps = k / kStepK, done = steps * kTileBytes;
     alignas(64) char ends[2][kTileBytes] = {};  // the last 32 k of an odd number of 32 k, and zeros
     for (int64_t i = 0; i < count; i += 2) {
       const bool two = i + 1 < count;
-      prefetch_part({next_x, next_x + half}, steps * kTileBytes, i, count);
       const char* codes[2];
       for (int j = 0; j < 1 + two; ++j)
         codes[j] = reinterpret_cast<const char*>(block.stretch(i + j).codes);

@@ -7,16 +7,11 @@ namespace MEMLM_ISA {
 
 // A byte holds k + j, k + j + 4, k + j + 8 and k + j + 12, from its lowest bits up.
 template <bool kHasOffsets>
-struct W2 {
-  static constexpr int kBits = 2, kZero = 1, kDotBias = kHasOffsets ? 0 : kZero, kLoadK = 16;
-  static constexpr bool kOffsets = kHasOffsets, kUnit = false, kUnpacks = true;
+struct W2 : UnsignedSums<kHasOffsets, 1> {
+  static constexpr int kBits = 2, kLoadK = 16;
+  static constexpr bool kUnpacks = true;
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-  using Sums = Pairs;
 
-  float unit() const { return 1; }
-  static Sums start(int32_t x) { return pairs_start(x); }
-  static Sums dot(Sums acc, B w, const int8_t* x) { return pairs_dot_u4(acc, w, x); }
-  static I total(Sums acc, int32_t start) { return pairs_sum(acc, start); }
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {
     const B all = b_load(p + i / 2 * kBlock);
     const B both = i % 2 ? b_field<4, 4>(all) : b_field<0, 4>(all);

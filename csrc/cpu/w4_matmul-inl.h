@@ -20,15 +20,7 @@ struct Nibbles {
 
 // Codes are numbers.
 template <bool kHasOffsets>
-struct W4 : Nibbles {
-  static constexpr int kZero = 8, kDotBias = kHasOffsets ? 0 : kZero;
-  static constexpr bool kOffsets = kHasOffsets, kUnit = false;
-  using Sums = Pairs;
-
-  float unit() const { return 1; }
-  static Sums start(int32_t x) { return pairs_start(x); }
-  static Sums dot(Sums acc, B w, const int8_t* x) { return pairs_dot_u4(acc, w, x); }
-  static I total(Sums acc, int32_t start) { return pairs_sum(acc, start); }
+struct W4 : Nibbles, UnsignedSums<kHasOffsets, 8> {
   template <int J>
   F weight(B b) const {
     return b_field_to_f<shift(J), 4>(b);
@@ -36,28 +28,22 @@ struct W4 : Nibbles {
 };
 
 // Codes are places in a table of 16 levels; integer sums use them rounded to 1/127 of the largest.
-struct W4Table : Nibbles {
-  static constexpr int kZero = 0, kDotBias = kSignedBias;
-  static constexpr bool kOffsets = false, kUnit = true;
-  using Sums = I;
+struct W4Table : Nibbles, SignedSums {
+  static constexpr bool kUnit = true;
 
   Table levels;
   ByteTable bytes;
-  float unit_;
+  float unit;
 
   explicit W4Table(const float* given) : levels(t_load(given)) {
     float largest = 0;
     for (int i = 0; i < 16; ++i) largest = fabsf(given[i]) > largest ? fabsf(given[i]) : largest;
-    unit_ = largest / 127;
+    unit = largest / 127;
     int8_t rounded[16];
     for (int i = 0; i < 16; ++i)
       rounded[i] = largest > 0 ? static_cast<int8_t>(rintf(given[i] * (127 / largest))) : 0;
     bytes = t_load_bytes(rounded);
   }
-  float unit() const { return unit_; }
-  static Sums start(int32_t x) { return i_set1(x); }
-  static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
-  static I total(Sums acc, int32_t) { return acc; }
   void load2(const uint8_t* p, int i, B& b0, B& b1) const {
     Nibbles::load2(p, i, b0, b1);
     b0 = b_bias(b_lookup(b0, bytes));

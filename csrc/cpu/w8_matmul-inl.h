@@ -5,17 +5,11 @@
 namespace memlm {
 namespace MEMLM_ISA {
 
-struct W8 {
-  static constexpr int kBits = 8, kZero = 0, kDotBias = kSignedBias, kLoadK = 4;
-  static constexpr bool kOffsets = false, kUnit = false;
-  static constexpr bool kUnpacks = kSignedBias != 0 || kDotK != kLaneK;
+struct W8 : SignedSums {
+  static constexpr int kBits = 8, kLoadK = 4;
+  static constexpr bool kUnit = false, kUnpacks = kSignedBias != 0 || kDotK != kLaneK;
   using LoadIndices = Indices<0, 1, 2, 3>;
-  using Sums = I;
 
-  float unit() const { return 1; }
-  static Sums start(int32_t x) { return i_set1(x); }
-  static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
-  static I total(Sums acc, int32_t) { return acc; }
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {
     b0 = b_bias(b_load(p + 2 * i * kBlock));
     b1 = b_bias(b_load(p + (2 * i + 1) * kBlock));

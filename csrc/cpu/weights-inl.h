@@ -3,7 +3,7 @@
 // A weight type (w2_matmul-inl.h, w4_matmul-inl.h, w8_matmul-inl.h) says what codes mean:
 //   kBits; kOffsets: has offsets; kZero: what to subtract from a code, where there are none;
 //   kDotBias: the same for what load2 gives, in integer sums
-//   kUnit: in integer sums a weight is the scale times unit() times the code; else unit() is 1
+//   kUnit: in integer sums a weight is the scale times `unit` times the code
 //   kUnpacks: prefill unpacks codes into bytes (else it reads them where they are)
 //   Sums: the integer sums of 16 rows; start(x), dot(sums, block, x), total(sums, x): x is added
 //   load2(p, i, b0, b1): blocks 2i and 2i+1 of the 32 k at p
@@ -40,14 +40,19 @@ struct Stretch {
   Stretch(const W& codec, const memlm_packed& w, int64_t tile, int64_t k0, int64_t k1)
       : codec(codec) {
     const int64_t padded = padded_k(w.k, w.group);
-    const int64_t group = w.group ? w.group : padded;
     codes = static_cast<const uint8_t*>(w.codes) + tile * tile_bytes(W::kBits, padded) +
             tile_bytes(W::kBits, k0);
     scales = {w.scales, w.scale_dtype == MEMLM_F16};
     offsets = {w.offsets, w.scale_dtype == MEMLM_F16};
-    scale_index = (tile * (padded / group) + k0 / group) * kTileRows;
-    groups = w.group ? (k1 - k0) / group : 1;
-    subs = (k1 - k0) / groups / kActGroup;
+    if (w.group) {
+      scale_index = (tile * (padded / w.group) + k0 / w.group) * kTileRows;
+      groups = (k1 - k0) / w.group;
+      subs = w.group / kActGroup;
+    } else {
+      scale_index = tile * kTileRows;
+      groups = 1;
+      subs = (k1 - k0) / kActGroup;
+    }
   }
   F scale(int64_t g) const { return scales.load(scale_index + g * kTileRows); }
   F offset(int64_t g) const {
@@ -56,9 +61,31 @@ struct Stretch {
   }
   // Of integer sums.
   F dot_scale(int64_t g) const {
-    return W::kUnit ? f_mul(scale(g), f_set1(codec.unit())) : scale(g);
+    if constexpr (W::kUnit) return f_mul(scale(g), f_set1(codec.unit));
+    return scale(g);
   }
   F dot_offset(int64_t g) const { return W::kOffsets ? offset(g) : f_zero(); }
+};
+
+// Integer sums of codes of 2 and 4 bits, which are numbers from 0 up.
+template <bool kHasOffsets, int kZeroPoint>
+struct UnsignedSums {
+  static constexpr int kZero = kZeroPoint, kDotBias = kHasOffsets ? 0 : kZeroPoint;
+  static constexpr bool kOffsets = kHasOffsets, kUnit = false;
+  using Sums = Pairs;
+  static Sums start(int32_t x) { return pairs_start(x); }
+  static Sums dot(Sums acc, B w, const int8_t* x) { return pairs_dot_u4(acc, w, x); }
+  static I total(Sums acc, int32_t start) { return pairs_sum(acc, start); }
+};
+
+// Integer sums of signed bytes, after b_bias.
+struct SignedSums {
+  static constexpr int kZero = 0, kDotBias = kSignedBias;
+  static constexpr bool kOffsets = false;
+  using Sums = I;
+  static Sums start(int32_t x) { return i_set1(x); }
+  static Sums dot(Sums acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+  static I total(Sums acc, int32_t) { return acc; }
 };
 
 // How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a

@@ -162,8 +162,8 @@ def grad_bias(grad: torch.Tensor) -> torch.Tensor:
 class Arguments:
     """Where an op's arguments stand: ``names``, as its schema has them."""
 
-    def __init__(self, op, pack: Callable[..., Packed], names: str):
-        self.op, self.pack, self.names = op, pack, names.split()
+    def __init__(self, op, bits: int, names: list[str]):
+        self.op, self.bits, self.names = op, bits, names
         self.floats = tuple(self.names.index(x) for x in ("x", "bias", "norm", "residual"))
 
     def setup_context(self, ctx, inputs, output) -> None:
@@ -188,7 +188,7 @@ class Arguments:
             again = {**given, "swiglu": False, "residual": None}
             grad = grad_swiglu(grad, self.op(*(again[name] for name in self.names)))
         if wanted["x"] or wanted["norm"]:
-            product = grad_x(grad, self.pack(given))
+            product = grad_x(grad, packed_given(self.bits, given))
             if given["norm"] is None:
                 grads["x"] = product
             else:
@@ -198,36 +198,34 @@ class Arguments:
         return tuple(grads.values())
 
 
-def define(
-    name: str, arguments: str, pack: Callable[..., Packed], reference: Callable, fake: Callable
-):
-    """Adds to the C++ op what torch needs beside the kernel.  ``arguments``: the names of the op's
-    arguments; ``pack``: their dict -> :class:`Packed`; ``reference`` and ``fake`` take the dict."""
+def define(name: str, bits: int, arguments: str, reference: Callable, fake: Callable):
+    """Adds to the C++ op over ``bits``-bit weights what torch needs beside the kernel.
+    ``arguments``: the names of the op's arguments; ``reference`` and ``fake`` take a dict of them."""
     names = arguments.split()
 
     def named(function):
         return lambda *args: function(dict(zip(names, args)))
 
     qualified = getattr(torch.ops.memlm, name).default
-    table = Arguments(qualified, pack, arguments)
+    table = Arguments(qualified, bits, names)
     op = _registry.define(name, named(reference), named(fake), table.backward, table.setup_context)
     register_autocast(op, table.floats)
     return op
 
 
-def define_weight_only(name: str, arguments: str, pack: Callable[..., Packed]):
+def define_weight_only(name: str, bits: int, arguments: str):
     """:func:`define` for an op over float x in one of two modes."""
     around = ("norm", "eps", "swiglu", "residual")
 
     def run(given):
         rest = (given[key] for key in ("bias", "fast", *around))
-        return reference(given["x"], pack(given), *rest)
+        return reference(given["x"], packed_given(bits, given), *rest)
 
     def shape(given):
         rest = (given[key] for key in ("bias", "norm", "swiglu", "residual"))
-        return fake(given["x"], pack(given), *rest)
+        return fake(given["x"], packed_given(bits, given), *rest)
 
-    return define(name, arguments, pack, run, shape)
+    return define(name, bits, arguments, run, shape)
 
 
 def codebook_index(name: str) -> int:
@@ -250,6 +248,13 @@ def packed_with(codes, scales, offsets, bits, codebook, n, k, group) -> Packed:
     return packed_of(bits, codes, scales, offsets, n, k, group, codebook)
 
 
+def packed_given(bits: int, given: dict) -> Packed:
+    """Of a matmul's arguments by name."""
+    sizes = (given["n"], given["k"], given["group"])
+    tensors = (given["codes"], given["scales"], given.get("offsets"))
+    return packed_of(bits, *tensors, *sizes, given.get("codebook", 0))
+
+
 def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int, codebook=0) -> Packed:
     """The op's tensor arguments as a checked :class:`Packed`."""
     format = Format(bits, group, offsets is None, CODEBOOKS[codebook])
@@ -258,13 +263,14 @@ def packed_of(bits: int, codes, scales, offsets, n: int, k: int, group: int, cod
 
 def register_autocast(op, cast_arguments: tuple[int, ...]) -> None:
     """Under autocast the arguments at these positions (x, bias, norm, residual) are cast to the
-    autocast dtype, as for torch.nn.functional.linear; the packed tensors never are."""
+    autocast dtype, as for torch.nn.functional.linear; the packed tensors never are.  x comes first."""
 
     def make(device: str):
         def run(*args):
             dtype = torch.get_autocast_dtype(device)
             cast = list(args)
-            for i in cast_arguments:
+            # int8 x stays as it is, and so does what its result's dtype goes by.
+            for i in cast_arguments if args[0].is_floating_point() else ():
                 if cast[i] is not None and cast[i].is_floating_point():
                     cast[i] = cast[i].to(dtype)
             with torch.autocast(device, enabled=False):

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from memlm.formats import Packed
 from memlm.ops import _matmul
 
 ARGUMENTS = "x codes scales offsets n k group bias fast norm eps swiglu residual"  # as the schema
-
-
-def _packed(given: dict) -> Packed:
-    names = "codes scales offsets n k group"
-    return _matmul.packed_of(2, *(given[name] for name in names.split()))
-
-
-_op = _matmul.define_weight_only("w2_matmul", ARGUMENTS, _packed)
+_op = _matmul.define_weight_only("w2_matmul", 2, ARGUMENTS)
 
 
 def w2_matmul(

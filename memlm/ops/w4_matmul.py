@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from memlm.formats import Packed
 from memlm.ops import _matmul
 
 ARGUMENTS = (
     "x codes scales offsets codebook n k group bias fast norm eps swiglu residual"  # as the schema
 )
-
-
-def _packed(given: dict) -> Packed:
-    names = "codes scales offsets n k group codebook"
-    return _matmul.packed_of(4, *(given[name] for name in names.split()))
-
-
-_op = _matmul.define_weight_only("w4_matmul", ARGUMENTS, _packed)
+_op = _matmul.define_weight_only("w4_matmul", 4, ARGUMENTS)
 
 
 def w4_matmul(

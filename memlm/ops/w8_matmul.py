@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from memlm.formats import Packed
 from memlm.ops import _matmul
 
 ARGUMENTS = "x codes scales n k group bias fast norm eps swiglu residual"  # as the schema
-
-
-def _packed(given: dict) -> Packed:
-    sizes = (given[name] for name in ("n", "k", "group"))
-    return _matmul.packed_of(8, given["codes"], given["scales"], None, *sizes)
-
-
-_op = _matmul.define_weight_only("w8_matmul", ARGUMENTS, _packed)
+_op = _matmul.define_weight_only("w8_matmul", 8, ARGUMENTS)
 
 
 def w8_matmul(

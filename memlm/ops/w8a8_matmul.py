@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 
 from memlm import formats
-from memlm.formats import ACT_GROUP, Packed
+from memlm.formats import ACT_GROUP
 from memlm.ops import _matmul
 
 ARGUMENTS = "x x_scales codes scales n k group bias x_group norm eps swiglu residual dtype"
 
 
-def _packed(given: dict) -> Packed:
-    sizes = (given[name] for name in ("n", "k", "group"))
-    return _matmul.packed_of(8, given["codes"], given["scales"], None, *sizes)
-
-
 def _checked(given: dict) -> tuple[torch.dtype, tuple[int, ...]]:
     """dtype and shape of the result, or TypeError or ValueError naming what does not fit."""
-    x, scales, group, packed = given["x"], given["x_scales"], given["x_group"], _packed(given)
+    x, scales, group = given["x"], given["x_scales"], given["x_group"]
+    packed = _matmul.packed_given(8, given)
     around = (given[name] for name in ("bias", "norm", "swiglu", "residual"))
     if group not in (0, ACT_GROUP):
         raise ValueError(f"x_group: got {group}, accepted are 0 (the whole row) and {ACT_GROUP}")
@@ -43,7 +39,7 @@ def _checked(given: dict) -> tuple[torch.dtype, tuple[int, ...]]:
 
 def _reference(given: dict) -> torch.Tensor:
     dtype, shape = _checked(given)
-    x, packed, group = given["x"], _packed(given), given["x_group"]
+    x, group, packed = given["x"], given["x_group"], _matmul.packed_given(8, given)
     if given["x_scales"] is None:
         rows = _matmul.prologue(x, packed.k, given["norm"], given["eps"]).reshape(-1, packed.k)
         q, scales = _matmul.quantize_activations(rows, group)
@@ -64,7 +60,7 @@ def _fake(given: dict) -> torch.Tensor:
     return given["x"].new_empty(shape, dtype=dtype)
 
 
-_op = _matmul.define("w8a8_matmul", ARGUMENTS, _packed, _reference, _fake)
+_op = _matmul.define("w8a8_matmul", 8, ARGUMENTS, _reference, _fake)
 
 
 def w8a8_matmul(
