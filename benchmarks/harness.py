@@ -1,11 +1,12 @@
 """Timing of operations: cold weights, interleaved rivals, the machine's limits in the same run.
 
 A candidate's turn begins when no thread of the process is busy any more (pools of threads spin for
-a while after their work), and with a call that is not timed: it wakes the candidate's threads, as
-the layer before does in a model.  The next call is timed, alone.  Each call takes the next of the
-candidate's copies of the weights; before a copy's turn comes again, all copies of all candidates
-have been read, which together are larger than the largest cache twice: what is read comes from
-memory, as in a model.  Reported is the median.  Limits are measured in the same process, before.
+a while after their work), and with calls that are not timed, all on one copy of the weights: they
+wake the candidate's threads, as the layers before do in a model, and give the system time to spread
+them over the CPUs (a worker woken on its caller's CPU waits there for milliseconds).  The next call
+is timed, alone, on the next of the candidate's other copies; before a copy's turn comes again, all
+copies of all candidates have been read, which together are larger than the largest cache twice: what
+is read comes from memory, as in a model.  Reported is the median.  Limits are measured in the same process, before.
 
 Nothing is timed that computes something wrong: each candidate's result is first compared with the
 float product, and the error that it has is reported.
@@ -44,6 +45,8 @@ COLD = 2  # all copies of all weights together are larger than so many times the
 # kernel counts in steps of up to 10 ms); after PATIENCE times that, threads are taken to spin for
 # good.
 SETTLE, PATIENCE = 0.01, 50
+# Seconds of untimed calls: some ticks of the scheduler, at 4 to 10 ms each, which spreads threads.
+WAKE = 0.025
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -240,8 +243,8 @@ class _Runner:
         self.calls, self.times = 0, []
 
     def call(self) -> float:
-        """Seconds of one call, on the next copy."""
-        stored = self.copies[self.calls % len(self.copies)]
+        """Seconds of one call, on the next copy but the first."""
+        stored = self.copies[1 + self.calls % (len(self.copies) - 1)]
         self.calls += 1
         start = time.perf_counter()
         self.candidate.run(self.x, stored)
@@ -249,7 +252,11 @@ class _Runner:
 
     def turn(self) -> None:
         _settle()
-        self.call()
+        start = time.perf_counter()
+        while True:
+            self.candidate.run(self.x, self.copies[0])
+            if time.perf_counter() - start > WAKE:
+                break
         self.times.append(self.call())
 
 
@@ -268,7 +275,7 @@ def _cool(runners: list[_Runner]) -> None:
     copies = 1 + COLD * limits.cache_bytes() // sum(runner.size for runner in runners)
     for runner in runners:
         runner.copies += (copy.deepcopy(runner.copies[0]) for _ in range(copies))
-        for _ in runner.copies:
+        for _ in runner.copies[1:]:
             runner.call()
 
 

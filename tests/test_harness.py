@@ -107,7 +107,8 @@ def test_only_rivals_that_refuse():
     assert harness.measure(harness.MATMULS["w4_matmul"], [case], [rival], [1]) == []
 
 
-def test_weights_are_cold_and_rivals_interleaved():
+def test_weights_are_cold_and_rivals_interleaved(monkeypatch):
+    monkeypatch.setattr(harness, "WAKE", 0)  # one call
     log, made = [], []
 
     def candidate(name):
@@ -123,8 +124,11 @@ def test_weights_are_cold_and_rivals_interleaved():
     turns = log[-8:]
     assert [name for name, _ in turns] == ["a", "a", "b", "b"] * 2  # to wake up, and to be timed
     size = 48 * 64 * 4
-    for name in "ab":  # each call has a copy that all copies of both were read since
-        pointers = [pointer for n, pointer in log[2:] if n == name]
+    for name in "ab":
+        first = next(pointer for n, pointer in log if n == name)
+        assert [pointer == first for n, pointer in turns if n == name] == [True, False] * 2
+        # What is timed has a copy that all copies of both were read since.
+        pointers = [pointer for n, pointer in log if n == name and pointer != first]
         copies = len(set(pointers))
         assert pointers[:copies] == list(dict.fromkeys(pointers))
         assert pointers[copies:] == pointers[: len(pointers) - copies]

@@ -90,10 +90,12 @@ struct SignedSums {
 
 // How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a
 // 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1 and 2 KB gave less).
+// Into the L2: the L1 can wait for 10 to 16 lines only, and has its own to load: 8 % more on an Intel
+// Xeon.
 constexpr int64_t kPrefetch = 3072;
 
 inline void prefetch(const uint8_t* codes, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kBlock) __builtin_prefetch(codes + kPrefetch + i);
+  for (int64_t i = 0; i < bytes; i += kBlock) __builtin_prefetch(codes + kPrefetch + i, 0, 2);
 }
 
 template <int... J>
