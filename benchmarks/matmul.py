@@ -31,8 +31,8 @@ def memlm_candidates(formats: list[str]) -> list[Candidate]:
 
 
 def memlm_w8a8() -> list[Candidate]:
-    """``memlm_w8a8``: one scale per row of W and of x."""
-    return [packed("int8-row", lambda x, w: ops.matmul(x, w, mode="w8a8"), "memlm_w8a8", "i8")]
+    """``memlm``, with one scale per row of W and of x."""
+    return [packed("int8-row", lambda x, w: ops.matmul(x, w, mode="w8a8"), arithmetic="i8")]
 
 
 def torch_float() -> list[Candidate]:

@@ -127,6 +127,7 @@ def ratios(results: list[Measurement], reference: Name, path: Path) -> None:
         lines, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, lines))
     figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False,
-                  loc="outside right upper")  # fmt: skip
-    figure.suptitle(f"{results[0].op} on {results[0].device}, {results[0].threads} threads")
+                  loc="outside right center")  # fmt: skip
+    title = f"{results[0].op} on {results[0].device}, {results[0].threads} threads"
+    figure.suptitle(title, x=0.01, ha="left")  # the legend stands on the right
     _finish(figure, path, plt)

@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <string.h>
+
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -11,6 +13,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#define MEMLM_ISA limits
+#include "../cpu/tile_unit.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #include <sys/auxv.h>
@@ -117,6 +122,30 @@ MEMLM_CHAINS(dot_avxvnni, "avx2,avxvnni", __m256i, _mm256_set1_epi32(0x03030303)
 MEMLM_CHAINS(dot_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03030303),
              _mm512_dpbusd_epi32(a, x, x))
 
+// Whether the kernels may use AMX here, which the system has to permit.
+bool has_amx() {
+  for (const char* const* isa = memlm_isas(); *isa; ++isa)
+    if (!strcmp(*isa, "amx")) return true;
+  return false;
+}
+
+// Products of whole tiles, 16 x 16 sums of 64 each: 12 of them in four chains for each 64 rounds.
+constexpr int kMacsAmx = 16 * 16 * 64 / 64;
+void dot_amx() {
+  using namespace memlm::limits;
+  const TileUnit unit;
+  alignas(64) static const char ones[kTileBytes] = {1};
+  tile_load<4>(ones);
+  tile_load<5>(ones);
+  for (int64_t i = 0; i < kRounds / 64; ++i)
+    for (int j = 0; j < kChains / 4; ++j) {
+      tile_dot_s8<0, 4, 5>();
+      tile_dot_s8<1, 4, 5>();
+      tile_dot_s8<2, 4, 5>();
+      tile_dot_s8<3, 4, 5>();
+    }
+}
+
 #elif defined(__aarch64__)
 
 bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
@@ -175,7 +204,7 @@ double memlm_limit_dram_gbps(int threads, int64_t bytes, int huge_pages, int rep
   return static_cast<double>(share) * threads / seconds / 1e9;
 }
 
-// Multiply-adds per second, 10^9, of kChains chains of so many lanes.
+// Multiply-adds per second, 10^9, of run, which does kRounds times so many of them in each chain.
 static double gmacs(int threads, int repeats, int lanes, void (*run)()) {
   const double seconds = shortest(threads, repeats, [run](int) { run(); });
   return 1.0 * kChains * lanes * kRounds * threads / seconds / 1e9;
@@ -193,6 +222,7 @@ double memlm_limit_f32_gmacs(int threads, int repeats) {
 
 double memlm_limit_i8_gmacs(int threads, int repeats) {
 #if defined(__x86_64__)
+  if (has_amx()) return gmacs(threads, repeats, kMacsAmx, dot_amx);
   if (has_avx512vnni()) return gmacs(threads, repeats, 64, dot_avx512vnni);
   if (has_avxvnni()) return gmacs(threads, repeats, 32, dot_avxvnni);
   if (has_avx2()) return gmacs(threads, repeats, 32, maddubs_avx2);

@@ -16,9 +16,10 @@ MEMLM_API double memlm_limit_dram_gbps(int threads, int64_t bytes, int huge_page
 /* f32 multiply-adds per second, in G/s, from registers: `threads` threads of FMAs. */
 MEMLM_API double memlm_limit_f32_gmacs(int threads, int repeats);
 
-/* int8 multiply-adds per second, in G/s, from registers, by the best instructions that the fast
- * kernels have for 4-bit weights: vpdpbusd with AVX-512 VNNI or AVX-VNNI, vpmaddubsw + vpaddw with
- * AVX2; smmla, or else sdot, on Arm.  0 where the CPU has none of them. */
+/* int8 multiply-adds per second, in G/s, from registers, by the best instructions that the kernels
+ * have: tdpbssd with AMX (whose bf16, which fast mode takes for many rows, reaches half of that),
+ * vpdpbusd with AVX-512 VNNI or AVX-VNNI, vpmaddubsw + vpaddw with AVX2; smmla, or else sdot, on Arm.
+ * 0 where the CPU has none of them. */
 MEMLM_API double memlm_limit_i8_gmacs(int threads, int repeats);
 
 #ifdef __cplusplus

@@ -1,10 +1,12 @@
-// The tile unit that csrc/cpu/vec_amx.h describes, in plain C++.
+// The tile unit that csrc/cpu/tile_unit.h describes, in plain C++.
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 namespace memlm {
 namespace MEMLM_ISA {
+
+constexpr int kTileBytes = 1024;
 
 struct Tile { uint8_t bytes[16][64]; };
 static thread_local Tile tiles[8];
