@@ -89,13 +89,16 @@ struct SignedSums {
 };
 
 // How far ahead of the codes in use to ask for more: the hardware's prefetcher stops at the end of a
-// 4 KB page, and this starts on the next one in time.  12 to 25 % of decode (1 and 2 KB gave less).
-// Into the L2: the L1 can wait for 10 to 16 lines only, and has its own to load: 8 % more on an Intel
-// Xeon.
-constexpr int64_t kPrefetch = 3072;
+// 4 KB page, and this starts on the next one in time.  First into the L2, since the L1 can wait for 10
+// to 16 lines only, then into the L1; on an Intel Xeon 8 and 4 % less time than the one before, with
+// 12 to 25 % for any of them on Zen 4.  Nearer (1, 2 KB) and further (4 to 16 KB) gave less.
+constexpr int64_t kPrefetchL2 = 3072, kPrefetchL1 = 1024;
 
 inline void prefetch(const uint8_t* codes, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kBlock) __builtin_prefetch(codes + kPrefetch + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += kBlock) {
+    __builtin_prefetch(codes + kPrefetchL2 + i, 0, 2);
+    __builtin_prefetch(codes + kPrefetchL1 + i, 0, 3);
+  }
 }
 
 template <int... J>
