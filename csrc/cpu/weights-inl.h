@@ -104,10 +104,11 @@ inline void prefetch(const uint8_t* codes, int64_t bytes) {
 template <int... J>
 struct Indices {};
 
-// Calls use(j, weights at k + j) for the k of one load of packed codes.
+// Calls use(j, weights at k + j) for the k of one load of packed codes.  Inlined always: called, it
+// would keep the sums that `use` adds to in memory.
 template <class W, class Use, int... J>
-inline void each_weight(const W& codec, const uint8_t* codes, F scale, F offset, Use&& use,
-                        Indices<J...>) {
+__attribute__((always_inline)) inline void each_weight(const W& codec, const uint8_t* codes, F scale,
+                                                       F offset, Use&& use, Indices<J...>) {
   const B b = b_load(codes);
   // With offset = -kZero * scale the FMA is exact wherever the product is; see numerics in tests.
   (use(J, f_fma(codec.template weight<J>(b), scale, offset)), ...);
