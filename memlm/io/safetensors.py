@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from memlm.errors import FormatError
+from memlm.io._header import MAX_BYTES, METADATA, read_header
 from memlm.io.files import replacing
 
 ALIGNMENT = 64
@@ -36,8 +35,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-_METADATA = "__metadata__"
-_MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer one
+_BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
 
 
 def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
@@ -52,7 +50,7 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"tensors: the name {name!r} is not a string")
-        if name == _METADATA:
+        if name == METADATA:
             raise ValueError(f"tensors: the name {name!r} is reserved")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"tensors: {name}: safetensors holds no {tensor.dtype}")
@@ -70,7 +68,7 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str
     # Sizes fall from multiples of 64 to smaller powers of two, so each tensor starts at a multiple
     # of its own: there are no holes, and every element is aligned.
     order = sorted(tensors, key=divisor, reverse=True)
-    header, position = {_METADATA: metadata}, 0
+    header, position = {METADATA: metadata}, 0
     for name in order:
         end = position + tensors[name].nbytes
         header[name] = {
@@ -81,8 +79,8 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    if len(text) > _MAX_HEADER:
-        raise ValueError(f"tensors: a header of {len(text)} bytes; at most {_MAX_HEADER} are read")
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"tensors: a header of {len(text)} bytes; at most {MAX_BYTES} are read")
 
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -95,20 +93,26 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str
 def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a safetensors file, memory-mapped, and its metadata.
 
-    Nothing is read until it is used and nothing is copied: the pages are the page cache's, shared
-    with every other process that maps the file, until somebody writes to a tensor (which changes
-    that process's copy, never the file).
+    Nothing is read until it is used and nothing is copied (but for tensors that do not lie at a
+    multiple of their element's size): the pages are the page cache's, shared with every other
+    process that maps the file, until somebody writes to a tensor (which changes that process's
+    copy, never the file).  All tensors share one storage, in the order of the file.
 
     Raises FileNotFoundError, or FormatError for a file that is truncated or malformed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except OSError:
-        raise
-    except Exception as error:  # its own, and torch's of any type, for sizes that overflow
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"{path}: not a valid safetensors file: {reason}") from None
+    entries, metadata = read_header(path)
+    data = map_file(path)
+    tensors = {}
+    for name, entry in entries.items():
+        raw, dtype = data[entry.start : entry.end], _BY_CODE[entry.dtype]
+        if entry.start % dtype.itemsize:
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).view(entry.shape)
+    return tensors, metadata
+
+
+def map_file(path: Path) -> torch.Tensor:
+    """A file's bytes, mapped for this process alone: uint8 [size]."""
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
