@@ -131,6 +131,19 @@ class PackedFolder:
             raise FormatError(f"{self.path}: {module}: malformed: {error}") from None
         return PackedTensor(packed, order, mode)
 
+    def _parts(self, name: str) -> list[str]:
+        module = name.removesuffix(".weight")
+        parts = [f"{module}.{part}" for part in FILE_PARTS.values()] if module in self.specs else [name]
+        return [part for part in parts if part in self._stored]
+
+    def read_ahead(self, name: str) -> None:
+        for part in self._parts(name):
+            self._folder.read_ahead(part)
+
+    def release(self, name: str) -> None:
+        for part in self._parts(name):
+            self._folder.release(part)
+
 
 def check_order(order: torch.Tensor, k: int) -> None:
     """Raises ValueError unless ``order`` is a permutation of 0 .. k - 1, int32."""
@@ -175,10 +188,12 @@ def replacing_model(folder: Path) -> Iterator[Path]:
     try:
         with temporary_folder(folder) as temporary:
             yield temporary
-            names = sorted(file.name for file in temporary.iterdir())
+            files = [f.relative_to(temporary) for f in temporary.rglob("*") if not f.is_dir()]
             # Weights first: a config never describes weights that are not there yet.
-            for name in sorted(names, key=lambda name: (name != WEIGHTS_FILE, name == CONFIG_FILE)):
-                os.replace(temporary / name, folder / name)
+            first, last = Path(WEIGHTS_FILE), Path(CONFIG_FILE)
+            for file in sorted(files, key=lambda f: (f != first, f == last, f)):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary / file, folder / file)
             sync_folder(folder)
     except BaseException:
         if not existed:
