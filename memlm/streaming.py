@@ -26,10 +26,9 @@ from memlm.io import pages, safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.files import replacing
 from memlm.io.packed_folder import (
-    CONFIG_FILE, WEIGHTS_FILE, check_target, file_tensors, in_file_order, metadata, replacing_model,
-    write_config,
+    CONFIG_FILE, WEIGHTS_FILE, check_target, copy_others, file_sizes, file_tensors, in_file_order, metadata,
+    replacing_model, write_config,
 )  # fmt: skip
-from memlm.io.tokenizer import load_tokenizer
 from memlm.layers import Embedding, Linear
 from memlm.models.decoder import Decoder
 from memlm.models.load import FLOATS, build, check_names, read_tensor
@@ -37,9 +36,6 @@ from memlm.ops import mode_for
 from memlm.quantize import quantize_weight
 
 _PARTIAL = ".partial"
-# What else a model's folder holds comes along, but for weights in other files, and the index of ours.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
-            ".index.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,10 +116,10 @@ def quantize_files(
                 lambda names: in_file_order(names, specs),
                 metadata(),
             )
-            _copy_others(src, temporary)
+            copy_others(src, temporary)
             plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
             write_config(temporary / CONFIG_FILE, plain, specs, _NAMES[dtype])
-            files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir()) if f.is_file()}
+            files = file_sizes(temporary)
         partial.remove()
         return files
     except (ValueError, TypeError):  # what another run would meet again
@@ -229,18 +225,3 @@ def _fingerprint(src: Path, config: QuantConfig, requantize: bool) -> str:
     files = sorted(src.rglob("*")) if src.is_dir() else [src]
     stats = [(str(f.relative_to(src.parent)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((memlm.__version__, stats, config, requantize)).encode()).hexdigest()
-
-
-def _copy_others(src: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings, pooling and what else came with the model."""
-    if src.is_file():
-        load_tokenizer(src).save(folder)
-        return
-    for file in sorted(src.rglob("*")):
-        inside = file.relative_to(src)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if not file.is_file() or hidden or inside.name == CONFIG_FILE and len(inside.parts) == 1:
-            continue
-        if not file.name.lower().endswith(_WEIGHTS):
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / inside)

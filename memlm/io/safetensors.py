@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,6 +74,26 @@ def write(
         yield memoryview(raw.numpy())
 
     return _write(path, kinds, data, metadata, sync)
+
+
+def write_each(
+    path: str | Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor],
+    metadata: dict[str, str],
+) -> int:
+    """As :func:`write`, for tensors that ``read(name)`` gives when their turn comes, of these shapes
+    and all of ``dtype``: memory holds one of them."""
+    size = dtype.itemsize
+    kinds = {name: (_DTYPES[dtype], shape, math.prod(shape) * size) for name, shape in shapes.items()}
+
+    def data(name: str) -> Iterator[memoryview]:
+        raw = read(name).to(dtype).contiguous()
+        assert raw.shape == shapes[name], name
+        yield memoryview(raw.view(-1).view(torch.uint8).numpy())
+
+    return _write(path, kinds, data, metadata, True)
 
 
 def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
