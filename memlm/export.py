@@ -42,11 +42,12 @@ def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progres
     if dst.exists():
         raise FileExistsError(f"{dst}: exists already")
     checkpoint = open_checkpoint(src)
+    shapes, prefix = shapes_of(checkpoint)
     if to == "gguf":
         from memlm.io.gguf_writer import write_gguf
 
-        return write_gguf(src, checkpoint, dst, progress)
-    return _floats(src, checkpoint, dst, FLOATS[to], progress)
+        return write_gguf(checkpoint, shapes, prefix, dst, progress)
+    return _floats(checkpoint, shapes, prefix, dst, FLOATS[to], progress)
 
 
 def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -61,8 +62,7 @@ def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
     return shapes, prefix
 
 
-def _floats(src: Path, checkpoint: Checkpoint, dst: Path, dtype: torch.dtype, progress) -> dict:
-    shapes, prefix = shapes_of(checkpoint)
+def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progress) -> dict:
     done, rounded = 0, []
 
     def read(name: str) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _floats(src: Path, checkpoint: Checkpoint, dst: Path, dtype: torch.dtype, pr
     dst.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(dst.parent) as temporary:
         safetensors.write_each(temporary / WEIGHTS_FILE, shapes, dtype, read, {"format": "pt"})
-        copy_others(src, temporary)
+        copy_others(checkpoint, temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
         files = move_model(temporary, dst)
     return {"files": files, "rounded": rounded}

@@ -98,11 +98,9 @@ def write_each(
 
 def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
     """Writes a file of all tensors of other safetensors files, as :func:`write` does; ``order`` takes
-    their names and returns them in the order wanted.  Raises FormatError for a part that is not what
-    its checksum says."""
+    their names and returns them in the order wanted."""
     entries, file_of = {}, {}
     for part in map(Path, parts):
-        verify(part)
         found, _ = read_header(part)
         entries |= found
         file_of |= dict.fromkeys(found, part)
