@@ -1,11 +1,23 @@
-"""Float checkpoints behind one interface, whatever file they lie in."""
+"""Checkpoints behind one interface, whatever file they lie in."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from memlm import formats
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A matrix that a checkpoint stores in codes, in this library's layout; column j multiplies
+    x[..., order[j]] where there is an order (int32 [k])."""
+
+    packed: formats.Packed
+    order: torch.Tensor | None = None
 
 
 class Checkpoint(Protocol):
@@ -17,6 +29,11 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor: mapped where the file allows it.  KeyError for an unknown name."""
+        ...
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """The matrix as the file has it; None where it is stored as floats, or in codes that no
+        format of this library holds exactly.  KeyError for an unknown name."""
         ...
 
 
