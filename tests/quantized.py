@@ -39,3 +39,11 @@ def assert_dequantised(tensor, codes, scales, zeros, g_idx):
     """That the f32 tensor is s (q - z), rounded once."""
     exact = (codes.double() - zeros.double()[:, g_idx]) * scales.double()[:, g_idx]
     assert tensor.dtype == torch.float32 and torch.equal(tensor, exact.float())
+
+
+def offsets_round(scales, zeros):
+    """Whether some -s z is no f32 number: for f16 and bf16 scales none is."""
+    exact = scales.double() * zeros.double()
+    rounds = not torch.equal(exact.float().double(), exact)
+    assert scales.dtype == torch.float32 or not rounds
+    return rounds

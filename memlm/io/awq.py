@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from memlm.io.huggingface import Folder
-from memlm.io.quantized import Matrix, QuantizedFolder
+from memlm.io.quantized import DEFAULT_GROUP, Matrix, QuantizedFolder
 
 _BITS = 4
 _ROWS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight, from the lowest bits up
@@ -45,11 +45,10 @@ class AWQ(QuantizedFolder):
         config = folder.config["quantization_config"]
         self._setting(config, "bits", (_BITS,))
         for key in ("version", "format", "checkpoint_format"):  # AutoAWQ's key, and GPTQModel's
-            value = config.get(key)
-            if value is not None:
-                lower = value.lower() if isinstance(value, str) else value
-                self._setting({key: lower}, key, ("gemm",))
-        self._group = self._group_size(config)
+            self._setting(config, key, ("gemm", "GEMM", None))
+        if config.get("backend") == "llm-awq":  # whose layout is another
+            raise self._error("quantization_config: backend 'llm-awq' is not read here")
+        self._group = self._group_size(config, DEFAULT_GROUP)
 
     def _matrix(self, module: str) -> Matrix:
         qweight = self._part(module, "qweight", 2, torch.int32)

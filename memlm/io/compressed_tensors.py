@@ -96,18 +96,20 @@ class CompressedTensors(QuantizedFolder):
             self._setting(group, "format", (FORMAT,))
         weights = group.get("weights")
         if not isinstance(weights, dict):
-            raise self._error(f"quantization_config: weights is {weights!r:.80}; expected an object")
+            raise self._error(
+                f"quantization_config: weights is {weights!r:.80}; expected an object"
+            )
         weights = {key: value for key, value in weights.items() if value is not None}
         self._setting(weights, "type", ("int",), "int")
         self._setting(weights, "dynamic", (False,), False)
-        size = self._group_size(weights)
+        size = self._group_size(weights, -1)
         # As compressed-tensors infers it.
         inferred = "group" if size else "channel" if "group_size" in weights else "tensor"
         strategy = self._setting(weights, "strategy", ("group", "channel", "tensor"), inferred)
         if (strategy == "group") != (size is not None):
             raise self._error(
-                f"quantization_config: group_size is {weights.get('group_size')!r:.80} for strategy "
-                f"{strategy!r}"
+                f"quantization_config: group_size is {weights.get('group_size')!r:.80} for "
+                f"strategy {strategy!r}"
             )
         return _Scheme(
             self._setting(weights, "num_bits", _BITS, 8),
@@ -162,10 +164,10 @@ class CompressedTensors(QuantizedFolder):
             fitting = {scheme for scheme in schemes if wanted(scheme) == got}
             if not fitting:
                 expected = " or ".join(sorted({str(wanted(scheme)) for scheme in schemes}))
+                what = "is there" if got in (True, False) else "got shape"
                 raise self._error(
-                    f"{module}.{part}: is there: {got}, by config_groups: {expected}"
-                    if part == "weight_zero_point"
-                    else f"{module}.{part}: got shape {got}, expected {expected} for {n}x{k} weights"
+                    f"{module}.{part}: {what}: {got}, by config_groups: {expected} "
+                    f"(for {n}x{k} weights)"
                 )
             schemes = fitting
         if len({(scheme.bits, scheme.columns(k)) for scheme in schemes}) > 1:

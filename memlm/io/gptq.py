@@ -18,7 +18,7 @@ import torch
 
 from memlm.io import bits as words
 from memlm.io.huggingface import Folder
-from memlm.io.quantized import Matrix, QuantizedFolder
+from memlm.io.quantized import DEFAULT_GROUP, Matrix, QuantizedFolder
 
 _BITS = (4, 8, 2)
 _STORED_LESS = {"gptq": 1, "gptq_v2": 0}
@@ -58,7 +58,8 @@ class GPTQ(QuantizedFolder):
         for overrides in ({}, *dynamic.values()):
             settings = {**config, **overrides}
             self._setting(settings, "pack_dtype", ("int32",), "int32")
-            self._schemes.add((self._setting(settings, "bits", _BITS), self._group_size(settings)))
+            bits = self._setting(settings, "bits", _BITS)
+            self._schemes.add((bits, self._group_size(settings, DEFAULT_GROUP)))
 
     def _matrix(self, module: str) -> Matrix:
         qweight = self._part(module, "qweight", 2, torch.int32)
@@ -72,15 +73,15 @@ class GPTQ(QuantizedFolder):
         fitting = set()
         for bits, size in self._schemes:
             k = qweight.shape[0] * words.WORD // bits
-            if n % (words.WORD // bits) == 0 and tuple(qzeros.shape) == (groups, words.words(n, bits)):
-                group = min(size or k, k)
-                if groups == -(-k // group):
-                    fitting.add((bits, k, group))
+            group = min(size or k, k)
+            shape = (-(-k // group), words.words(n, bits))
+            if groups == shape[0] and tuple(qzeros.shape) == shape and n * bits % words.WORD == 0:
+                fitting.add((bits, k, group))
         if len(fitting) != 1:
             raise self._error(
                 f"{module}.qzeros: got shape {list(qzeros.shape)}, which beside qweight "
-                f"{list(qweight.shape)} and scales {[groups, n]} fits {len(fitting) or 'none'} of the "
-                f"(bits, group_size) {sorted(self._schemes, key=str)}"
+                f"{list(qweight.shape)} and scales {[groups, n]} fits {len(fitting) or 'none'} of "
+                f"the (bits, group_size) {sorted(self._schemes, key=str)}"
             )
         bits, k, group = fitting.pop()
         g_idx = None

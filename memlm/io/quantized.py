@@ -20,6 +20,7 @@ from memlm.io.checkpoint import Checkpoint, PackedTensor
 from memlm.io.huggingface import Folder
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEFAULT_GROUP = 128  # of GPTQ and AWQ configs that name none, as transformers has it
 _CHUNK = 1 << 22  # weights unpacked at a time: 4 MB of codes, and a few such temporaries
 
 
@@ -227,12 +228,13 @@ class QuantizedFolder:
             )
         return value
 
-    def _group_size(self, config: dict) -> int | None:
+    def _group_size(self, config: dict, default: int) -> int | None:
         """``group_size``; None: one group per row, which is written as -1."""
-        value = config.get("group_size", -1)
+        value = config.get("group_size", default)
         if type(value) is not int or (value < 1 and value != -1):
             raise self._error(
-                f"quantization_config: group_size is {value!r:.80}; read are positive integers and -1"
+                f"quantization_config: group_size is {value!r:.80}; read are positive integers "
+                "and -1"
             )
         return None if value == -1 else value
 
@@ -245,8 +247,8 @@ class QuantizedFolder:
         if tensor.dtype not in dtypes or dims not in (None, tensor.dim()) or tensor.numel() == 0:
             dimensions = "" if dims is None else f"{dims}-dimensional "
             raise self._error(
-                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected a {dimensions}tensor of "
-                f"{' or '.join(map(str, dtypes))}"
+                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected a {dimensions}tensor "
+                f"of {' or '.join(map(str, dtypes))}"
             )
         return tensor
 
@@ -268,6 +270,7 @@ class QuantizedFolder:
         low, high = (int(x) for x in g_idx.aminmax())
         if low < 0 or high >= groups:
             raise self._error(
-                f"{module}.{part}: got groups {low} to {high}, there are scales for 0 to {groups - 1}"
+                f"{module}.{part}: got groups {low} to {high}, there are scales for 0 to "
+                f"{groups - 1}"
             )
         return g_idx
