@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from memlm import _core, _rounding
-from memlm._format import LANE_K, TILE_ROWS, VERSION, Format
+from memlm._format import FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format
 from memlm.errors import FormatError
 from memlm.io.files import read_json
 from memlm.io.mapped import open_mapped
@@ -348,9 +348,10 @@ def _to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
 
 
 def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
-    """What a packed memlm folder (:func:`memlm.save`) holds, memory-mapped: nothing is copied, and
-    nothing read until it is used.  Packed matrices stand under their layer's name, all other
-    tensors, read-only, under their own.
+    """What a packed memlm folder (memlm/io/packed_folder.py) holds, memory-mapped: nothing is copied,
+    and nothing read until it is used.  Packed matrices stand under their module's name, all other
+    tensors, read-only, under their own; the ``order`` of a matrix whose columns have one under
+    ``<module>.order``.
 
     Raises FileNotFoundError; FormatError for files that are malformed or hold no packed model;
     ImportError for bfloat16 tensors where the package ml_dtypes is missing.
@@ -360,16 +361,17 @@ def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
     quantization = read_json(config).get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "memlm":
         raise FormatError(f"{config}: holds no packed memlm model")
-    if quantization.get("version") != VERSION:
-        raise FormatError(f"{config}: version {quantization.get('version')!r}; known is {VERSION}")
+    if (version := quantization.get("version")) != FOLDER_VERSION:
+        raise FormatError(f"{config}: version {version!r}; known is {FOLDER_VERSION}")
     tensors = open_mapped(folder / "model.safetensors")
     packed, used = {}, set()
     try:
         for name, spec in quantization["layers"].items():
             owner = spec.get("tied_to", name)
-            parts = {part: tensors.get(f"{owner}.{part}") for part in PARTS}
+            names = {part: f"{owner}.{FILE_PARTS[part]}" for part in PARTS}
+            parts = {part: tensors.get(file) for part, file in names.items()}
             packed[name] = Packed(Format.parse(spec["format"]), spec["n"], spec["k"], **parts)
-            used |= {f"{owner}.{part}" for part in PARTS}
+            used |= set(names.values())
     except FormatError as error:
         raise FormatError(f"{folder}: {name}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -228,7 +228,7 @@ def evaluate(
     _set_threads(threads)
     source = text.read_text("utf-8") if text else data.moby_dick()
     loaded = memlm.load(resolve(model))
-    reference = memlm.load(resolve(base)) if base else None
+    reference = memlm.load(resolve(base), dequantize=True) if base else None
     ids = loaded.tokenizer.encode(source)[:tokens]
     with Bar("evaluating") as bar:
         result = asdict(score(loaded, ids, reference, window, bar))

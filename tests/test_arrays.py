@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import memlm
 from memlm import _rounding, arrays, formats, ops
-from memlm.layers import PackedModule
+from memlm.models.load import hf_state
 
 from . import numerics, tiny
 from .producer import IS_COPIED, READ_ONLY, Producer
@@ -584,22 +584,27 @@ def test_other_python_threads_run_meanwhile():
 
 def test_load_maps_a_packed_model(tmp_path):
     model, found = packed_model(tmp_path), arrays.load(tmp_path / "packed")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}
-    floats = dict(model.named_parameters())
-    assert found.keys() == layers.keys() | floats.keys()
-    for name, tensor in floats.items():
-        assert same(found[name].copy(), tensor)
-    for name, layer in layers.items():
-        for part, tensor in layer.packed.tensors().items():
+    tensors, specs, _ = hf_state(model)
+    parts = {"codes": "weight", "scales": "scales", "offsets": "offsets"}
+    packed = {f"{module}.{part}" for module in specs for part in parts.values()}
+    assert found.keys() == specs.keys() | tensors.keys() - packed
+    for name in tensors.keys() - packed:
+        assert same(found[name].copy(), tensors[name])
+    for name, spec in specs.items():
+        for part, file in parts.items():
             array = getattr(found[name], part)
+            if array is None:
+                assert part == "offsets" and f"{name}.offsets" not in tensors
+                continue
+            tensor = tensors[f"{spec.get('tied_to', name)}.{file}"]
             assert same(array.copy(), tensor) and not array.flags.writeable
             while not isinstance(array, np.memmap):
                 array = array.base
             assert array.filename == tmp_path / "packed" / "model.safetensors"
     x = np.ones((2, 64), np.float32)
-    head = layers["lm_head"].packed
+    head = model.lm_head.packed
     assert same(arrays.matmul(x, found["lm_head"]), ops.matmul(torch.from_numpy(x), head))
-    assert found["lm_head"].codes.ctypes.data == found["embed_tokens"].codes.ctypes.data
+    assert found["lm_head"].codes.ctypes.data == found["model.embed_tokens"].codes.ctypes.data
 
 
 def test_load_refuses_malformed_files(tmp_path):
@@ -622,7 +627,7 @@ def test_load_refuses_malformed_files(tmp_path):
     config.write_text("{}")
     refused("holds no packed memlm model")
     change(version=99)
-    refused("version 99; known is 1")
+    refused("version 99; known is 2")
     change(layers=[])
     refused("layers are malformed")
     change(layers={"layers.0": {"format": "int8", "n": 16, "k": 32}})

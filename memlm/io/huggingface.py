@@ -20,6 +20,8 @@ class Folder:
     Raises FileNotFoundError for a folder without config.json or safetensors; FormatError.
     """
 
+    packs = False
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
@@ -57,3 +59,7 @@ class Folder:
         if name not in shard:
             raise FormatError(f"{self.path / file}: the index promises {name}, which is not there")
         return shard[name]
+
+    def packed(self, name: str) -> None:
+        """Here all tensors are floats."""
+        self._file_of[name]

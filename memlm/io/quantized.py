@@ -155,12 +155,13 @@ class QuantizedFolder:
     Raises FormatError where a module lacks one of them or has one too many.
     """
 
+    packs = True
     CODES: str  # the tensor that makes a module a quantised one
     REQUIRED: tuple[str, ...]
     OPTIONAL: tuple[str, ...] = ()
 
     def __init__(self, folder: Folder):
-        self._folder, self.config = folder, folder.config
+        self._folder, self.path, self.config = folder, folder.path, folder.config
         parts = defaultdict(set)
         for name in folder.names():
             module, _, part = name.rpartition(".")
@@ -216,7 +217,7 @@ class QuantizedFolder:
     # --- what subclasses read and check with ----------------------------------------------------
 
     def _error(self, what: str) -> FormatError:
-        return FormatError(f"{self._folder.path}: {what}")
+        return FormatError(f"{self.path}: {what}")
 
     def _setting(self, config: dict, key: str, accepted: tuple, default=None):
         """One of the ``accepted`` values, also where JSON has 4.0 or true for another."""
