@@ -19,16 +19,26 @@ them, are not needed.  What the config says about activations is left to whoever
 
 from __future__ import annotations
 
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from memlm import formats
+from memlm.formats import TILE_ROWS, ZEROS, Packed
 from memlm.io import bits as words
+from memlm.io import safetensors
+from memlm.io.checkpoint import Checkpoint
 from memlm.io.huggingface import Folder
-from memlm.io.quantized import Matrix, QuantizedFolder
+from memlm.io.quantized import SCALE_DTYPES, Matrix, QuantizedFolder
 
 FORMAT = "pack-quantized"
 _BITS = (4, 8, 2)
+_CHUNK = 1 << 22  # weights repacked at a time
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,17 @@ class _Scheme:
     def columns(self, k: int) -> int:
         """Of a row of k, those that share a scale."""
         return min(self.group or k, k)
+
+    def to_config(self) -> dict:
+        """As ``config_groups`` says it."""
+        return {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "group" if self.group else "channel",
+            "group_size": self.group,
+            "dynamic": False,
+        }
 
     def scale_shape(self, n: int, k: int) -> list[int]:
         return [1] if self.per_tensor else [n, -(-k // self.columns(k))]
@@ -173,3 +194,149 @@ class CompressedTensors(QuantizedFolder):
         if len({(scheme.bits, scheme.columns(k)) for scheme in schemes}) > 1:
             raise self._error(f"{module}.weight_scale: fits several of config_groups")
         return min(schemes, key=lambda scheme: scheme.ordered)
+
+
+def write(
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    floats: Collection[str] = (),
+    round_zeros: bool = False,
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` of a pack-quantized folder, which
+    transformers (with the package compressed-tensors) and vLLM load, into an existing ``folder``.
+
+    Matrices that the checkpoint holds in codes keep them, and their scales; one tensor is in memory
+    at a time.  transformers turns scales into the config's ``dtype`` when it loads them: what it
+    computes with is to the bit this library's for ``float32``.
+
+    floats: modules whose weight is dequantised, to the config's ``dtype``: embeddings must be,
+        since transformers loads no packed ones.
+    round_zeros: store ``w = s q + o`` also where ``-o / s`` is no integer from 0 to 2 ** bits - 1,
+        which is all that the format has, by rounding it.
+
+    Raises ValueError naming the module, before anything is written, for what the format does not
+    hold: nf4, an order of columns, and, without ``round_zeros``, such offsets.
+    """
+    folder, config = Path(folder), dict(checkpoint.config)
+    dtype = _float_dtype(config)
+    kinds, sources = {}, {}  # by the tensors' names; what they are made from
+    schemes, left = defaultdict(list), []
+    for name in checkpoint.names():
+        module = name.removesuffix(".weight")
+        stored = checkpoint.packed(name)
+        if stored is None or module in floats:
+            tensor = None if stored is not None else checkpoint.tensor(name)
+            shape = (stored.packed.n, stored.packed.k) if tensor is None else tuple(tensor.shape)
+            kinds[name] = (dtype if tensor is None else tensor.dtype, shape)
+            sources[name] = (name, "weight")
+            if len(shape) == 2 and module != name:
+                left.append(module)
+            continue
+        if stored.order is not None:
+            raise ValueError(f"{module}: its columns have an order, which the format does not hold")
+        scheme, parts = _kinds(module, stored.packed, round_zeros)
+        schemes[scheme].append(module)
+        for part, kind in parts.items():
+            kinds[f"{module}.{part}"], sources[f"{module}.{part}"] = kind, (name, part)
+
+    def make(tensor_name: str) -> torch.Tensor:
+        name, part = sources[tensor_name]
+        if part == "weight":
+            return checkpoint.tensor(name).to(kinds[tensor_name][0])
+        return _make(checkpoint.packed(name).packed, part)
+
+    safetensors.write_lazily(folder / "model.safetensors", kinds, make, {"format": "pt"})
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {"targets": modules, "weights": scheme.to_config(), "format": FORMAT}
+            for i, (scheme, modules) in enumerate(schemes.items())
+        },
+        "ignore": left,
+    }
+    if not schemes:
+        del config["quantization_config"]
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    (folder / "config.json").write_text(text, "utf-8")
+
+
+def _float_dtype(config: dict) -> torch.dtype:
+    name = config.get("dtype", config.get("torch_dtype")) or "float32"
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
+    if name not in known:
+        raise ValueError(f"config: dtype is {name!r:.80}; accepted are {', '.join(known)}")
+    return known[name]
+
+
+def _kinds(module: str, packed: Packed, round_zeros: bool) -> tuple[_Scheme, dict]:
+    """How a matrix is stored: the scheme, and the types and shapes of its tensors."""
+    format, n, k = packed.format, packed.n, packed.k
+    if format.codebook == "nf":
+        raise ValueError(f"{module}: {format} is not among what the format holds, integers")
+    zeros = _zeros(packed)
+    if not format.symmetric and not round_zeros:
+        scales, offsets = (_by_row(t, n).double() for t in (packed.scales, packed.offsets))
+        off = (offsets + scales * (1 << format.bits - 1 if zeros is None else zeros)).abs()
+        if (worst := float(off.max())) > 0:
+            steps = float((off / scales.abs()).nan_to_num(0, posinf=math.inf).max())
+            raise ValueError(
+                f"{module}: {format} has offsets that are no integer zero points times their "
+                f"scales, which is all that compressed-tensors holds; rounding them would move "
+                f"weights by up to {worst:.3g}, {steps:.3g} of a step"
+            )
+    group = None if format.groups(k) == 1 else math.gcd(format.group, k)
+    scheme = _Scheme(format.bits, group, False, zeros is None, False)
+    scale_shape = tuple(scheme.scale_shape(n, k))
+    kinds = {
+        "weight_packed": (torch.int32, (n, words.words(k, format.bits))),
+        "weight_scale": (packed.scales.dtype, scale_shape),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if zeros is not None:
+        shape = (words.words(n, format.bits), scale_shape[1])
+        kinds["weight_zero_point"] = (torch.int32, shape)
+    return scheme, kinds
+
+
+def _make(packed: Packed, part: str) -> torch.Tensor:
+    """One of a matrix's tensors."""
+    bits, n, k = packed.format.bits, packed.n, packed.k
+    if part == "weight_shape":
+        return torch.tensor([n, k])
+    if part == "weight_packed":
+        rows = max(_CHUNK // k // TILE_ROWS, 1) * TILE_ROWS
+        sizes = [min(rows, n - start) for start in range(0, n, rows)]
+        codes = torch.empty(n, words.words(k, bits), dtype=torch.int32)
+        for out, chunk in zip(codes.split(sizes), formats.split_rows(packed, sizes)):
+            q = formats.unpack(chunk)[0]
+            out.copy_(words.pack(q.view(torch.uint8) ^ 128 if bits == 8 else q, bits))  # q + 128
+        return codes
+    by_group = _by_row(packed.scales, n) if part == "weight_scale" else _zeros(packed)
+    # The format wants columns in whole groups: of the largest size that divides both.
+    groups = packed.format.groups(k)
+    if groups > 1:
+        group = math.gcd(packed.format.group, k)
+        by_group = by_group.repeat_interleave(packed.format.group // group, 1)[:, : k // group]
+    return by_group if part == "weight_scale" else words.pack(by_group.T, bits).T
+
+
+def _zeros(packed: Packed) -> torch.Tensor | None:
+    """uint8 ``[n, groups]``, the codes nearest to what stands for 0; None where that is the middle
+    throughout, as the format's symmetric schemes have it."""
+    bits, middle = packed.format.bits, 1 << packed.format.bits - 1
+    scales = _by_row(packed.scales, packed.n)
+    if packed.format.symmetric:
+        zero = ZEROS[bits] + (128 if bits == 8 else 0)
+        return None if zero == middle else torch.full_like(scales, zero, dtype=torch.uint8)
+    exact = -_by_row(packed.offsets, packed.n).double() / scales.double()
+    zeros = exact.nan_to_num(0).round().clamp(0, (1 << bits) - 1).to(torch.uint8)
+    return None if (zeros == middle).all() else zeros
+
+
+def _by_row(tiled: torch.Tensor, n: int) -> torch.Tensor:
+    """``[tiles, groups, 16]`` -> ``[n, groups]``."""
+    return tiled.transpose(1, 2).flatten(0, 1)[:n]

@@ -40,8 +40,8 @@ def open_quantized(folder: Folder) -> Checkpoint:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if not isinstance(method, str) or method not in readers:
         raise FormatError(
-            f"{folder.path}: quantization_config: quant_method is {method!r:.80}; read are "
-            f"{', '.join(readers)}"
+            f"{folder.path}: quantization_config: quant_method {method!r:.80} is not read here; "
+            f"read are memlm, {', '.join(readers)}"
         )
     return readers[method](folder)
 
