@@ -93,43 +93,60 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _config(linear: str, embedding: str, mode: str | None):
-    from memlm import QuantConfig
-
-    embedding_format = None if embedding == "float" else embedding
-    return QuantConfig(linear, embedding_format, embedding_format, mode)
-
-
 @app.command()
 def quantize(
     src: Model,
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     linear: Linear = "int4",
     embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
+    target: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="PATTERN=FORMAT for layers that differ; a layer's name or re:REGEX; 'float' leaves "
+            "them. Repeatable, the first that matches counts."
+        ),
+    ] = None,
+    ignore: Annotated[
+        Optional[list[str]], typer.Option(help="PATTERN of layers to leave in floats. Repeatable.")
+    ] = None,
     mode: Annotated[
         Optional[str],
         typer.Option(help="fast or accurate (default: fast for 4 bits, accurate for 8)."),
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse to leave a layer alone.")] = False,
+    requantize: Annotated[
+        bool, typer.Option(help="Round anew what the file already holds in codes.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Quantise a model into a folder that memlm maps."""
+    """Quantise a model into a folder that memlm maps, tensor by tensor.
+
+    What the file already holds in codes (GGUF, compressed-tensors, GPTQ, AWQ) keeps them, exactly,
+    where memlm's kernels can execute them.  A run that was killed goes on where it stopped.
+    """
     import memlm
 
-    config = _config(linear, embedding, mode)
-    with Bar("reading") as bar:
-        model = memlm.load(resolve(src), progress=bar)
+    def given(format: str) -> str | None:
+        return None if format == "float" else format
+
+    targets = {}
+    for text in target or ():
+        pattern, equals, format = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"--target {text!r}: expected PATTERN=FORMAT")
+        targets[pattern] = given(format)
+    config = memlm.QuantConfig(
+        given(linear), given(embedding), given(embedding), mode, targets, ignore or ()
+    )
     with Bar("quantising") as bar:
-        memlm.quantize_(model, config, strict=strict, progress=bar)
-    files = memlm.save(model, dst)
-    account = memlm.explain(model)
+        files = memlm.quantize_files(resolve(src), dst, config, requantize, bar)
+    account = memlm.explain(memlm.load(dst))
     weights = files["model.safetensors"]
+    packed = {row.format for row in account.rows if row.mode or row.type == "Embedding"}
     result = {
         "path": str(dst),
         "disk_bytes": weights,
         "of_f32": weights / account.float_bytes,
-        "linear": config.linear.name,
-        "embedding": config.embedding.name if config.embedding else None,
+        "formats": sorted(packed),
     }
     if str(json_file) != "-":
         out.print(f"{dst}: {megabytes(weights)}, {weights / account.float_bytes:.0%} of f32")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memlm
-from memlm import _rounding, arrays, formats, ops
+from memlm import arrays, formats, ops
 from memlm.models.load import hf_state
 
 from . import numerics, tiny
@@ -124,17 +124,12 @@ def test_quantizes_to_the_same_bits_as_torch(name, n, k, seed, size, dtype):
         assert same(getattr(packed, part), tensor)
 
 
-def test_quantizes_in_chunks(monkeypatch):
-    w = np.random.default_rng(0).standard_normal((30, 100), np.float32)
-    whole = arrays.quantize(w, "int4")
-    monkeypatch.setattr(_rounding, "_CHUNK", 700)
-    packed, expected = (
-        arrays.quantize(w, "int4"),
-        memlm.quantize_weight(torch.from_numpy(w), "int4"),
-    )
-    for part in ("codes", "scales", "offsets"):
-        assert np.array_equal(getattr(packed, part), getattr(whole, part))
-        assert same(getattr(packed, part), getattr(expected, part))
+def test_quantizes_where_rows_lie_apart_or_backwards():
+    w = np.random.default_rng(0).standard_normal((40, 300)).astype(np.float32)
+    for view in (w[3:, 5:205], w[:, ::-1], w.T, w[::-1], w[:1], np.broadcast_to(w[0], (5, 300))):
+        packed, expected = arrays.quantize(view, "int4"), arrays.quantize(view.copy(), "int4")
+        for part in ("codes", "scales", "offsets"):
+            assert np.array_equal(getattr(packed, part), getattr(expected, part))
 
 
 @modes
@@ -463,11 +458,14 @@ def test_refuses_to_pack_and_quantize():
         (w[:0], ValueError, r"w: got shape \[0, 64\]"),
         (w[0], ValueError, r"w: got shape \[64\]"),
         (w.astype(np.int64), TypeError, "w: got int64"),
+        (w.astype(np.float64) * 1e300, ValueError, "w: contains NaN or Inf"),  # in f32
     ):
         with pytest.raises(error, match=match):
             arrays.quantize(bad, "int4")
     with pytest.raises(ValueError, match="format: got 'int3'"):
         arrays.quantize(w, "int3")
+    with pytest.raises(ValueError, match="threads: got 0"):
+        arrays.quantize(w, "int4", threads=0)
     q, scales = np.zeros((4, 64), np.uint8), np.ones((4, 2), np.float16)
     for changes, error, match in (
         ({"q": q[0]}, ValueError, r"q: got shape \[64\]"),

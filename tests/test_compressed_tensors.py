@@ -399,6 +399,9 @@ class Memory:
         stored = self.packed(name)
         return self.stored[name] if stored is None else formats.dequantize(stored.packed)
 
+    def release(self, name):
+        assert name in self.stored
+
 
 def packed_matrix(format, n, k, dtype=torch.float16):
     """Of random codes; asymmetric: with zero points that are integers, and exactly so."""
@@ -428,7 +431,7 @@ def test_the_library_reads_what_is_written(tmp_path, monkeypatch, format, n, k):
     monkeypatch.setattr(compressed_tensors, "_CHUNK", 1)
     packed = packed_matrix(format, n, k, torch.float32)
     stored = {"m.weight": PackedTensor(packed), "norm.weight": torch.ones(3).bfloat16()}
-    compressed_tensors.write(tmp_path, Memory({}, stored), round_zeros=False)
+    assert compressed_tensors.write(tmp_path, Memory({}, stored)) == []
     folder = Folder(tmp_path)
     assert folder.tensor("norm.weight").dtype == torch.bfloat16
     rules = quantization.QuantizationConfig.model_validate(folder.config["quantization_config"])
@@ -470,7 +473,11 @@ def test_transformers_loads_what_is_written(tmp_path, tied, kinds):
             stored[name] = made
     config = json.loads((tmp_path / "float" / "config.json").read_text())
     memory = Memory(config, stored)
-    compressed_tensors.write(tmp_path, memory, floats={"model.embed_tokens"})
+    seen = []
+    rounded = compressed_tensors.write(
+        tmp_path, memory, floats={"model.embed_tokens"}, progress=lambda *x: seen.append(x)
+    )
+    assert rounded == [] and [x[0] for x in seen] == list(range(1, seen[0][1] + 1))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(256, (2, 20), generator=torch.manual_seed(1))
     logits = tiny.logits(theirs, ids)
@@ -505,7 +512,7 @@ def test_offsets_that_are_no_zero_points_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"m: int4a-g32 has offsets .* of a step"):
         compressed_tensors.write(tmp_path, memory)
     assert list(tmp_path.iterdir()) == []
-    compressed_tensors.write(tmp_path, memory, round_zeros=True)
+    assert compressed_tensors.write(tmp_path, memory, round_zeros=True) == ["m.weight"]
     w, exact = open_checkpoint(tmp_path).tensor("m.weight"), formats.dequantize(packed)
     steps = (w - exact).abs() / scales.repeat_interleave(32, 1)
     assert 0.24 < steps.max() < 0.26 and (steps > 0.01).sum() == 32
@@ -532,6 +539,22 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="config: dtype is 'int8'"):
         compressed_tensors.write(tmp_path, Memory({"dtype": "int8"}, {"m.weight": torch.ones(2)}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prefix_and_some_names(tmp_path):
+    """Of what the checkpoint has, these, under their names without the prefix; bf16 rounds."""
+    packed = PackedTensor(packed_matrix("int8-g32", 8, 64))
+    stored = {"x.a.weight": packed, "x.b.weight": packed, "x.b.bias": torch.ones(8), "y": packed}
+    memory = Memory({"torch_dtype": "bfloat16"}, stored)
+    names = ["a.weight", "b.weight", "b.bias"]
+    rounded = compressed_tensors.write(tmp_path, memory, names, "x.", floats=["b"])
+    folder = open_checkpoint(tmp_path)
+    assert sorted(folder.names()) == sorted(names) and rounded == ["b.weight"]
+    assert folder.config["dtype"] == "bfloat16" and "torch_dtype" not in folder.config
+    assert folder.config["quantization_config"]["ignore"] == ["b"]
+    w = formats.dequantize(packed.packed)
+    assert torch.equal(folder.tensor("a.weight"), w) and folder.packed("a.weight") is not None
+    assert torch.equal(folder.tensor("b.weight"), w.bfloat16())
 
 
 def test_without_codes_a_float_folder_is_written(tmp_path):

@@ -25,9 +25,14 @@ inline void f_store(float* p, F x) {
 }
 inline F f_mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline F f_add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F f_sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F f_div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F f_if_less(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
+}
 inline float f_reduce_add(F x) {
   const __m256 v = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -66,6 +71,10 @@ inline F f_exp2(I n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(v, bias), 23));
   };
   return {power(n.a), power(n.b)};
+}
+inline F f_power_of_two(F x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
 }
 inline I f_magnitude_bits(F x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
@@ -119,15 +128,17 @@ struct Table { __m256 low, high; };  // entries 0 to 7, 8 to 15
 using ByteTable = __m256i;           // the 16 bytes twice
 inline Table t_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline ByteTable t_load_bytes(const int8_t* p) { return _mm256_broadcastsi128_si256(load128(p)); }
-template <int kShift>
-inline F b_lookup_f(B x, const Table& t) {
-  const auto entry = [&](__m256i v) {  // vpermps looks at 3 bits; the fourth goes to the sign
-    const __m256i index = _mm256_srli_epi32(v, kShift);
+inline F t_lookup(const Table& t, I x) {  // looks at the lowest 4 bits of a lane only
+  const auto entry = [&](__m256i index) {  // vpermps looks at 3 bits; the fourth goes to the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index),
                             _mm256_permutevar8x32_ps(t.high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - kShift)));
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   };
   return {entry(x.a), entry(x.b)};
+}
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  return t_lookup(t, {_mm256_srli_epi32(x.a, kShift), _mm256_srli_epi32(x.b, kShift)});
 }
 inline B b_lookup(B x, const ByteTable& t) {
   return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};

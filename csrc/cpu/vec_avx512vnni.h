@@ -24,9 +24,13 @@ inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F f_add(F x, F y) { return _mm512_add_ps(x, y); }
+inline F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
 inline F f_div(F x, F y) { return _mm512_div_ps(x, y); }
 inline F f_min(F x, F y) { return _mm512_min_ps(x, y); }
 inline F f_max(F x, F y) { return _mm512_max_ps(x, y); }
+inline F f_if_less(F a, F b, F x, F y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 inline float f_reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 inline F f_fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 
@@ -46,6 +50,10 @@ inline F f_from_i(I x) { return _mm512_cvtepi32_ps(x); }
 inline I f_round(F x) { return _mm512_cvtps_epi32(x); }
 inline F f_exp2(I n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
+inline F f_power_of_two(F x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
 }
 inline I f_magnitude_bits(F x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
@@ -73,9 +81,12 @@ inline Table t_load(const float* p) { return f_load(p); }
 inline ByteTable t_load_bytes(const int8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline F t_lookup(const Table& t, I x) {  // vpermps looks at the lowest 4 bits of a lane only
+  return _mm512_permutexvar_ps(x, t);
+}
 template <int kShift>
-inline F b_lookup_f(B x, const Table& t) {  // vpermps looks at the lowest 4 bits of a lane only
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), t);
+inline F b_lookup_f(B x, const Table& t) {
+  return t_lookup(t, _mm512_srli_epi32(x, kShift));
 }
 inline B b_lookup(B x, const ByteTable& t) { return _mm512_shuffle_epi8(t, x); }
 template <int kShift, int kBits>

@@ -34,6 +34,9 @@ inline F f_mul(F x, F y) {
 inline F f_add(F x, F y) {
   return quarters<F>([&](int i) { return vaddq_f32(x.v[i], y.v[i]); });
 }
+inline F f_sub(F x, F y) {
+  return quarters<F>([&](int i) { return vsubq_f32(x.v[i], y.v[i]); });
+}
 inline F f_div(F x, F y) {
   return quarters<F>([&](int i) { return vdivq_f32(x.v[i], y.v[i]); });
 }
@@ -43,6 +46,9 @@ inline F f_min(F x, F y) {
 }
 inline F f_max(F x, F y) {
   return quarters<F>([&](int i) { return vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
+}
+inline F f_if_less(F a, F b, F x, F y) {
+  return quarters<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]); });
 }
 inline float f_reduce_add(F x) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])));
@@ -70,6 +76,12 @@ inline I f_round(F x) { return quarters<I>([&](int i) { return vcvtnq_s32_f32(x.
 inline F f_exp2(I n) {
   return quarters<F>([&](int i) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23));
+  });
+}
+inline F f_power_of_two(F x) {
+  return quarters<F>([&](int i) {
+    const uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(x.v[i]), vdupq_n_u32(0x7f800000));
+    return vreinterpretq_f32_u32(bits);
   });
 }
 inline I f_magnitude_bits(F x) {
@@ -129,15 +141,20 @@ inline Table t_load(const float* p) {
   return {{entries(0), entries(1), entries(2), entries(3)}};
 }
 inline ByteTable t_load_bytes(const int8_t* p) { return vld1q_s8(p); }
+// tbl takes bytes: entry e is bytes 4e .. 4e + 3.
+inline float32x4_t entries(const Table& t, uint32x4_t index) {
+  index = vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(index)));
+}
+inline F t_lookup(const Table& t, I x) {
+  return quarters<F>([&](int i) { return entries(t, vreinterpretq_u32_s32(x.v[i])); });
+}
 template <int kShift>
 inline F b_lookup_f(B x, const Table& t) {
   return quarters<F>([&](int i) {
-    // tbl takes bytes: entry e is bytes 4e .. 4e + 3.
     uint32x4_t index = vreinterpretq_u32_s8(x.v[i]);
     if constexpr (kShift > 0) index = vshrq_n_u32(index, kShift);
-    index = vandq_u32(index, vdupq_n_u32(15));
-    index = vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404));
-    return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(index)));
+    return entries(t, vandq_u32(index, vdupq_n_u32(15)));
   });
 }
 inline B b_lookup(B x, const ByteTable& t) {

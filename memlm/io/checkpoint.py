@@ -46,6 +46,15 @@ class Checkpoint(Protocol):
         codes that none of this library's formats holds exactly.  KeyError for an unknown name."""
         ...
 
+    def read_ahead(self, name: str) -> None:
+        """Has the kernel start reading a tensor's bytes."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's bytes in memory, as far as they are the file's; using it reads them
+        again."""
+        ...
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A packed memlm folder, another Hugging Face folder (safetensors, sharded or not; in floats,

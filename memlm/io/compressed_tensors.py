@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,9 +199,12 @@ class CompressedTensors(QuantizedFolder):
 def write(
     folder: str | Path,
     checkpoint: Checkpoint,
+    names: Iterable[str] | None = None,
+    prefix: str = "",
     floats: Collection[str] = (),
     round_zeros: bool = False,
-) -> None:
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[str]:
     """Writes ``config.json`` and ``model.safetensors`` of a pack-quantized folder, which
     transformers (with the package compressed-tensors) and vLLM load, into an existing ``folder``.
 
@@ -209,10 +212,15 @@ def write(
     at a time.  transformers turns scales into the config's ``dtype`` when it loads them: what it
     computes with is to the bit this library's for ``float32``.
 
+    names, prefix: the tensors to write; the checkpoint has ``prefix`` before each.  None: all.
     floats: modules whose weight is dequantised, to the config's ``dtype``: embeddings must be,
         since transformers loads no packed ones.
     round_zeros: store ``w = s q + o`` also where ``-o / s`` is no integer from 0 to 2 ** bits - 1,
         which is all that the format has, by rounding it.
+    progress: called with (done, total, name) after each tensor of the file.
+
+    Returns the names of what was rounded: such zero points, and dequantised weights that the
+    ``dtype`` does not hold.
 
     Raises ValueError naming the module, before anything is written, for what the format does not
     hold: nf4, an order of columns, and, without ``round_zeros``, such offsets.
@@ -220,32 +228,52 @@ def write(
     folder, config = Path(folder), dict(checkpoint.config)
     dtype = _float_dtype(config)
     kinds, sources = {}, {}  # by the tensors' names; what they are made from
-    schemes, left = defaultdict(list), []
-    for name in checkpoint.names():
-        module = name.removesuffix(".weight")
-        stored = checkpoint.packed(name)
+    schemes, left, rounded = defaultdict(list), [], []
+    for name in list(checkpoint.names() if names is None else names):
+        module, stored = name.removesuffix(".weight"), checkpoint.packed(prefix + name)
         if stored is None or module in floats:
-            tensor = None if stored is not None else checkpoint.tensor(name)
-            shape = (stored.packed.n, stored.packed.k) if tensor is None else tuple(tensor.shape)
-            kinds[name] = (dtype if tensor is None else tensor.dtype, shape)
+            if stored is None:
+                tensor = checkpoint.tensor(prefix + name)
+                kinds[name] = tensor.dtype, tuple(tensor.shape)
+            else:
+                kinds[name] = dtype, (stored.packed.n, stored.packed.k)
             sources[name] = (name, "weight")
-            if len(shape) == 2 and module != name:
+            if len(kinds[name][1]) == 2 and module != name:
                 left.append(module)
-            continue
-        if stored.order is not None:
-            raise ValueError(f"{module}: its columns have an order, which the format does not hold")
-        scheme, parts = _kinds(module, stored.packed, round_zeros)
-        schemes[scheme].append(module)
-        for part, kind in parts.items():
-            kinds[f"{module}.{part}"], sources[f"{module}.{part}"] = kind, (name, part)
+        else:
+            if stored.order is not None:
+                raise ValueError(
+                    f"{module}: its columns have an order, which the format does not hold"
+                )
+            scheme = _scheme_for(module, stored.packed)
+            schemes[scheme].append(module)
+            if _check_zeros(module, stored.packed, round_zeros):
+                rounded.append(name)
+            for part, kind in _kinds(scheme, stored.packed).items():
+                kinds[f"{module}.{part}"], sources[f"{module}.{part}"] = kind, (name, part)
+        checkpoint.release(prefix + name)
 
-    def make(tensor_name: str) -> torch.Tensor:
+    done, last = 0, None
+
+    def read(tensor_name: str) -> torch.Tensor:
+        nonlocal done, last
         name, part = sources[tensor_name]
+        if last not in (None, name):  # what was read from it is written by now
+            checkpoint.release(prefix + last)
+        last = name
         if part == "weight":
-            return checkpoint.tensor(name).to(kinds[tensor_name][0])
-        return _make(checkpoint.packed(name).packed, part)
+            tensor = checkpoint.tensor(prefix + name)
+            made = tensor.to(kinds[tensor_name][0])
+            if made is not tensor and not torch.equal(made.float(), tensor):
+                rounded.append(name)
+        else:
+            made = _make(checkpoint.packed(prefix + name).packed, part)
+        done += 1
+        if progress:
+            progress(done, len(kinds), tensor_name)
+        return made
 
-    safetensors.write_lazily(folder / "model.safetensors", kinds, make, {"format": "pt"})
+    safetensors.write_each(folder / "model.safetensors", kinds, read, {"format": "pt"})
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
@@ -262,6 +290,7 @@ def write(
         del config["quantization_config"]
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (folder / "config.json").write_text(text, "utf-8")
+    return rounded
 
 
 def _float_dtype(config: dict) -> torch.dtype:
@@ -272,34 +301,45 @@ def _float_dtype(config: dict) -> torch.dtype:
     return known[name]
 
 
-def _kinds(module: str, packed: Packed, round_zeros: bool) -> tuple[_Scheme, dict]:
-    """How a matrix is stored: the scheme, and the types and shapes of its tensors."""
-    format, n, k = packed.format, packed.n, packed.k
+def _scheme_for(module: str, packed: Packed) -> _Scheme:
+    format, k = packed.format, packed.k
     if format.codebook == "nf":
         raise ValueError(f"{module}: {format} is not among what the format holds, integers")
-    zeros = _zeros(packed)
-    if not format.symmetric and not round_zeros:
-        scales, offsets = (_by_row(t, n).double() for t in (packed.scales, packed.offsets))
-        off = (offsets + scales * (1 << format.bits - 1 if zeros is None else zeros)).abs()
-        if (worst := float(off.max())) > 0:
-            steps = float((off / scales.abs()).nan_to_num(0, posinf=math.inf).max())
-            raise ValueError(
-                f"{module}: {format} has offsets that are no integer zero points times their "
-                f"scales, which is all that compressed-tensors holds; rounding them would move "
-                f"weights by up to {worst:.3g}, {steps:.3g} of a step"
-            )
+    # It wants columns in whole groups: of the largest size that divides both.
     group = None if format.groups(k) == 1 else math.gcd(format.group, k)
-    scheme = _Scheme(format.bits, group, False, zeros is None, False)
+    return _Scheme(format.bits, group, False, _zeros(packed) is None, False)
+
+
+def _check_zeros(module: str, packed: Packed, round_zeros: bool) -> bool:
+    """Whether zero points have to be rounded; ValueError where that is not wanted."""
+    if packed.format.symmetric:
+        return False
+    scales, offsets = (_by_row(t, packed.n).double() for t in (packed.scales, packed.offsets))
+    zeros = _zeros(packed)
+    off = (offsets + scales * (1 << packed.format.bits - 1 if zeros is None else zeros)).abs()
+    worst = float(off.max())
+    if worst and not round_zeros:
+        steps = float((off / scales.abs()).nan_to_num(0, posinf=math.inf).max())
+        raise ValueError(
+            f"{module}: {packed.format} has offsets that are no integer zero points times their "
+            f"scales, which is all that compressed-tensors holds; rounding them would move weights "
+            f"by up to {worst:.3g}, {steps:.3g} of a step"
+        )
+    return worst > 0
+
+
+def _kinds(scheme: _Scheme, packed: Packed) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the tensors of a matrix."""
+    n, k, bits = packed.n, packed.k, scheme.bits
     scale_shape = tuple(scheme.scale_shape(n, k))
     kinds = {
-        "weight_packed": (torch.int32, (n, words.words(k, format.bits))),
+        "weight_packed": (torch.int32, (n, words.words(k, bits))),
         "weight_scale": (packed.scales.dtype, scale_shape),
         "weight_shape": (torch.int64, (2,)),
     }
-    if zeros is not None:
-        shape = (words.words(n, format.bits), scale_shape[1])
-        kinds["weight_zero_point"] = (torch.int32, shape)
-    return scheme, kinds
+    if not scheme.symmetric:
+        kinds["weight_zero_point"] = (torch.int32, (words.words(n, bits), scale_shape[1]))
+    return kinds
 
 
 def _make(packed: Packed, part: str) -> torch.Tensor:
@@ -316,9 +356,8 @@ def _make(packed: Packed, part: str) -> torch.Tensor:
             out.copy_(words.pack(q.view(torch.uint8) ^ 128 if bits == 8 else q, bits))  # q + 128
         return codes
     by_group = _by_row(packed.scales, n) if part == "weight_scale" else _zeros(packed)
-    # The format wants columns in whole groups: of the largest size that divides both.
     groups = packed.format.groups(k)
-    if groups > 1:
+    if groups > 1:  # as in _scheme_for
         group = math.gcd(packed.format.group, k)
         by_group = by_group.repeat_interleave(packed.format.group // group, 1)[:, : k // group]
     return by_group if part == "weight_scale" else words.pack(by_group.T, bits).T

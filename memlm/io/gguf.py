@@ -18,6 +18,7 @@ import torch
 
 from memlm.errors import FormatError
 from memlm.formats import TILE_ROWS, Format, pack, stack_rows
+from memlm.io import pages
 from memlm.io.checkpoint import PackedTensor
 from memlm.io.ggml_types import TYPES, TensorType, dequantize
 from memlm.io.safetensors import map_file
@@ -207,6 +208,16 @@ class GGUF:
             except ValueError as error:  # NaN or Inf
                 raise FormatError(f"{self.path}: tensor {tensor.name:.80}: {error}") from None
         return PackedTensor(stack_rows(parts))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[self._names[name]]
+        return self._bytes[tensor.offset : tensor.end]
+
+    def read_ahead(self, name: str) -> None:
+        pages.read_ahead(self._stored(name))
+
+    def release(self, name: str) -> None:
+        pages.release(self._stored(name))
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """llama.cpp rotates neighbouring pairs (2i, 2i + 1), Hugging Face the halves (i, i + d/2):

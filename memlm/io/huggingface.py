@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from memlm.errors import FormatError
-from memlm.io import safetensors
+from memlm.io import pages, safetensors
 from memlm.io.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -63,3 +63,9 @@ class Folder:
     def packed(self, name: str) -> None:
         """Here all tensors are floats."""
         self._file_of[name]
+
+    def read_ahead(self, name: str) -> None:
+        pages.read_ahead(self.tensor(name))
+
+    def release(self, name: str) -> None:
+        pages.release(self.tensor(name))

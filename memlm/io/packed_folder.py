@@ -36,10 +36,14 @@ from memlm.formats import Format, Packed
 from memlm.io.checkpoint import PackedTensor
 from memlm.io.files import read_json, sync_folder, temporary_folder
 from memlm.io.huggingface import Folder
+from memlm.io.tokenizer import load_tokenizer
 from memlm.layers.packed import dequantize_ordered
 from memlm.ops import mode_for
 
 QUANT_METHOD = "memlm"
+# What else a model's folder holds comes along, but for weights in other files, and the index of ours.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf",
+                  ".ot", ".index.json")  # fmt: skip
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -131,6 +135,19 @@ class PackedFolder:
             raise FormatError(f"{self.path}: {module}: malformed: {error}") from None
         return PackedTensor(packed, order, mode)
 
+    def _parts(self, name: str) -> list[str]:
+        module = name.removesuffix(".weight")
+        parts = [f"{module}.{part}" for part in FILE_PARTS.values()] if module in self.specs else [name]
+        return [part for part in parts if part in self._stored]
+
+    def read_ahead(self, name: str) -> None:
+        for part in self._parts(name):
+            self._folder.read_ahead(part)
+
+    def release(self, name: str) -> None:
+        for part in self._parts(name):
+            self._folder.release(part)
+
 
 def check_order(order: torch.Tensor, k: int) -> None:
     """Raises ValueError unless ``order`` is a permutation of 0 .. k - 1, int32."""
@@ -175,15 +192,43 @@ def replacing_model(folder: Path) -> Iterator[Path]:
     try:
         with temporary_folder(folder) as temporary:
             yield temporary
-            names = sorted(file.name for file in temporary.iterdir())
-            # Weights first: a config never describes weights that are not there yet.
-            for name in sorted(names, key=lambda name: (name != WEIGHTS_FILE, name == CONFIG_FILE)):
-                os.replace(temporary / name, folder / name)
-            sync_folder(folder)
+            move_model(temporary, folder)
     except BaseException:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def move_model(temporary: Path, folder: Path) -> dict[str, int]:
+    """Moves a model's files to ``folder``; their names and sizes."""
+    sizes = file_sizes(temporary)
+    # Weights first: a config never describes weights that are not there yet.
+    for file in sorted(sizes, key=lambda name: (name != WEIGHTS_FILE, name == CONFIG_FILE, name)):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / file, folder / file)
+    sync_folder(folder)
+    return sizes
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Path inside ``folder`` -> bytes, of all its files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def copy_others(src: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation settings, pooling and what else came with the model."""
+    if src.is_file():
+        load_tokenizer(src).save(folder)
+        return
+    for file in sorted(src.rglob("*")):
+        inside = file.relative_to(src)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if not file.is_file() or hidden or inside.name == CONFIG_FILE and len(inside.parts) == 1:
+            continue
+        if not file.name.lower().endswith(_OTHER_WEIGHTS):
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / inside)
 
 
 def write_config(path: Path, config: dict, specs: dict[str, dict], dtype: torch.dtype) -> None:

@@ -202,6 +202,21 @@ class QuantizedFolder:
             return None
         return matrix.pack()
 
+    def read_ahead(self, name: str) -> None:
+        for part in self._stored(name):
+            self._folder.read_ahead(part)
+
+    def release(self, name: str) -> None:
+        for part in self._stored(name):
+            self._folder.release(part)
+
+    def _stored(self, name: str) -> list[str]:
+        """The names in the file of what makes up this tensor."""
+        module, _, part = name.rpartition(".")
+        if part != "weight" or module not in self._parts:
+            return [name]
+        return [f"{module}.{part}" for part in self._parts[module] - {"bias"}]
+
     def _find(self, name: str) -> Matrix | None:
         """The quantised matrix of this name, None for a tensor that is stored as it is."""
         module, _, part = name.rpartition(".")

@@ -76,28 +76,25 @@ def write(
     return _write(path, kinds, data, metadata, sync)
 
 
-def write_lazily(
+def write_each(
     path: str | Path,
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-    make: Callable[[str], torch.Tensor],
+    read: Callable[[str], torch.Tensor],
     metadata: dict[str, str],
 ) -> int:
-    """As :func:`write`, of tensors that do not exist yet: ``kinds`` are their types and shapes, and
-    ``make(name)`` is called for one after the other.  Raises ValueError where it makes another."""
-    sizes = {
-        name: (_DTYPES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
+    """As :func:`write`, for tensors that ``read(name)`` gives when their turn comes, of the types and
+    shapes that ``kinds`` says: memory holds one of them."""
+    entries = {
+        name: (_DTYPES[dtype], shape, math.prod(shape) * dtype.itemsize)
         for name, (dtype, shape) in kinds.items()
     }
 
     def data(name: str) -> Iterator[memoryview]:
-        tensor = make(name)
-        if (tensor.dtype, tuple(tensor.shape)) != (kinds[name][0], tuple(kinds[name][1])):
-            raise ValueError(
-                f"make: {name}: got {tensor.dtype} {list(tensor.shape)}, promised {kinds[name]}"
-            )
-        yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        raw = read(name).contiguous()
+        assert (raw.dtype, tuple(raw.shape)) == kinds[name], name
+        yield memoryview(raw.view(-1).view(torch.uint8).numpy())
 
-    return _write(path, sizes, data, metadata, True)
+    return _write(path, entries, data, metadata, True)
 
 
 def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:

@@ -20,8 +20,8 @@ from memlm.formats import split_rows, stack_rows
 from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.packed_folder import (
-    CONFIG_FILE, WEIGHTS_FILE, check_target, file_tensors, in_file_order, metadata, replacing_model,
-    write_config,
+    CONFIG_FILE, WEIGHTS_FILE, check_target, file_sizes, file_tensors, in_file_order, metadata,
+    replacing_model, write_config,
 )  # fmt: skip
 from memlm.io.tokenizer import load_tokenizer
 from memlm.layers import Embedding, Linear, PackedModule, Stacked
@@ -265,7 +265,7 @@ def save(model: Decoder | Encoder, folder: str | Path) -> dict[str, int]:
         write_config(temporary / CONFIG_FILE, config, specs, next(model.parameters()).dtype)
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)
-        return {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        return file_sizes(temporary)
 
 
 def hf_state(model: Decoder | Encoder) -> tuple[dict[str, torch.Tensor], dict[str, dict], bool]:
