@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 import memlm
 from memlm import formats
 from memlm.formats import Format
+from memlm.io import safetensors
 from memlm.io.huggingface import Folder
 from memlm.io.quantized import open_quantized
 
+from . import tiny
 from .quantized import assert_dequantised, assert_exact, offsets_round, open_folder
 
 
@@ -165,6 +167,47 @@ def test_settings_of_single_modules(tmp_path):
     for name, (_, group) in parts.items():
         assert_exact(folder.packed(f"{name}.weight"), *made[name], torch.arange(128) // group)
     assert folder.packed("norm.weight") is None
+
+
+@pytest.mark.parametrize("same_order", [True, False])
+def test_a_model_computes_with_the_codes(tmp_path, same_order):
+    """A llama, columns ordered by activation: query, key and value alike or each its own way."""
+    from memlm.streaming import quantize_files
+
+    source, target = tmp_path / "gptq", tmp_path / "packed"
+    model = tiny.llama(source, intermediate_size=128)
+    tensors, plain = {}, {}
+    for i, (name, tensor) in enumerate(model.state_dict().items()):
+        plain[name] = tensor
+        if "proj" in name:
+            n, k = tensor.shape
+            codes, scales, zeros = matrix(4, n, k, k // 32)
+            scales = scales / k**0.5 * 40
+            seed = k if same_order else i
+            g_idx = (torch.arange(k) // 32)[torch.randperm(k, generator=torch.manual_seed(seed))]
+            module = name.removesuffix(".weight")
+            tensors |= stored(4, codes, scales, zeros, g_idx, name=module)
+            plain[name] = (codes - zeros[:, g_idx]).float() * scales.float()[:, g_idx]
+        else:
+            tensors[name] = tensor
+    model.load_state_dict(plain)
+    safetensors.write(source / "model.safetensors", tensors, {})
+    tiny.edit_config(source, quantization_config=config(desc_act=True))
+    ids = torch.randint(256, (2, 30), generator=torch.manual_seed(1))
+    wanted, results = tiny.logits(model, ids), []
+    quantize_files(source, target)
+    for path in (source, target):
+        ours = memlm.load(path)
+        linears = [m for m in ours.modules() if isinstance(m, memlm.layers.Linear)]
+        assert all(m.order is not None for m in linears if m.format == Format(4, 32, False))
+        for m in linears:
+            m.mode = "accurate"
+        if path == source:  # quantize_files rounds the embedding
+            with torch.inference_mode():
+                torch.testing.assert_close(ours(ids), wanted, rtol=1e-3, atol=1e-4)
+        results.append([formats.dequantize(m.packed) for m in linears if m.order is not None])
+    assert len(results[0]) == len(results[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 # --- what is refused -----------------------------------------------------------------------------
