@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, open_checkpoint
@@ -47,6 +48,8 @@ def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progres
         from memlm.io.gguf_writer import write_gguf
 
         return write_gguf(checkpoint, shapes, prefix, dst, progress)
+    if to == "compressed-tensors":
+        return _compressed_tensors(checkpoint, shapes, prefix, dst, progress)
     return _floats(checkpoint, shapes, prefix, dst, FLOATS[to], progress)
 
 
@@ -81,8 +84,28 @@ def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progr
     config["dtype"] = str(dtype).removeprefix("torch.")
     dst.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(dst.parent) as temporary:
-        safetensors.write_each(temporary / WEIGHTS_FILE, shapes, dtype, read, {"format": "pt"})
+        kinds = {name: (dtype, shape) for name, shape in shapes.items()}
+        safetensors.write_each(temporary / WEIGHTS_FILE, kinds, read, {"format": "pt"})
         copy_others(checkpoint, temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
         files = move_model(temporary, dst)
     return {"files": files, "rounded": rounded}
+
+
+def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, progress) -> dict:
+    from memlm.io import compressed_tensors
+
+    model = build(checkpoint.config)
+    embeddings = {
+        source.removesuffix(".weight")
+        for name, sources in model.hf_tensors().items()
+        for source in sources
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    }
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(dst.parent) as temporary:
+        copy_others(checkpoint, temporary)
+        rounded = compressed_tensors.write(
+            temporary, checkpoint, shapes, prefix, embeddings, progress=progress
+        )
+        return {"files": move_model(temporary, dst), "rounded": rounded}

@@ -117,6 +117,25 @@ def test_llama_cpp_says_the_same(source, tmp_path):
     assert torch.nn.functional.cosine_similarity(scores, run(ours)[0], dim=-1).min() > 0.99
 
 
+def test_compressed_tensors(source, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    config = memlm.QuantConfig("int4-g64", "int8", targets={"re:.*v_proj": "int8-row"})
+    folder = packed(source, tmp_path / "packed", config)
+    export(folder, tmp_path / "out", "compressed-tensors")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    expected = run(memlm.load(folder, dequantize=True))
+    torch.testing.assert_close(tiny.logits(theirs, IDS), expected, rtol=1e-4, atol=1e-4)
+    back = memlm.load(tmp_path / "out")
+    layers = back.layers[0].attention.qkv_proj.layers
+    assert [str(layer.format) for layer in layers] == ["int4-g64", "int4-g64", "int8-row"]
+    for ours, again in zip(memlm.load(folder).layers[0].attention.qkv_proj.layers, layers):
+        assert torch.equal(ours.codes, again.codes) and torch.equal(ours.scales, again.scales)
+    folder = packed(source, tmp_path / "asymmetric", "int4")
+    with pytest.raises(ValueError, match="offsets that are no integer zero points"):
+        export(folder, tmp_path / "no", "compressed-tensors")
+    assert not (tmp_path / "no").exists()
+
+
 def test_refusals(source, tmp_path):
     for to, error, match in [
         ("int8", ValueError, "to: got 'int8', accepted are"),

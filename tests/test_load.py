@@ -393,7 +393,7 @@ def edit_quantization(folder, edit):
 
 Q = "model.layers.0.self_attn.q_proj"
 BAD_CONFIGS = {
-    "method": (lambda q: q.update(quant_method="gptq"), "quant_method 'gptq' is not read here"),
+    "method": (lambda q: q.update(quant_method="fp8"), "quant_method 'fp8' is not read here"),
     "version": (lambda q: q.update(version=99), "version 99; known is 2"),
     "no layers": (lambda q: q.pop("layers"), "layers is missing"),
     "list": (lambda q: q.update(layers=[]), "layers is missing or malformed"),

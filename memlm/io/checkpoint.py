@@ -57,14 +57,15 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A packed memlm folder, another Hugging Face folder (safetensors, sharded or not), or a GGUF
-    file.
+    """A packed memlm folder, another Hugging Face folder (safetensors, sharded or not; in floats,
+    compressed-tensors, GPTQ or AWQ), or a GGUF file.
 
     Raises FileNotFoundError, or FormatError for what is none of them.
     """
     from memlm.io.gguf import GGUF
     from memlm.io.huggingface import Folder
-    from memlm.io.packed_folder import PackedFolder
+    from memlm.io.packed_folder import PackedFolder, is_packed
+    from memlm.io.quantized import open_quantized
 
     path = Path(path)
     if not path.exists():
@@ -75,4 +76,4 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     quantization = folder.config.get("quantization_config")
     if quantization is None:
         return folder
-    return PackedFolder(folder)
+    return PackedFolder(folder) if is_packed(quantization) else open_quantized(folder)

@@ -78,22 +78,23 @@ def write(
 
 def write_each(
     path: str | Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], torch.Tensor],
     metadata: dict[str, str],
 ) -> int:
-    """As :func:`write`, for tensors that ``read(name)`` gives when their turn comes, of these shapes
-    and all of ``dtype``: memory holds one of them."""
-    size = dtype.itemsize
-    kinds = {name: (_DTYPES[dtype], shape, math.prod(shape) * size) for name, shape in shapes.items()}
+    """As :func:`write`, for tensors that ``read(name)`` gives when their turn comes, of the types and
+    shapes that ``kinds`` says: memory holds one of them."""
+    entries = {
+        name: (_DTYPES[dtype], shape, math.prod(shape) * dtype.itemsize)
+        for name, (dtype, shape) in kinds.items()
+    }
 
     def data(name: str) -> Iterator[memoryview]:
-        raw = read(name).to(dtype).contiguous()
-        assert raw.shape == shapes[name], name
+        raw = read(name).contiguous()
+        assert (raw.dtype, tuple(raw.shape)) == kinds[name], name
         yield memoryview(raw.view(-1).view(torch.uint8).numpy())
 
-    return _write(path, kinds, data, metadata, True)
+    return _write(path, entries, data, metadata, True)
 
 
 def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
