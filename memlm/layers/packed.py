@@ -24,6 +24,7 @@ class PackedWeight(torch.Tensor):
     device cost nothing, any computation dequantises all of it.  Read-only (TypeError)."""
 
     packed: Packed
+    _is_hf_initialized = True  # transformers gives random values to weights that a file lacks
 
     @staticmethod
     def __new__(cls, packed: Packed, dtype: torch.dtype):
