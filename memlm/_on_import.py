@@ -9,7 +9,7 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 # A module of another library -> ours, whose import makes the two known to each other.
-JOINS = {"transformers.quantizers.auto": "memlm.hf", "peft.tuners.lora.config": "memlm.peft"}
+JOINS = {"transformers.quantizers.auto": "memlm.hf", "peft.tuners.lora.model": "memlm.peft"}
 
 
 class _Finder(MetaPathFinder):

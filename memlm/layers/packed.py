@@ -35,6 +35,15 @@ class PackedWeight(torch.Tensor):
     def __init__(self, packed: Packed, dtype: torch.dtype):
         self.packed = packed
 
+    @property
+    def data(self) -> PackedWeight:
+        """Itself: writes to a dequantised copy would be lost without a word."""
+        return self
+
+    @data.setter
+    def data(self, data: torch.Tensor) -> None:
+        raise TypeError("weight: is packed and cannot be changed (data)")
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func._schema.is_mutable:
