@@ -21,7 +21,6 @@ from memlm.formats import TILE_ROWS, Format, pack, stack_rows
 from memlm.io import pages
 from memlm.io.checkpoint import PackedTensor
 from memlm.io.ggml_types import TYPES, TensorType, dequantize
-from memlm.io.safetensors import map_file
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i",
@@ -114,7 +113,7 @@ class GGUF:
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise FormatError(f"{self.path}: not a GGUF file; expected one, or a folder")
-        self._bytes = map_file(self.path)
+        self._bytes = pages.open_file(self.path)
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
         self._parse(_Cursor(memoryview(self._bytes.numpy()), self.path))
