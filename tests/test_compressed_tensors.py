@@ -163,6 +163,17 @@ def test_tails(tmp_path, bits, group, n, k, symmetric):
         assert_exact(folder.packed("m.weight"), codes, scales, zeros, g_idx)
 
 
+def test_zero_points_as_they_are(tmp_path):
+    """int8, as the library's versions before 0.9.4 have them."""
+    codes, scales, zeros = matrix(4, 24, 64, 2, symmetric=False)
+    tensors = stored(4, codes, scales)
+    tensors["m.weight_zero_point"] = zeros.view(torch.int8) - 8
+    folder = open_folder(tmp_path, config(scheme(symmetric=False)), tensors)
+    g_idx = torch.arange(64) // 32
+    assert_dequantised(folder.tensor("m.weight"), codes, scales, zeros, g_idx)
+    assert_exact(folder.packed("m.weight"), codes, scales, zeros, g_idx)
+
+
 def test_chunks(tmp_path, monkeypatch):
     """Rows are unpacked some at a time: here 16, the last 5."""
     monkeypatch.setattr("memlm.io.quantized._CHUNK", 1)
@@ -256,8 +267,6 @@ def test_several_schemes_are_told_apart_by_shape(tmp_path):
         ({"quant_method": ["gptq"]}, "quant_method .* is not read"),
         ({"format": "float-quantized"}, "format is 'float-quantized'"),
         ({"format": None}, "format is None"),
-        ({"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
-        ({"quantization_status": None}, "quantization_status is None"),
         ({"ignore": "lm_head"}, "ignore is 'lm_head'"),
         ({"ignore": [["lm_head"]]}, "ignore is"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
@@ -268,6 +277,8 @@ def test_several_schemes_are_told_apart_by_shape(tmp_path):
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, "weights is None"),
         ({"config_groups": {"a": {"targets": [7], "weights": {}}}}, "targets is"),
         ({"config_groups": {"a": {"format": "dense", "weights": {}}}}, "format is 'dense'"),
+        ({"config_groups": {f"{g}": {"weights": {"group_size": g}} for g in range(1, 102)}},
+         "101 different schemes"),
     ],
 )  # fmt: skip
 def test_configs_that_are_refused(tmp_path, changes, message):
@@ -316,6 +327,7 @@ SMALL = {
         ("weight_scale", torch.tensor([[1.0, float("-inf")]] * 8)),
         ("weight_zero_point", None),
         ("weight_zero_point", torch.zeros(1, 2, dtype=torch.int8)),
+        ("weight_zero_point", torch.zeros(8, 2, dtype=torch.uint8)),
         ("weight_zero_point", torch.zeros(8, 2, dtype=torch.int32)),
         ("weight_shape", None),
         ("weight_shape", torch.tensor([8, 64, 1])),
