@@ -5,6 +5,8 @@ The public names and modules load on first use, so that ``import memlm`` stays q
 
 from importlib import import_module
 
+from memlm._on_import import join_others
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -25,7 +27,7 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-_MODULES = ("arrays", "cpu", "data", "formats", "io", "layers", "limits", "memory", "models", "ops")
+_MODULES = ("arrays", "cpu", "data", "formats", "hf", "io", "layers", "limits", "memory", "models", "ops")
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
@@ -39,3 +41,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted([*globals(), *__all__])
+
+
+join_others()

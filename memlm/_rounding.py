@@ -130,10 +130,10 @@ def _search(xp, w, top, stored, nearest, format):
 def _better(xp, w, stored, nearest, best, least, scales, offsets):
     """The better, group by group, of ``best`` and these, and its error."""
     s, o = stored.loaded(scales, offsets)
-    error, _ = nearest(_positions(xp, w, s, o))
+    x = w - o
+    error, _ = nearest(x * _inverse(xp, s))
     error = error * s
-    error += o
-    error -= w
+    error -= x
     error *= error
     error = _sum(error)
     wins = error < least

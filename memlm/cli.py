@@ -154,6 +154,30 @@ def quantize(
 
 
 @app.command()
+def export(
+    src: Model,
+    dst: Annotated[Path, typer.Argument(help="The folder or, for gguf, the file to write.")],
+    to: Annotated[
+        str, typer.Option(help="f32, bf16, f16 (safetensors), gguf, or compressed-tensors.")
+    ] = "bf16",
+    json_file: Json = None,
+) -> None:
+    """Write a model for other programs: transformers, vLLM, llama.cpp.
+
+    Packed matrices keep their codes wherever the target has a type that holds them exactly.
+    """
+    from memlm.export import export as write
+
+    with Bar("exporting") as bar:
+        result = write(resolve(src), dst, to, bar)
+    if str(json_file) != "-":
+        out.print(f"{dst}: {megabytes(sum(result['files'].values()))}")
+        if rounded := result["rounded"]:
+            out.print(f"{len(rounded)} tensors were rounded, {rounded[0]} the first", highlight=False)
+    write_json(result, json_file)
+
+
+@app.command()
 def info(model: Model, json_file: Json = None) -> None:
     """List a model's layers: kernel, instruction set, bytes, and what is not packed and why."""
     import memlm

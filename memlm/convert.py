@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -148,18 +149,7 @@ def quantize_(
     places = _places(model)
     done, total = 0, sum(len(group.layers) for group in plan)
     while plan:  # emptied on the way: it holds the float layers
-        group = plan.popleft()
-        packed = None
-        while group.layers:
-            name, module = group.layers.popleft()
-            if packed is None:
-                packed = _quantize(name, module, group.format)
-            if isinstance(module, nn.Embedding):
-                new = Embedding(packed, module.weight.dtype, module.padding_idx)
-            else:
-                new = Linear(packed, module.bias, config.mode, module.weight.dtype)
-            _put(places, module, new)
-            del module
+        for name in _replace(plan.popleft(), config.mode, places):
             done += 1
             if progress:
                 progress(done, total, name)
@@ -185,8 +175,28 @@ class _Left:
     wanted: bool
 
 
-def _plan(model, config: QuantConfig, filter_fn) -> tuple[deque[_Group], list[_Left]]:
-    """What to replace, and what to leave alone.  Changes nothing."""
+def _replace(group: _Group, mode: str | None, places) -> Iterator[str]:
+    """Packs a group's weight and puts packed layers in its layers' places, which leave the group
+    one by one; yields their names."""
+    packed = None
+    while group.layers:
+        name, module = group.layers.popleft()
+        if packed is None:
+            packed = _quantize(name, module, group.format)
+        if isinstance(module, nn.Embedding):
+            new = Embedding(packed, module.weight.dtype, module.padding_idx)
+        else:
+            new = Linear(packed, module.bias, mode, module.weight.dtype)
+        _put(places, module, new)
+        del module
+        yield name
+
+
+def _plan(
+    model, config: QuantConfig, filter_fn, meta: bool = False
+) -> tuple[deque[_Group], list[_Left]]:
+    """What to replace, and what to leave alone.  Changes nothing.  ``meta``: weights on the meta
+    device are still to come."""
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if _is_layer(module)}
     holders = defaultdict(list)  # id of a parameter -> names of all modules that hold it
@@ -217,7 +227,7 @@ def _plan(model, config: QuantConfig, filter_fn) -> tuple[deque[_Group], list[_L
             left.append(_Left(name, module, reason, wanted=False))
         elif filter_fn is not None and not filter_fn(module, name):
             left.append(_Left(name, module, "filter_fn", wanted=False))
-        elif reason := _obstacle(module, weight):
+        elif reason := _obstacle(module, weight, meta):
             left.append(_Left(name, module, reason, wanted=True))
         elif id(module) in attention:
             reason = "nn.MultiheadAttention reads its weight without calling it"
@@ -237,7 +247,8 @@ def _plan(model, config: QuantConfig, filter_fn) -> tuple[deque[_Group], list[_L
         # Conv1D holds its weight transposed: sharing with a Linear is not sharing packed forms.
         key = (id(module.weight), is_conv1d(module))
         if key not in groups:
-            if not all(torch.isfinite(end) for end in torch.aminmax(module.weight.detach())):
+            weight = module.weight.detach()
+            if not weight.is_meta and not all(torch.isfinite(end) for end in torch.aminmax(weight)):
                 raise ValueError(f"{name}: its weight contains NaN or Inf")
             groups[key] = _Group(deque(), format)
         groups[key].layers.append((name, module))
@@ -270,8 +281,8 @@ def _heads(modules: dict[str, nn.Module]) -> set[str]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _obstacle(module: nn.Module, weight: nn.Parameter | None) -> str | None:
-    """Why a layer cannot be replaced, or None."""
+def _obstacle(module: nn.Module, weight: nn.Parameter | None, meta: bool) -> str | None:
+    """Why a layer cannot be replaced, or None.  ``meta``: its weight may be on the meta device."""
     kind = type(module).__name__
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrised: computed anew by each call"
@@ -285,7 +296,7 @@ def _obstacle(module: nn.Module, weight: nn.Parameter | None) -> str | None:
     base = next(c for c in type(module).__mro__ if c in bases or c.__name__ == "Conv1D")
     if type(module).forward is not base.forward or "forward" in vars(module):
         return f"{kind} has a forward of its own: not just a {base.__name__}"
-    if weight.is_meta:
+    if weight.is_meta and not meta:
         return "its weight is on the meta device: nothing to quantise"
     if weight.dtype not in X_DTYPES:
         return f"its weight is {weight.dtype}, kernels take {_names(X_DTYPES)}"
@@ -339,6 +350,8 @@ def _tell_parents(model: nn.Module) -> None:
                 renamed = _rename_tied(module, names)
                 if renamed != names:
                     setattr(module, table, renamed)
+    if "memlm.hf" in sys.modules:  # transformers is in use
+        sys.modules["memlm.hf"].follow(model)
 
 
 def _set_fast_path(module: nn.Module, attribute: str, off) -> None:
@@ -452,7 +465,7 @@ def build_layers_(model: nn.Module, specs: dict[str, dict]) -> nn.Module:
     """
     modules = dict(model.named_modules())
     new: dict[str, PackedModule] = {}
-    for name, spec in specs.items():
+    for name, spec in sorted(specs.items(), key=lambda item: "tied_to" in item[1]):
         old = modules.get(name)
         if old is None or old is model or not _is_layer(old):
             raise ValueError(f"layers: {name}: the model has no such layer to replace")

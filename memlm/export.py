@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, open_checkpoint
@@ -42,11 +43,14 @@ def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progres
     if dst.exists():
         raise FileExistsError(f"{dst}: exists already")
     checkpoint = open_checkpoint(src)
+    shapes, prefix = shapes_of(checkpoint)
     if to == "gguf":
         from memlm.io.gguf_writer import write_gguf
 
-        return write_gguf(src, checkpoint, dst, progress)
-    return _floats(src, checkpoint, dst, FLOATS[to], progress)
+        return write_gguf(checkpoint, shapes, prefix, dst, progress)
+    if to == "compressed-tensors":
+        return _compressed_tensors(checkpoint, shapes, prefix, dst, progress)
+    return _floats(checkpoint, shapes, prefix, dst, FLOATS[to], progress)
 
 
 def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -61,8 +65,7 @@ def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
     return shapes, prefix
 
 
-def _floats(src: Path, checkpoint: Checkpoint, dst: Path, dtype: torch.dtype, progress) -> dict:
-    shapes, prefix = shapes_of(checkpoint)
+def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progress) -> dict:
     done, rounded = 0, []
 
     def read(name: str) -> torch.Tensor:
@@ -83,7 +86,26 @@ def _floats(src: Path, checkpoint: Checkpoint, dst: Path, dtype: torch.dtype, pr
     with temporary_folder(dst.parent) as temporary:
         kinds = {name: (dtype, shape) for name, shape in shapes.items()}
         safetensors.write_each(temporary / WEIGHTS_FILE, kinds, read, {"format": "pt"})
-        copy_others(src, temporary)
+        copy_others(checkpoint, temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
         files = move_model(temporary, dst)
     return {"files": files, "rounded": rounded}
+
+
+def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, progress) -> dict:
+    from memlm.io import compressed_tensors
+
+    model = build(checkpoint.config)
+    embeddings = {
+        source.removesuffix(".weight")
+        for name, sources in model.hf_tensors().items()
+        for source in sources
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    }
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(dst.parent) as temporary:
+        copy_others(checkpoint, temporary)
+        rounded = compressed_tensors.write(
+            temporary, checkpoint, shapes, prefix, embeddings, progress=progress
+        )
+        return {"files": move_model(temporary, dst), "rounded": rounded}

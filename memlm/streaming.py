@@ -116,7 +116,7 @@ def quantize_files(
                 lambda names: in_file_order(names, specs),
                 metadata(),
             )
-            copy_others(src, temporary)
+            copy_others(checkpoint, temporary)
             plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
             write_config(temporary / CONFIG_FILE, plain, specs, _NAMES[dtype])
             files = file_sizes(temporary)

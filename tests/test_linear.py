@@ -243,6 +243,10 @@ def test_weight_is_the_matrix_for_whoever_reads_it():
     assert "int8" in repr(weight)
     with pytest.raises(TypeError, match="packed and cannot be changed"):
         layer.weight.zero_()
+    with pytest.raises(TypeError, match="packed and cannot be changed"):
+        layer.weight.data += 1
+    with pytest.raises(TypeError, match="packed and cannot be changed"):
+        layer.weight.data = dense
     with pytest.raises(TypeError, match="weight: got Tensor"):
         layer.weight = dense
 

@@ -321,6 +321,35 @@ def test_projections_of_different_formats(source, tmp_path):
     assert torch.equal(run(memlm.load(tmp_path / "again")), run(model))
 
 
+PAGES = """
+import sys, torch, memlm
+from memlm.memory import file_mapping
+model = memlm.load(sys.argv[1], pages=sys.argv[2])
+m = file_mapping(sys.argv[1] + "/model.safetensors")
+with torch.inference_mode():
+    print(m.size, m.resident, m.private, model(torch.arange(60).view(2, 30)).double().sum().item())
+"""
+
+
+@pytest.mark.parametrize("pages", ["mapped", "populated", "huge"])
+def test_pages(tmp_path, pages):
+    """Where the weights lie, by the kernel's account; what they compute is the same."""
+    tiny.llama(tmp_path / "source", hidden_size=512)
+    folder = tmp_path / "packed"
+    memlm.quantize_files(tmp_path / "source", folder, memlm.QuantConfig("int8", "int8", "int8"))
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES, str(folder), pages], capture_output=True, text=True, check=True
+    )
+    mapped, resident, private, total = map(float, done.stdout.split())
+    size = (folder / WEIGHTS).stat().st_size
+    assert size > 1e6 and private == 0
+    assert mapped == 0 if pages == "huge" else mapped >= size
+    assert resident == mapped if pages == "populated" else resident < size
+    assert total == run(memlm.load(folder)).double().sum().item()
+    with pytest.raises(ValueError, match="pages: got 'small', accepted are"):
+        memlm.load(folder, pages="small")
+
+
 # --- where save writes ---------------------------------------------------------------------------
 
 

@@ -26,22 +26,24 @@ struct Numbers {
 
 // 16 levels in any ascending order, with bounds halfway between them.
 struct TableLevels {
-  Table levels, bounds;
+  Table levels, after4, after2, after1;  // bounds: entry c of after4 lies behind level c + 3
+  float middle;                          // behind level 7
   double end;
   explicit TableLevels(const float* p)
       : levels(t_load(p)), end(fabsf(p[0]) >= fabsf(p[15]) ? p[0] : p[15]) {
-    float between[16] = {};
-    for (int i = 0; i < 15; ++i) between[i] = (p[i + 1] + p[i]) / 2;
-    bounds = t_load(between);
+    float bounds[15 + 3 + 1] = {};
+    for (int i = 0; i < 15; ++i) bounds[i] = (p[i + 1] + p[i]) / 2;
+    middle = bounds[7];
+    after4 = t_load(bounds + 3);
+    after2 = t_load(bounds + 1);
+    after1 = t_load(bounds);
   }
   double reach() const { return end; }
-  I code(F x) const {  // how many bounds lie below x
-    I code = i_zero();
-    for (int step = 8; step; step /= 2) {
-      const F bound = t_lookup(bounds, i_add(code, i_set1(step - 1)));
-      code = i_add(code, f_round(f_if_less(bound, x, f_set1(static_cast<float>(step)), f_zero())));
-    }
-    return code;
+  I code(F x) const {  // how many bounds lie below x: 8, 4, 2, 1 more
+    I code = i_add_if_less(i_zero(), f_set1(middle), x, 8);
+    code = i_add_if_less(code, t_lookup(after4, code), x, 4);
+    code = i_add_if_less(code, t_lookup(after2, code), x, 2);
+    return i_add_if_less(code, t_lookup(after1, code), x, 1);
   }
   F nearest(F x) const { return t_lookup(levels, code(x)); }
 };
@@ -98,7 +100,9 @@ template <bool kOffsets>
 struct Positions {
   F inverse, o;
   explicit Positions(Affine a) : inverse(inverse_or_zero(a.s)), o(a.o) {}
-  F operator()(F w) const { return f_mul(kOffsets ? f_sub(w, o) : w, inverse); }
+  F from_offset(F w) const { return kOffsets ? f_sub(w, o) : w; }
+  F scaled(F x) const { return f_mul(x, inverse); }
+  F operator()(F w) const { return scaled(from_offset(w)); }
 };
 
 template <bool kOffsets, class Levels>
@@ -106,10 +110,8 @@ inline F squared_error(const Levels& levels, const float* w, int span, Affine a)
   const Positions<kOffsets> at(a);
   F sum = f_zero();
   for (int j = 0; j < span; ++j) {
-    const F x = f_load(w + j * kTileRows);
-    F error = f_mul(levels.nearest(at(x)), a.s);
-    if (kOffsets) error = f_add(error, a.o);
-    error = f_sub(error, x);
+    const F x = at.from_offset(f_load(w + j * kTileRows));
+    const F error = f_sub(f_mul(levels.nearest(at.scaled(x)), a.s), x);
     sum = f_add(sum, f_mul(error, error));
   }
   return sum;
@@ -180,21 +182,26 @@ struct TileRows {
     return static_cast<const char*>(args.w) +
            (row + r) * args.w_stride * (args.dtype == MEMLM_F32 ? 4 : 2);
   }
+  // 1 for each row, 0 beyond.
+  F real() const {
+    alignas(64) float ones[kTileRows] = {};
+    for (int r = 0; r < count; ++r) ones[r] = 1;
+    return f_load(ones);
+  }
   // Columns k0 .. k0 + span - 1 as w [span][16], zeros beyond the rows; beyond k the last column, or
   // zeros.
   void load(int64_t k0, int span, bool repeat, float* w) const {
-    const int real = static_cast<int>(args.k - k0 < span ? args.k - k0 : span);
-    alignas(64) float block[kTileRows][16];
-    memset(block, 0, sizeof block);
-    for (int j = 0; j < real; j += 16) {
-      const int some = real - j < 16 ? real - j : 16;
-      for (int r = 0; r < count; ++r)
-        f_store(block[r], f_add(load_floats(at(r), args.dtype, k0 + j, some), f_zero()));
-      for (int i = 0; i < some; ++i)
-        for (int r = 0; r < kTileRows; ++r) w[(j + i) * kTileRows + r] = block[r][i];
+    const int given = static_cast<int>(args.k - k0 < span ? args.k - k0 : span);
+    for (int j = 0; j < given; j += 16) {
+      const int some = given - j < 16 ? given - j : 16;
+      F x[kTileRows];
+      for (int r = 0; r < kTileRows; ++r)
+        x[r] = r < count ? load_floats(at(r), args.dtype, k0 + j, some) : f_zero();
+      f_transpose(x);
+      for (int i = 0; i < 16; ++i) f_store(w + (j + i) * kTileRows, f_add(x[i], f_zero()));
     }
-    for (int j = real; j < span; ++j)
-      f_store(w + j * kTileRows, repeat ? f_load(w + (real - 1) * kTileRows) : f_zero());
+    for (int j = given; j < span; ++j)
+      f_store(w + j * kTileRows, repeat ? f_load(w + (given - 1) * kTileRows) : f_zero());
   }
   // Of each row.
   F largest() const {
@@ -207,44 +214,36 @@ struct TileRows {
   }
 };
 
-// Codes [32][16] of 32 k as their blocks; 0 for rows from `rows` on and columns from `columns` on.
+// Where code j of a block stands in its lane.
 template <int kBits>
-inline void store_codes(const int32_t (*codes)[kTileRows], int rows, int64_t columns, uint8_t* out) {
-  constexpr int kBlockK = 8 / kBits * kLaneK;
-  uint32_t mask[kTileRows];
-  for (int r = 0; r < kTileRows; ++r) mask[r] = r < rows ? (1u << kBits) - 1 : 0;
-  for (int k = 0; k < kActGroup; k += kBlockK) {
-    uint32_t lanes[kTileRows] = {};
-    for (int j = 0; j < kBlockK && k + j < columns; ++j)
-      for (int r = 0; r < kTileRows; ++r)
-        lanes[r] |= (static_cast<uint32_t>(codes[k + j][r]) & mask[r])
-                    << (j % kLaneK * 8 + j / kLaneK * kBits);
-    memcpy(out, lanes, kBlock);
+constexpr int code_shift(int j) { return j % kLaneK * 8 + j / kLaneK * kBits; }
+
+// The block of codes code(0), code(1), ..., from J on.
+template <int kBits, int J = 0, class Code>
+inline I block_of(const Code& code) {
+  I lanes = code(J);
+  if constexpr (kBits == 8) lanes = i_and(lanes, i_set1(0xff));  // of negative ones
+  lanes = i_shift_left<code_shift<kBits>(J)>(lanes);
+  if constexpr (J + 1 < 32 / kBits) lanes = i_or(lanes, block_of<kBits, J + 1>(code));
+  return lanes;
+}
+
+// Rounds w [span][16] with these scales and offsets, and stores the codes; 0 where `lanes` has no
+// bits and from column `columns` on.
+template <int kBits, bool kOffsets, class Levels>
+inline void round_group(const Levels& levels, const float* w, int span, Affine a, I lanes,
+                        int64_t columns, uint8_t* out) {
+  constexpr int kBlockK = 32 / kBits;
+  const Positions<kOffsets> at(a);
+  for (int k = 0; k < span; k += kBlockK) {
+    I block = block_of<kBits>([&](int j) { return levels.code(at(f_load(w + (k + j) * kTileRows))); });
+    uint32_t mask = columns - k < kBlockK ? 0 : ~0u;
+    for (int j = 0; j < columns - k && ~mask; ++j)
+      mask |= ((1u << kBits) - 1) << code_shift<kBits>(j);
+    block = i_and(block, i_and(lanes, i_set1(static_cast<int32_t>(mask))));
+    memcpy(out, &block, kBlock);
     out += kBlock;
   }
-}
-
-// Rounds w [span][16], columns k0 on, with these scales and offsets, and stores the codes.
-template <int kBits, bool kOffsets, class Levels>
-inline void round_group(const Levels& levels, const float* w, int span, Affine a, int rows,
-                        int64_t columns, uint8_t* out) {
-  const Positions<kOffsets> at(a);
-  alignas(64) int32_t codes[kActGroup][kTileRows];
-  for (int j = 0; j < span; j += kActGroup) {
-    for (int i = 0; i < kActGroup; ++i) {
-      const I code = levels.code(at(f_load(w + (j + i) * kTileRows)));
-      memcpy(codes[i], &code, sizeof codes[i]);
-    }
-    store_codes<kBits>(codes, rows, columns - j, out + tile_bytes(kBits, j));
-  }
-}
-
-// Stores a group's scales, or offsets: 0 for rows beyond the last.
-inline void store_lanes(StoredAs as, void* p, int64_t i, F x, int rows) {
-  alignas(64) float lanes[kTileRows];
-  f_store(lanes, x);
-  for (int r = rows; r < kTileRows; ++r) lanes[r] = 0;
-  as.store(p, i, f_load(lanes));
 }
 
 template <int kBits, bool kOffsets, class Levels>
@@ -252,6 +251,8 @@ inline void quantize_tile(const Levels& levels, const memlm_quantize_args& args,
   const int64_t padded = padded_k(args.k, args.group), group = args.group ? args.group : padded;
   const int64_t left = args.n - tile * kTileRows;
   const TileRows rows = {args, tile * kTileRows, static_cast<int>(left < kTileRows ? left : kTileRows)};
+  const F real = rows.real();
+  const I lanes = f_round(f_negative(real));
   const StoredAs as = {args.scale_dtype};
   uint8_t* codes = static_cast<uint8_t*>(args.codes) + tile * tile_bytes(kBits, padded);
   alignas(64) float w[kMostGroup * kTileRows];
@@ -293,13 +294,13 @@ inline void quantize_tile(const Levels& levels, const memlm_quantize_args& args,
       normalise();
       best = search<kOffsets>(levels, w, span, top, u, as, kBits == 4 ? kShrink16 : kShrink4);
     }
-    store_lanes(as, args.scales, at, best.s, rows.count);
-    if (kOffsets) store_lanes(as, args.offsets, at, best.o, rows.count);
+    as.store(args.scales, at, f_if_less(f_zero(), real, best.s, f_zero()));
+    if (kOffsets) as.store(args.offsets, at, f_if_less(f_zero(), real, best.o, f_zero()));
     const Affine a = loaded<kOffsets>(u, best);
     for (int64_t k = g * group; k < (g + 1) * group; k += span) {
       if (!args.group) rows.load(k, span, false, w);
       if (kBits == 8) normalise();
-      round_group<kBits, kOffsets>(levels, w, span, a, rows.count, args.k - k,
+      round_group<kBits, kOffsets>(levels, w, span, a, lanes, args.k - k,
                                    codes + tile_bytes(kBits, k));
     }
   }

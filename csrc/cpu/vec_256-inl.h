@@ -57,6 +57,40 @@ inline F f_load_bf16(const uint16_t* p) {
   };
   return {widen(load128(p)), widen(load128(p + 8))};
 }
+// 8 registers: lane i of x[j] and lane j of x[i] change places.
+inline void transpose8(__m256 (&x)[8]) {
+  __m256 pairs[8], fours[8];  // of rows, within 128-bit halves
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+inline void f_transpose(F (&x)[16]) {
+  __m256 left[8], right[8], low_left[8], low_right[8];
+  for (int i = 0; i < 8; ++i) {
+    left[i] = x[i].a;
+    right[i] = x[i].b;
+    low_left[i] = x[8 + i].a;
+    low_right[i] = x[8 + i].b;
+  }
+  transpose8(left);
+  transpose8(right);
+  transpose8(low_left);
+  transpose8(low_right);
+  for (int i = 0; i < 8; ++i) {
+    x[i] = {left[i], low_left[i]};
+    x[8 + i] = {right[i], low_right[i]};
+  }
+}
 inline void f_store_f16(uint16_t* p, F x) {
   __m128i* out = reinterpret_cast<__m128i*>(p);
   _mm_storeu_si128(out, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
@@ -85,7 +119,21 @@ inline I f_magnitude_bits(F x) {
 inline I i_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I i_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I i_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I i_or(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int kShift>
+inline I i_shift_left(I x) {
+  return {_mm256_slli_epi32(x.a, kShift), _mm256_slli_epi32(x.b, kShift)};
+}
 inline I i_max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  const __m256i some = _mm256_set1_epi32(y);
+  const auto added = [some](__m256i v, __m256 left, __m256 right) {
+    const __m256 mask = _mm256_cmp_ps(left, right, _CMP_LT_OQ);
+    return _mm256_add_epi32(v, _mm256_and_si256(_mm256_castps_si256(mask), some));
+  };
+  return {added(x.a, a.a, b.a), added(x.b, a.b, b.b)};
+}
 inline int32_t i_reduce_max(I x) {
   __m256i v = _mm256_max_epi32(x.a, x.b);
   __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

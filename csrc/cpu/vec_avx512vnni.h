@@ -41,6 +41,28 @@ inline F f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load256(p)); }
 inline F f_load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
 }
+inline void f_transpose(F (&x)[16]) {
+  F pairs[16], fours[16];  // of rows, within 128-bit quarters
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {  // quarters 0 and 2, or 1 and 3, of two registers, twice
+    const F even_high = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+    const F even_low = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+    const F odd_high = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+    const F odd_low = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(even_high, even_low, 0x88);
+    x[4 + i] = _mm512_shuffle_f32x4(odd_high, odd_low, 0x88);
+    x[8 + i] = _mm512_shuffle_f32x4(even_high, even_low, 0xdd);
+    x[12 + i] = _mm512_shuffle_f32x4(odd_high, odd_low, 0xdd);
+  }
+}
 inline void f_store_f16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -62,7 +84,16 @@ inline I f_magnitude_bits(F x) {
 inline I i_zero() { return _mm512_setzero_si512(); }
 inline I i_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_add(I x, I y) { return _mm512_add_epi32(x, y); }
+inline I i_and(I x, I y) { return _mm512_and_si512(x, y); }
+inline I i_or(I x, I y) { return _mm512_or_si512(x, y); }
+template <int kShift>
+inline I i_shift_left(I x) {
+  return _mm512_slli_epi32(x, kShift);
+}
 inline I i_max(I x, I y) { return _mm512_max_epi32(x, y); }
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  return _mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x, i_set1(y));
+}
 inline int32_t i_reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
 inline int32_t i_reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 inline void i_store_i8(int8_t* p, I x) {

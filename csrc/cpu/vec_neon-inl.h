@@ -67,6 +67,22 @@ inline F f_load_bf16(const uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
   });
 }
+inline void f_transpose(F (&x)[16]) {
+  F y[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int q = 0; q < 4; ++q) {  // 4 rows, 4 lanes of each
+      const auto pairs = [&](int row, bool odd) {
+        const float32x4_t a = x[i + row].v[q], b = x[i + row + 1].v[q];
+        return vreinterpretq_f64_f32(odd ? vtrn2q_f32(a, b) : vtrn1q_f32(a, b));
+      };
+      for (int j = 0; j < 2; ++j) {
+        const float64x2_t first = pairs(0, j), second = pairs(2, j);
+        y[4 * q + j].v[i / 4] = vreinterpretq_f32_f64(vtrn1q_f64(first, second));
+        y[4 * q + 2 + j].v[i / 4] = vreinterpretq_f32_f64(vtrn2q_f64(first, second));
+      }
+    }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
 inline void f_store_f16(uint16_t* p, F x) {
   for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.v[i])));
 }
@@ -93,8 +109,24 @@ inline I i_zero() { return i_set1(0); }
 inline I i_add(I x, I y) {
   return quarters<I>([&](int i) { return vaddq_s32(x.v[i], y.v[i]); });
 }
+inline I i_and(I x, I y) {
+  return quarters<I>([&](int i) { return vandq_s32(x.v[i], y.v[i]); });
+}
+inline I i_or(I x, I y) {
+  return quarters<I>([&](int i) { return vorrq_s32(x.v[i], y.v[i]); });
+}
+template <int kShift>
+inline I i_shift_left(I x) {
+  return quarters<I>([&](int i) { return vshlq_n_s32(x.v[i], kShift); });
+}
 inline I i_max(I x, I y) {
   return quarters<I>([&](int i) { return vmaxq_s32(x.v[i], y.v[i]); });
+}
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  return quarters<I>([&](int i) {
+    const uint32x4_t some = vandq_u32(vcltq_f32(a.v[i], b.v[i]), vdupq_n_u32(static_cast<uint32_t>(y)));
+    return vaddq_s32(x.v[i], vreinterpretq_s32_u32(some));
+  });
 }
 inline int32_t i_reduce_max(I x) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])));

@@ -69,6 +69,14 @@ inline F f_load_bf16(const uint16_t* p) {
   MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(p[i]) << 16);
   return r;
 }
+// Lane i of x[j] and lane j of x[i] change places.
+inline void f_transpose(F (&x)[16]) {
+  MEMLM_LANES for (int j = 0; j < i; ++j) {
+    const float lane = x[i].v[j];
+    x[i].v[j] = x[j].v[i];
+    x[j].v[i] = lane;
+  }
+}
 inline void f_store_f16(uint16_t* p, F x) { MEMLM_LANES p[i] = float_to_f16(x.v[i]); }
 
 inline F f_from_i(I x) { F r; MEMLM_LANES r.v[i] = static_cast<float>(x.v[i]); return r; }
@@ -99,6 +107,13 @@ inline I f_magnitude_bits(F x) {
 inline I i_set1(int32_t x) { I r; MEMLM_LANES r.v[i] = x; return r; }
 inline I i_zero() { return i_set1(0); }
 inline I i_add(I x, I y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+inline I i_and(I x, I y) { MEMLM_LANES x.v[i] &= y.v[i]; return x; }
+inline I i_or(I x, I y) { MEMLM_LANES x.v[i] |= y.v[i]; return x; }
+template <int kShift>
+inline I i_shift_left(I x) {
+  MEMLM_LANES x.v[i] = static_cast<int32_t>(static_cast<uint32_t>(x.v[i]) << kShift);
+  return x;
+}
 inline I i_max(I x, I y) { MEMLM_LANES x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return x; }
 inline int32_t i_reduce_max(I x) {
   int32_t r = x.v[0];
@@ -106,6 +121,11 @@ inline int32_t i_reduce_max(I x) {
   return r;
 }
 inline int32_t i_reduce_add(I x) { int32_t r = 0; MEMLM_LANES r += x.v[i]; return r; }
+// x + y where a < b, else x.
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  MEMLM_LANES x.v[i] += a.v[i] < b.v[i] ? y : 0;
+  return x;
+}
 // For lanes within int8.
 inline void i_store_i8(int8_t* p, I x) { MEMLM_LANES p[i] = static_cast<int8_t>(x.v[i]); }
 

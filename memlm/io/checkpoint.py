@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from memlm.formats import Packed
+from memlm.io.pages import check_how
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, pages: str = "mapped") -> Checkpoint:
     """A packed memlm folder, another Hugging Face folder (safetensors, sharded or not; in floats,
     compressed-tensors, GPTQ or AWQ), or a GGUF file.
+
+    ``pages``: of the folders' tensors in memory, see :mod:`memlm.io.pages`.
 
     Raises FileNotFoundError, or FormatError for what is none of them.
     """
@@ -72,7 +75,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         return GGUF(path)
-    folder = Folder(path)
+    folder = Folder(path, check_how(pages))
     quantization = folder.config.get("quantization_config")
     if quantization is None:
         return folder

@@ -21,7 +21,6 @@ from memlm.formats import TILE_ROWS, Format, pack, stack_rows
 from memlm.io import pages
 from memlm.io.checkpoint import PackedTensor
 from memlm.io.ggml_types import TYPES, TensorType, dequantize
-from memlm.io.safetensors import map_file
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i",
@@ -69,25 +68,33 @@ class _Cursor:
         return struct.unpack(format, self.take(struct.calcsize(format)))[0]
 
     def string(self) -> str:
-        text = self.take(self.scalar("<Q"))
+        # Files hold hundreds of thousands of them: no calls that can be spared.
+        data, start = self.data, self.at + 8
+        end = start + int.from_bytes(data[self.at : start], "little")
+        if end > len(data):
+            raise self.error(f"truncated: a string to byte {end}, {len(data) - self.at} bytes left")
         try:
-            return text.decode()
+            text = str(data[start:end], "utf-8")
         except UnicodeDecodeError:
-            raise self.error(f"a string that is not UTF-8: {text[:40]!r}") from None
+            raise self.error(f"a string that is not UTF-8: {bytes(data[start:end][:40])!r}") from None
+        self.at = end
+        return text
 
-    def value(self, kind: int, in_array: bool = False):
+    def value(self, kind: int):
         """A metadata value; arrays do not nest here."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY or in_array:
-            raise self.error(f"metadata type {kind}{' in an array' * in_array} is not read here")
+        if kind != _ARRAY:
+            raise self.error(f"metadata type {kind} is not read here")
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-        return [self.value(kind, in_array=True) for _ in range(count)]
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        raise self.error(f"metadata type {kind} in an array is not read here")
 
 
 class GGUF:
@@ -106,7 +113,7 @@ class GGUF:
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise FormatError(f"{self.path}: not a GGUF file; expected one, or a folder")
-        self._bytes = map_file(self.path)
+        self._bytes = pages.open_file(self.path)
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
         self._parse(_Cursor(memoryview(self._bytes.numpy()), self.path))
@@ -222,7 +229,7 @@ class GGUF:
     def _row_order(self, name: str) -> np.ndarray | None:
         """llama.cpp rotates neighbouring pairs (2i, 2i + 1), Hugging Face the halves (i, i + d/2):
         the file has the rows of q and k in the former's order."""
-        key = next((key for part, key in _ROTATED.items() if f".{part}." in name), None)
+        key = next((key for part, key in ROTATED.items() if f".{part}." in name), None)
         if key is None:
             return None
         rows, heads = self.tensors[self._names[name]].shape[0], self.config[key]
@@ -235,7 +242,7 @@ class GGUF:
         return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
-_HF_NAMES = {
+HF_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -246,12 +253,12 @@ _HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_HF_TOP = {
+HF_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def _hf_names(file: GGUF) -> dict[str, str]:
@@ -259,10 +266,10 @@ def _hf_names(file: GGUF) -> dict[str, str]:
     names = {}
     for name in file.tensors:
         parts = name.split(".")
-        if name in _HF_TOP:
-            names[_HF_TOP[name]] = name
-        elif len(parts) == 4 and parts[0] == "blk" and parts[2] in _HF_NAMES:
-            names[f"model.layers.{parts[1]}.{_HF_NAMES[parts[2]]}.{parts[3]}"] = name
+        if name in HF_TOP:
+            names[HF_TOP[name]] = name
+        elif len(parts) == 4 and parts[0] == "blk" and parts[2] in HF_NAMES:
+            names[f"model.layers.{parts[1]}.{HF_NAMES[parts[2]]}.{parts[3]}"] = name
         elif name == "rope_freqs.weight":
             raise FormatError(f"{file.path}: scaled rotary frequencies ({name}) are not read here")
         else:

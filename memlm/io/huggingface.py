@@ -15,15 +15,15 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 class Folder:
     """A checkpoint (see :class:`memlm.io.checkpoint.Checkpoint`) in a folder; shards are mapped
-    when a tensor of theirs is first asked for.
+    when a tensor of theirs is first asked for, ``pages`` as :mod:`memlm.io.pages` has it.
 
     Raises FileNotFoundError for a folder without config.json or safetensors; FormatError.
     """
 
     packs = False
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, pages: str = "mapped"):
+        self.path, self._pages = Path(path), pages
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{self.path}: has no config.json, so it holds no model")
         self.config = read_json(self.path / "config.json")
@@ -46,7 +46,7 @@ class Folder:
 
     def _shard(self, file: str) -> dict[str, torch.Tensor]:
         if file not in self._shards:
-            self._shards[file] = safetensors.open_mapped(self.path / file)[0]
+            self._shards[file] = safetensors.open_mapped(self.path / file, self._pages)[0]
         return self._shards[file]
 
     def names(self) -> list[str]:

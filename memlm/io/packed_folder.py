@@ -33,10 +33,11 @@ from memlm import formats
 from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.errors import FormatError
 from memlm.formats import Format, Packed
-from memlm.io.checkpoint import PackedTensor
+from memlm.io.checkpoint import Checkpoint, PackedTensor
 from memlm.io.files import read_json, sync_folder, temporary_folder
+from memlm.io.gguf import GGUF
 from memlm.io.huggingface import Folder
-from memlm.io.tokenizer import load_tokenizer
+from memlm.io.tokenizer import from_gguf
 from memlm.layers.packed import dequantize_ordered
 from memlm.ops import mode_for
 
@@ -216,11 +217,12 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
-def copy_others(src: Path, folder: Path) -> None:
+def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     """Tokenizer, chat template, generation settings, pooling and what else came with the model."""
-    if src.is_file():
-        load_tokenizer(src).save(folder)
+    if isinstance(checkpoint, GGUF):
+        from_gguf(checkpoint).save(folder)
         return
+    src = checkpoint.path
     for file in sorted(src.rglob("*")):
         inside = file.relative_to(src)
         hidden = any(part.startswith(".") for part in inside.parts)

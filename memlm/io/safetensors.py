@@ -20,6 +20,7 @@ import torch
 from memlm.errors import FormatError
 from memlm.io._header import MAX_BYTES, METADATA, read_header
 from memlm.io.files import replacing
+from memlm.io.pages import open_file
 
 ALIGNMENT = 64
 _DTYPES = {
@@ -99,11 +100,9 @@ def write_each(
 
 def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
     """Writes a file of all tensors of other safetensors files, as :func:`write` does; ``order`` takes
-    their names and returns them in the order wanted.  Raises FormatError for a part that is not what
-    its checksum says."""
+    their names and returns them in the order wanted."""
     entries, file_of = {}, {}
     for part in map(Path, parts):
-        verify(part)
         found, _ = read_header(part)
         entries |= found
         file_of |= dict.fromkeys(found, part)
@@ -187,8 +186,11 @@ def _write(path, kinds: dict[str, tuple[str, tuple, int]], data, metadata: dict,
     return len(head) + position
 
 
-def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, memory-mapped, and its metadata.
+def open_mapped(
+    path: str | Path, pages: str = "mapped"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, memory-mapped, and its metadata; ``pages`` as
+    :mod:`memlm.io.pages` has it.
 
     Nothing is read until it is used and nothing is copied (but for tensors that do not lie at a
     multiple of their element's size): the pages are the page cache's, shared with every other
@@ -199,7 +201,7 @@ def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     """
     path = Path(path)
     entries, metadata = read_header(path)
-    data = map_file(path)
+    data = open_file(path, pages)
     tensors = {}
     for name, entry in entries.items():
         raw, dtype = data[entry.start : entry.end], _BY_CODE[entry.dtype]
@@ -207,9 +209,3 @@ def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
             raw = raw.clone()
         tensors[name] = raw.view(dtype).view(entry.shape)
     return tensors, metadata
-
-
-def map_file(path: Path) -> torch.Tensor:
-    """A file's bytes, mapped for this process alone: uint8 [size]."""
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -31,6 +31,7 @@ class PackedWeight(torch.Tensor):
 
     packed: Packed
     order: torch.Tensor | None
+    _is_hf_initialized = True  # transformers gives random values to weights that a file lacks
 
     @staticmethod
     def __new__(cls, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
@@ -40,6 +41,15 @@ class PackedWeight(torch.Tensor):
 
     def __init__(self, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
         self.packed, self.order = packed, order
+
+    @property
+    def data(self) -> PackedWeight:
+        """Itself: writes to a dequantised copy would be lost without a word."""
+        return self
+
+    @data.setter
+    def data(self, data: torch.Tensor) -> None:
+        raise TypeError("weight: is packed and cannot be changed (data)")
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -79,6 +79,7 @@ def load(
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    pages: str = "mapped",
 ) -> Decoder | Encoder:
     """The model of a packed memlm folder, a Hugging Face folder (safetensors, sharded or not;
     compressed-tensors, GPTQ and AWQ too), or a GGUF file, in eval mode and with its ``tokenizer``
@@ -88,15 +89,16 @@ def load(
     mixes several).  ``dequantize`` turns what the file holds in codes into floats, too; otherwise
     such matrices stay as they are, to the bit, if one of memlm's formats holds them exactly
     (:func:`memlm.explain` tells which did).  Float tensors and packed folders are mapped; the rest
-    is converted one tensor at a time.
+    is converted one tensor at a time.  ``pages``: how folders' tensors lie in memory, ``"mapped"``,
+    ``"populated"`` or ``"huge"`` (:mod:`memlm.io.pages`).
 
     Raises FileNotFoundError, FormatError for files that are malformed, not known, or hold tensors
-    that the model would not use; TypeError for another ``dtype``.
+    that the model would not use; TypeError for another ``dtype``, ValueError for other ``pages``.
     """
     path = Path(path)
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype: got {dtype}, accepted are {FLOATS}")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, pages)
     model = _assemble(checkpoint, dtype, dequantize, progress)
     model.hf_config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     if path.is_file() or (path / "tokenizer.json").exists():
