@@ -512,6 +512,26 @@ def test_transformers_loads_what_is_written(tmp_path, tied, kinds):
         torch.testing.assert_close(ours(ids), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_transformers_dequantises_what_is_written(tmp_path):
+    """Asymmetric matrices of one scheme, as every version of the library can load them."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = tiny.llama(tmp_path / "float", intermediate_size=128)
+    stored = {
+        name: PackedTensor(packed_matrix("int4a-g32", *t.shape)) if "proj" in name else t
+        for name, t in model.state_dict().items()
+    }
+    memory = Memory(json.loads((tmp_path / "float" / "config.json").read_text()), stored)
+    compressed_tensors.write(tmp_path, memory)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    ids = torch.randint(256, (2, 20), generator=torch.manual_seed(1))
+    model.load_state_dict({name: memory.tensor(name) for name in stored})
+    assert torch.equal(tiny.logits(theirs, ids), tiny.logits(model, ids))
+
+
 def test_offsets_that_are_no_zero_points_are_refused(tmp_path):
     """Unless their rounding is asked for: then by half a step at most."""
     g = torch.Generator().manual_seed(0)
