@@ -512,6 +512,7 @@ def test_transformers_loads_what_is_written(tmp_path, tied, kinds):
         torch.testing.assert_close(ours(ids), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_transformers_dequantises_what_is_written(tmp_path):
     """Asymmetric matrices of one scheme, as every version of the library can load them."""
     pytest.importorskip("compressed_tensors")

@@ -211,9 +211,9 @@ def write(
 
     Matrices that the checkpoint holds in codes keep them, and their scales; one tensor is in memory
     at a time.  transformers turns scales into the config's ``dtype`` when it loads them: what it
-    computes with is to the bit this library's for ``float32``.  With compressed-tensors 0.18 to 0.20
-    it loads asymmetric matrices with ``CompressedTensorsConfig(dequantize=True)`` only, and that
-    where all are of one scheme; with 0.16 and 0.17 any.
+    computes with is to the bit this library's for ``float32``.  With compressed-tensors 0.18 to
+    0.20 it loads asymmetric matrices with ``CompressedTensorsConfig(dequantize=True)`` only, and
+    that where all are of one scheme; with 0.16 and 0.17 any.
 
     names, prefix: the tensors to write; the checkpoint has ``prefix`` before each.  None: all.
     floats: modules whose weight is dequantised, to the config's ``dtype``: embeddings must be,
