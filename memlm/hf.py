@@ -22,12 +22,16 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.versions import require_version
 
 from memlm import convert
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
 from memlm.layers import PackedModule
 from memlm.quantize import quantize_weight
+
+# Earlier ones do not compare shapes where a quantizer is at work.
+require_version("transformers>=5.23", "memlm loads nothing into earlier ones")
 
 QUANT_METHOD, VERSION = "memlm", 2
 # A packed layer's tensors by name; the file's name for each.  A program that does not know the

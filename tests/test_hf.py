@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, GPT2Config,
-    GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel,
+    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
 )  # fmt: skip
 
 import memlm
@@ -113,7 +114,7 @@ def test_the_base_model_of_a_folder_and_a_head_on_one(tmp_path, llama):
     memlm.quantize_(tiny.bert(tmp_path / "bert"), CONFIG).save_pretrained(tmp_path / "base")
     bert = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     assert isinstance(bert.bert.encoder.layer[0].attention.self.query, Linear)
-    assert type(bert.classifier) is torch.nn.Linear and torch.isfinite(bert.classifier.weight).all()
+    assert type(bert.classifier) is nn.Linear and torch.isfinite(bert.classifier.weight).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto", None])
@@ -162,14 +163,31 @@ def test_a_float_folder_is_quantised_while_it_loads(tmp_path, tied):
     assert files(tmp_path / "loaded") == files(tmp_path / "packed")
 
 
+def test_no_float_weight_waits_while_others_are_quantised(tmp_path, monkeypatch):
+    tiny.llama(tmp_path, tie_word_embeddings=True)
+    waiting = []
+
+    class Counting(memlm.hf._Quantize):
+        def convert(self, input_dict, model=None, **kwargs):
+            rest = super().convert(input_dict, model=model, **kwargs)
+            layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]
+            waiting.append(sum(not m.weight.is_meta for m in layers))
+            return rest
+
+    monkeypatch.setattr(memlm.hf, "_Quantize", Counting)
+    config = memlm.hf.MemlmConfig(**SETTINGS)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert waiting == [0] * (2 * 7 + 1)
+
+
 def test_what_is_not_to_be_quantised_stays_while_loading(tmp_path):
     tiny.bert(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=3, quantization_config={"quant_method": "memlm", "linear": "int8"}
     )
     assert isinstance(model.bert.encoder.layer[0].output.dense, Linear)
-    assert type(model.bert.embeddings.word_embeddings) is torch.nn.Embedding
-    assert type(model.classifier) is torch.nn.Linear  # new: there was no weight to quantise
+    assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
+    assert type(model.classifier) is nn.Linear  # new: there was no weight to quantise
     assert "embedding=None" in str(memlm.explain(model))
 
 
@@ -239,6 +257,15 @@ def test_a_layer_left_out_of_the_config_does_not_load(llama):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_model_may_be_saved_where_it_is_mapped_from(llama):
+    model, folder = llama
+    before = files(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.save_pretrained(folder)
+    assert files(folder) == before
+    assert torch.equal(tiny.logits(loaded, IDS), tiny.logits(model, IDS))
+
+
 def test_dequantised_models_are_transformers_own_again(llama, tmp_path):
     model, folder = llama
     expected = memlm.dequantize_(model)
@@ -275,6 +302,50 @@ assert known["memlm"] is sys.modules["memlm.hf"].MemlmQuantizer
 """
     done = run(script)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_version_that_is_too_old_goes_on_by_itself(tmp_path):
+    package = tmp_path / "peft"
+    (package / "tuners" / "lora").mkdir(parents=True)
+    for folder in (package, package / "tuners", package / "tuners" / "lora"):
+        (folder / "__init__.py").touch()
+    (package / "tuners" / "lora" / "model.py").write_text("LoraModel = 1")
+    script = """
+import sys; sys.path.insert(0, sys.argv[1])
+import memlm
+from peft.tuners.lora.model import LoraModel
+"""
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memlm does not know this version of peft" in done.stderr
+
+
+@pytest.mark.models
+def test_sentence_transformers(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = ["Call me Ishmael.", "The sea was calm, and the ship lay still.", "A recipe for soup."]
+
+    def encode(folder, **options):
+        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", **options)
+        return model, model.encode(texts, convert_to_tensor=True, batch_size=3)
+
+    model, original = encode(memlm.data.minilm())  # bare: takes mean pooling by default
+    model.save(str(tmp_path / "float"))
+    memlm.quantize_(model, QuantConfig("int8", embedding="int8")).save(str(tmp_path / "packed"))
+    loaded, embeddings = encode(tmp_path / "packed")
+    assert sum(isinstance(module, PackedModule) for module in loaded.modules()) == 40
+    config = memlm.hf.MemlmConfig(linear="int8", embedding="int8")
+    _, quantised = encode(tmp_path / "float", model_kwargs={"quantization_config": config})
+    assert torch.equal(embeddings, quantised)
+
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "packed")(
+        texts, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(tmp_path / "packed")(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    torch.testing.assert_close(embeddings, (states * mask).sum(1) / mask.sum(1))
+    assert torch.cosine_similarity(embeddings, original).min() > 0.999
 
 
 WITHOUT_MEMLM = """
