@@ -31,7 +31,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def packed_parts(model) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in model.state_dict().items() if name.endswith((".codes", ".scales"))}
+    return {
+        name: t for name, t in model.state_dict().items() if name.endswith((".codes", ".scales"))
+    }
 
 
 def edit(folder: Path, change) -> None:
@@ -204,7 +206,9 @@ def test_bad_weights_are_refused_while_loading(tmp_path):
             tmp_path, quantization_config=config, ignore_mismatched_sizes=True
         )
     edit(tmp_path, lambda t: t.update({name: torch.ones(112, 64)}))
-    same = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]}
+    same = {
+        "lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    }
     edit(tmp_path, lambda t: t.update(same))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert model.lm_head.codes is model.model.embed_tokens.codes
@@ -269,7 +273,9 @@ def test_a_model_may_be_saved_where_it_is_mapped_from(llama):
 def test_dequantised_models_are_transformers_own_again(llama, tmp_path):
     model, folder = llama
     expected = memlm.dequantize_(model)
-    assert not hasattr(expected, "hf_quantizer") and not hasattr(expected.config, "quantization_config")
+    assert not hasattr(expected, "hf_quantizer") and not hasattr(
+        expected.config, "quantization_config"
+    )
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.dequantize()
     assert not any(isinstance(module, PackedModule) for module in loaded.modules())
