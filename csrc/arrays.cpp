@@ -316,6 +316,57 @@ py::object dequantize(const py::tuple& packed, const std::string& dtype, py::han
   return out.object;
 }
 
+// Codes, scales and offsets of w [n, k], in the layout that Packed checks.
+py::tuple quantize_weight(py::handle w_in, py::handle format, const std::string& scale_dtype,
+                          int threads) {
+  const Array w(w_in, "w");
+  memlm_quantize_args args = {};
+  args.dtype = float_dtype(w);
+  const Rows rows = w.rows();
+  expect_threads(threads);
+  args.n = w.shape[0];
+  args.k = w.shape[1];
+  args.w = w.data;
+  args.w_stride = rows.stride;
+  args.bits = format.attr("bits").cast<int>();
+  args.group = format.attr("group").cast<int64_t>();
+  args.threads = threads;
+  const auto codebook = format.attr("codebook").cast<std::string>();
+  args.ternary = codebook == "ternary";
+  args.levels = codebook == "nf" ? memlm_nf4_levels : nullptr;
+  const int64_t tiles = div_up(args.n, kTileRows), padded = padded_k(args.k, args.group);
+  const Dtype scale_type = named_dtype(scale_dtype);
+  args.scale_dtype = scale_type == kF16 ? MEMLM_F16 : MEMLM_F32;
+  const Shape shape = {tiles, args.group ? padded / args.group : 1, kTileRows};
+  const py::array codes =
+      new_array(args.bits == 8 ? kI8 : kU8,
+                {tiles, tile_bytes(args.bits, padded) / kBlock, kTileRows, kLaneK});
+  const py::array scales = new_array(scale_type, shape);
+  py::object offsets = py::none();
+  if (!format.attr("symmetric").cast<bool>()) {
+    const py::array array = new_array(scale_type, shape);
+    args.offsets = const_cast<void*>(array.data());
+    offsets = array;
+  }
+  args.codes = const_cast<void*>(codes.data());
+  args.scales = const_cast<void*>(scales.data());
+  run([&] { return memlm_quantize_weight(&args); });
+  return py::make_tuple(codes, scales, offsets);
+}
+
+float largest_magnitude(py::handle w_in, int threads) {
+  const Array w(w_in, "w");
+  const memlm_dtype dtype = float_dtype(w);
+  const Rows rows = w.rows();
+  expect_threads(threads);
+  float largest = 0;
+  run([&] {
+    return memlm_largest_magnitude(rows.count, w.shape[1], w.data, rows.stride, dtype, &largest,
+                                   threads);
+  });
+  return largest;
+}
+
 }  // namespace
 
 void bind_arrays(py::module_& m) {
@@ -335,6 +386,8 @@ void bind_arrays(py::module_& m) {
   m.def("quantize_rows", quantize_rows);
   m.def("embedding", embedding);
   m.def("dequantize", dequantize);
+  m.def("largest_magnitude", largest_magnitude);
+  m.def("quantize_weight", quantize_weight);
   m.def("check_packed", [](const py::tuple& packed) { Packed w(packed); });
 }
 

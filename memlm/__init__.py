@@ -16,6 +16,7 @@ _PUBLIC = {
     "quantize_weight": "memlm.quantize",
     "QuantConfig": "memlm.convert",
     "quantize_": "memlm.convert",
+    "quantize_files": "memlm.streaming",
     "dequantize_": "memlm.convert",
     "layer_specs": "memlm.convert",
     "build_layers_": "memlm.convert",

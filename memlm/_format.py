@@ -8,6 +8,9 @@ import re
 from dataclasses import dataclass
 
 VERSION = 1
+FOLDER_VERSION = 2  # of packed folders, memlm/io/packed_folder.py
+# A packed matrix's tensors, and what a packed folder calls them: <module>.weight and so on.
+FILE_PARTS = {"codes": "weight", "scales": "scales", "offsets": "offsets", "order": "order"}
 TILE_ROWS = 16  # rows side by side in a block
 LANE_K = 4  # consecutive k of one row inside a 32-bit lane
 ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it

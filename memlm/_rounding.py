@@ -1,8 +1,8 @@
 """The rounding of weights behind :mod:`memlm.quantize` (torch tensors) and :mod:`memlm.arrays`
 (numpy arrays): one source for both.  ``xp`` is the module, torch or numpy, that arrays belong to.
 
-Both give the same bits: every step is exact or rounds once as IEEE 754 says, and sums are taken in
-an order of their own.
+Both, and the kernel (csrc/cpu/quantize_weight-inl.h), give the same bits: every step is exact or
+rounds once as IEEE 754 says, and sums are taken in order.
 """
 
 from __future__ import annotations
@@ -45,12 +45,22 @@ def quantize_rows(xp, padded, k: int, format: Format, dtype):
     # A column for each group: sums and ranges over a group then run over whole rows, which is fast.
     w = xp.empty_like(padded).reshape(-1, rows * groups)
     w[:] = padded.reshape(rows * groups, -1).T
-    if format.bits == 8:
-        q, scales, offsets = _int8(xp, w, dtype)
-    elif format.symmetric:
-        q, scales, offsets = _symmetric(xp, w, format, dtype)
+    w += 0.0  # -0.0 becomes 0.0: which of the two a range has as its end is left open
+    low, high = xp.amin(w, axis=0, keepdims=True), xp.amax(w, axis=0, keepdims=True)
+    if format.symmetric:
+        top, stored = xp.where(-low > high, low, high), _Stored(xp, dtype)
     else:
-        q, scales, offsets = _asymmetric(xp, w, format, dtype)
+        top, middle = high * 0.5 - low * 0.5, low * 0.5 + high * 0.5
+        w -= middle
+        stored = _Stored(xp, dtype, middle)
+    top = stored.normalise(w, top)
+    if format.bits == 8:
+        nearest = _nearest(xp, w, tuple(range(-127, 128)))
+        scales, offsets = stored.scales(abs(top) / 127), None
+    else:
+        nearest = _nearest(xp, w, format.levels[: len(format.codes)])
+        scales, offsets = _search(xp, w, top, stored, nearest, format)
+    _, q = nearest(_positions(xp, w, *stored.loaded(scales, offsets)))
     q = _to(q, xp.int8 if format.bits == 8 else xp.uint8).T.reshape(rows, -1)[:, :k]
     scales = scales.reshape(rows, groups)
     return q, scales, None if offsets is None else offsets.reshape(rows, groups)
@@ -60,78 +70,107 @@ def _to(x, dtype):
     return x.astype(dtype, copy=False) if hasattr(x, "astype") else x.to(dtype)
 
 
+class _Stored:
+    """Scales and offsets in the type that they are stored in, of groups that are computed with in
+    units of their own, powers of two, about the middle of their range (0: symmetric ones).  So no
+    square or sum under- or overflows, however small or large the weights are."""
+
+    def __init__(self, xp, dtype, middle=None):
+        self.xp, self.dtype, self.middle = xp, dtype, middle
+
+    def normalise(self, w, top):
+        """Takes the units of groups with these largest magnitudes, applies them to ``w``, in
+        place, and to ``top``, which is returned."""
+        xp = self.xp
+        power = (top.view(xp.int32) & 0x7F800000).view(xp.float32)  # 2^e <= |top| < 2^(e+1)
+        self.unit = xp.clip(power, _F32_MIN_NORMAL, 1 / _F32_MIN_NORMAL)
+        self.inverse = 1.0 / self.unit
+        w *= self.inverse
+        return top * self.inverse
+
+    def scales(self, s):
+        return _to(s * self.unit, self.dtype)
+
+    def offsets(self, o):
+        return None if self.middle is None else _to(o * self.unit + self.middle, self.dtype)
+
+    def loaded(self, scales, offsets):
+        """Stored ones as numbers of the group's unit."""
+        f32 = self.xp.float32
+        o = 0.0 if offsets is None else (_to(offsets, f32) - self.middle) * self.inverse
+        return _to(scales, f32) * self.inverse, o
+
+
+def _search(xp, w, top, stored, nearest, format):
+    """The scales and offsets, stored, with the least squared error that were found."""
+    span, levels = w.shape[0], format.levels[: len(format.codes)]
+    # From the lowest to the highest code; or, where the levels reach further on one side, to that
+    # side's end the largest magnitude, of either sign.
+    reach = max(levels, key=abs) if format.symmetric else levels[-1] / 2
+    total = 0.0 if format.symmetric else _sum(w)
+    best, least = (stored.scales(top * (1 / reach)), stored.offsets(-top)), xp.inf
+    best, least = _better(xp, w, stored, nearest, best, least, *best)
+    for shrink in _SHRINK[len(levels)]:
+        s, o = top * (shrink / reach), 0.0 if format.symmetric else top * -shrink
+        values, _ = nearest(_positions(xp, w, s, o))
+        # Least squares for s, and o, given the codes.
+        dot, squares = _sum(w * values), _sum(values * values)
+        if not format.symmetric:
+            count = _sum(values)
+            mean = count * (1 / span)
+            dot = dot - total * mean
+            squares = squares - count * mean
+        s = dot * _inverse(xp, squares)
+        o = 0.0 if format.symmetric else total * (1 / span) - s * mean
+        found = stored.scales(s), stored.offsets(o)
+        best, least = _better(xp, w, stored, nearest, best, least, *found)
+    return best
+
+
+def _better(xp, w, stored, nearest, best, least, scales, offsets):
+    """The better, group by group, of ``best`` and these, and its error."""
+    s, o = stored.loaded(scales, offsets)
+    x = w - o
+    error, _ = nearest(x * _inverse(xp, s))
+    error = error * s
+    error -= x
+    error *= error
+    error = _sum(error)
+    wins = error < least
+    best = (
+        xp.where(wins, scales, best[0]),
+        None if offsets is None else xp.where(wins, offsets, best[1]),
+    )
+    return best, xp.where(wins, error, least)
+
+
+def _positions(xp, w, s, o):
+    """Where weights lie among levels of this scale and offset."""
+    return (w - o) * _inverse(xp, s)
+
+
 def _inverse(xp, s):
     """1 / s; 0 for subnormal s, whose inverse may not be finite: its weights become 0."""
     return xp.where(abs(s) < _F32_MIN_NORMAL, 0.0, 1.0 / s)
 
 
-def _round(xp, q, low: float, high: float):
-    """In place, and returned."""
-    return xp.clip(xp.round(q, out=q), low, high, out=q)
-
-
 def _sum(x):
-    """Of each column, of a power of two elements: halves are added until one is left."""
-    while (half := x.shape[0] // 2) > 0:
-        x = x[:half] + x[half:]
-    return x
-
-
-def _range(xp, w):
-    return xp.amin(w, axis=0, keepdims=True), xp.amax(w, axis=0, keepdims=True)
-
-
-def _int8(xp, w, dtype):
-    low, high = _range(xp, w)
-    scales = _to(xp.maximum(-low, high) / 127, dtype)
-    inverse = _inverse(xp, _to(scales, xp.float32))
-    return _round(xp, w * inverse, -127, 127), scales, None
-
-
-def _symmetric(xp, w, format, dtype):
-    # Where the levels reach further on one side, the largest magnitude, of either sign, is mapped
-    # to that side's end.
-    levels = format.levels[: len(format.codes)]
-    end = max(levels, key=abs)
-    low, high = _range(xp, w)
-    extreme = xp.where(-low > high, low, high)
-    nearest = _nearest(xp, w, levels)
-    best = _better(xp, None, w, _to(extreme / end, dtype), None, nearest)
-    for shrink in _SHRINK[len(levels)]:
-        _, values = nearest(w * _inverse(xp, extreme * (shrink / end)))
-        s = _sum(w * values) * _inverse(xp, _sum(values * values))
-        best = _better(xp, best, w, _to(s, dtype), None, nearest)
-    return best[:3]
-
-
-def _asymmetric(xp, w, format, dtype):
-    steps, span = len(format.levels) - 1, w.shape[0]
-    low, high = _range(xp, w)
-    middle, half = (low + high) / 2, (high - low) / 2
-    mean = _sum(w) / span
-    nearest = _nearest(xp, w, format.levels)
-    best = _better(xp, None, w, _to((high - low) / steps, dtype), _to(low, dtype), nearest)
-    for shrink in _SHRINK[len(format.levels)]:
-        s, o = half * (2 * shrink / steps), middle - half * shrink
-        q, _ = nearest((w - o) * _inverse(xp, s))
-        # Least squares for (s, o) given the codes.
-        q_mean = _sum(q) / span
-        dq = q - q_mean
-        s = _sum((w - mean) * dq) * _inverse(xp, _sum(dq * dq))
-        o = mean - s * q_mean
-        best = _better(xp, best, w, _to(s, dtype), _to(o, dtype), nearest)
-    return best[:3]
+    """Of each column, from the first element to the last."""
+    total = 0.0
+    for row in x:
+        total = total + row
+    return total[None]
 
 
 def _nearest(xp, like, levels: tuple[float, ...]):
-    """A function: x, which it may overwrite, -> codes of the nearest of ascending ``levels``, and
-    these levels."""
+    """A function: x, which it may overwrite, -> the nearest of ascending ``levels``, and their
+    codes."""
     first, last = levels[0], levels[-1]
     if last - first == len(levels) - 1:  # numbers: rounding is quicker than looking up
 
         def nearest(x):
-            values = _round(xp, x, first, last)
-            return (values - first if first else values), values
+            values = xp.clip(xp.round(x, out=x), first, last, out=x)
+            return values, (values if first == -127 else values - first)
 
         return nearest
     table = xp.empty_like(like[: len(levels), 0])  # like w: on its device
@@ -141,27 +180,6 @@ def _nearest(xp, like, levels: tuple[float, ...]):
 
     def nearest(x):
         q = xp.searchsorted(bounds, x)
-        return q, xp.take(table, q)
+        return xp.take(table, q), q
 
     return nearest
-
-
-def _better(xp, best, w, scales, offsets, nearest):
-    """The better, group by group, of ``best`` and rounding with these stored scales."""
-    s = _to(scales, xp.float32)
-    o = 0.0 if offsets is None else _to(offsets, xp.float32)
-    q, values = nearest((w - o) * _inverse(xp, s))
-    error = values * s
-    error += o
-    error -= w
-    error *= error
-    error = _sum(error)
-    if best is None:
-        return q, scales, offsets, error
-    wins = error < best[3]
-    return (
-        xp.where(wins, q, best[0]),
-        xp.where(wins, scales, best[1]),
-        None if offsets is None else xp.where(wins, offsets, best[2]),
-        xp.where(wins, error, best[3]),
-    )

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from memlm import _core, _rounding
-from memlm._format import LANE_K, TILE_ROWS, VERSION, Format
+from memlm._format import FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format
 from memlm.errors import FormatError
 from memlm.io.files import read_json
 from memlm.io.mapped import open_mapped
@@ -257,10 +257,10 @@ def _dtype_name(dtype) -> str:
         raise TypeError(f"dtype: got {dtype!r}, accepted are names and numpy dtypes") from None
 
 
-def quantize(w: Array, format: str | Format) -> Packed:
+def quantize(w: Array, format: str | Format, *, threads: int | None = None) -> Packed:
     """Quantise ``w [n, k]``, of floats of any size, and pack it: to the same codes and scales, bit
     for bit, as :func:`memlm.quantize_weight`, which says how.  ``w`` is whatever ``numpy.asarray``
-    takes.
+    takes; of float32, float16 or bfloat16 with contiguous rows it is used where it lies.
 
     Raises TypeError for a weight that is not floating point, ValueError for one that is not a
     matrix, is empty, or holds NaN or Inf.
@@ -270,28 +270,25 @@ def quantize(w: Array, format: str | Format) -> Packed:
         raise TypeError(f"w: got {w.dtype}, accepted is a floating-point array")
     if w.ndim != 2 or w.size == 0:
         raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
-    largest = float(np.abs(w).max())
-    if not largest < float("inf"):
-        raise ValueError("w: contains NaN or Inf")
-    scale_dtype = _rounding.scale_dtype(np, format, largest)
-    n, k = w.shape
-    step = _rounding.chunk_rows(k)
-    parts = [_quantize_rows(w[row : row + step], format, scale_dtype) for row in range(0, n, step)]
-    q, scales, offsets = zip(*parts)
-    offsets = None if format.symmetric else np.concatenate(offsets)
-    return pack(np.concatenate(q), np.concatenate(scales), offsets, format)
+    if w.dtype.name not in ("float32", "float16", "bfloat16") or not w.dtype.isnative:
+        with np.errstate(over="ignore"):  # to Inf, which is refused
+            w = w.astype(np.float32)
+    if not _rows_are_apart(w):
+        w = np.ascontiguousarray(w)
+    threads = _threads(threads)
+    scale_dtype = _rounding.scale_dtype(np, format, _core.largest_magnitude(w, threads))
+    parts = _core.quantize_weight(w, format, np.dtype(scale_dtype).name, threads)
+    return Packed(format, *w.shape, *parts)
 
 
 def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
-def _quantize_rows(w: np.ndarray, format: Format, scale_dtype):
-    rows, k = w.shape
-    padded = np.empty((rows, _rounding.columns(format, k)), np.float32)
-    padded[:, :k] = w
-    with np.errstate(all="ignore"):  # zeros divide by zero, on purpose; small scales underflow
-        return _rounding.quantize_rows(np, padded, k, format, scale_dtype)
+def _rows_are_apart(w: np.ndarray) -> bool:
+    """Whether the kernels can read ``w [n, k]`` where it lies."""
+    aligned = w.flags.aligned and w.strides[0] % w.itemsize == 0
+    return aligned and w.strides[1] == w.itemsize and w.strides[0] >= w.shape[1] * w.itemsize
 
 
 def pack(q: Array, scales: Array, offsets: Array | None, format: str | Format) -> Packed:
@@ -348,9 +345,10 @@ def _to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
 
 
 def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
-    """What a packed memlm folder (:func:`memlm.save`) holds, memory-mapped: nothing is copied, and
-    nothing read until it is used.  Packed matrices stand under their layer's name, all other
-    tensors, read-only, under their own.
+    """What a packed memlm folder (memlm/io/packed_folder.py) holds, memory-mapped: nothing is copied,
+    and nothing read until it is used.  Packed matrices stand under their module's name, all other
+    tensors, read-only, under their own; the ``order`` of a matrix whose columns have one under
+    ``<module>.order``.
 
     Raises FileNotFoundError; FormatError for files that are malformed or hold no packed model;
     ImportError for bfloat16 tensors where the package ml_dtypes is missing.
@@ -360,16 +358,17 @@ def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
     quantization = read_json(config).get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "memlm":
         raise FormatError(f"{config}: holds no packed memlm model")
-    if quantization.get("version") != VERSION:
-        raise FormatError(f"{config}: version {quantization.get('version')!r}; known is {VERSION}")
+    if (version := quantization.get("version")) != FOLDER_VERSION:
+        raise FormatError(f"{config}: version {version!r}; known is {FOLDER_VERSION}")
     tensors = open_mapped(folder / "model.safetensors")
     packed, used = {}, set()
     try:
         for name, spec in quantization["layers"].items():
             owner = spec.get("tied_to", name)
-            parts = {part: tensors.get(f"{owner}.{part}") for part in PARTS}
+            names = {part: f"{owner}.{FILE_PARTS[part]}" for part in PARTS}
+            parts = {part: tensors.get(file) for part, file in names.items()}
             packed[name] = Packed(Format.parse(spec["format"]), spec["n"], spec["k"], **parts)
-            used |= {f"{owner}.{part}" for part in PARTS}
+            used |= set(names.values())
     except FormatError as error:
         raise FormatError(f"{folder}: {name}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

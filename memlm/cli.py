@@ -93,46 +93,87 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _config(linear: str, embedding: str, mode: str | None):
-    from memlm import QuantConfig
-
-    embedding_format = None if embedding == "float" else embedding
-    return QuantConfig(linear, embedding_format, embedding_format, mode)
-
-
 @app.command()
 def quantize(
     src: Model,
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     linear: Linear = "int4",
     embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
+    target: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="PATTERN=FORMAT for layers that differ; a layer's name or re:REGEX; 'float' leaves "
+            "them. Repeatable, the first that matches counts."
+        ),
+    ] = None,
+    ignore: Annotated[
+        Optional[list[str]], typer.Option(help="PATTERN of layers to leave in floats. Repeatable.")
+    ] = None,
     mode: Annotated[
         Optional[str],
         typer.Option(help="fast or accurate (default: fast for 4 bits, accurate for 8)."),
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse to leave a layer alone.")] = False,
+    requantize: Annotated[
+        bool, typer.Option(help="Round anew what the file already holds in codes.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Quantise a model into a folder that memlm maps."""
+    """Quantise a model into a folder that memlm maps, tensor by tensor.
+
+    What the file already holds in codes (GGUF, compressed-tensors, GPTQ, AWQ) keeps them, exactly,
+    where memlm's kernels can execute them.  A run that was killed goes on where it stopped.
+    """
     import memlm
 
-    config = _config(linear, embedding, mode)
-    with Bar("reading") as bar:
-        model = memlm.load(resolve(src), progress=bar)
+    def given(format: str) -> str | None:
+        return None if format == "float" else format
+
+    targets = {}
+    for text in target or ():
+        pattern, equals, format = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"--target {text!r}: expected PATTERN=FORMAT")
+        targets[pattern] = given(format)
+    config = memlm.QuantConfig(
+        given(linear), given(embedding), given(embedding), mode, targets, ignore or ()
+    )
     with Bar("quantising") as bar:
-        memlm.quantize_(model, config, strict=strict, progress=bar)
-    files = memlm.save(model, dst)
-    account = memlm.explain(model)
+        files = memlm.quantize_files(resolve(src), dst, config, requantize, bar)
+    account = memlm.explain(memlm.load(dst))
     weights = files["model.safetensors"]
+    packed = {row.format for row in account.rows if row.mode or row.type == "Embedding"}
     result = {
         "path": str(dst),
         "disk_bytes": weights,
         "of_f32": weights / account.float_bytes,
-        "linear": config.linear.name,
-        "embedding": config.embedding.name if config.embedding else None,
+        "formats": sorted(packed),
     }
     if str(json_file) != "-":
         out.print(f"{dst}: {megabytes(weights)}, {weights / account.float_bytes:.0%} of f32")
+    write_json(result, json_file)
+
+
+@app.command()
+def export(
+    src: Model,
+    dst: Annotated[Path, typer.Argument(help="The folder or, for gguf, the file to write.")],
+    to: Annotated[
+        str, typer.Option(help="f32, bf16, f16 (safetensors), gguf, or compressed-tensors.")
+    ] = "bf16",
+    json_file: Json = None,
+) -> None:
+    """Write a model for other programs: transformers, vLLM, llama.cpp.
+
+    Packed matrices keep their codes wherever the target has a type that holds them exactly.
+    """
+    from memlm.export import export as write
+
+    with Bar("exporting") as bar:
+        result = write(resolve(src), dst, to, bar)
+    if str(json_file) != "-":
+        out.print(f"{dst}: {megabytes(sum(result['files'].values()))}")
+        if rounded := result["rounded"]:
+            out.print(f"{len(rounded)} tensors were rounded, {rounded[0]} the first", highlight=False)
     write_json(result, json_file)
 
 
@@ -228,7 +269,7 @@ def evaluate(
     _set_threads(threads)
     source = text.read_text("utf-8") if text else data.moby_dick()
     loaded = memlm.load(resolve(model))
-    reference = memlm.load(resolve(base)) if base else None
+    reference = memlm.load(resolve(base), dequantize=True) if base else None
     ids = loaded.tokenizer.encode(source)[:tokens]
     with Bar("evaluating") as bar:
         result = asdict(score(loaded, ids, reference, window, bar))

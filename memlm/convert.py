@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -34,6 +35,11 @@ class QuantConfig:
         alone.
     head: format of an untied output head (the model's ``get_output_embeddings()``, or a layer
         named ``lm_head``); None leaves it alone.
+    targets: pattern -> format (None: left alone) of layers that differ from these three; the first
+        that matches counts.  A pattern is a layer's name, the name of its class (``"Linear"``), or
+        ``"re:"`` and a regular expression that matches from the name's start, as in
+        compressed-tensors' ``targets``.
+    ignore: patterns of layers to leave alone, whatever else is said.
     mode: arithmetic of the linear layers, ``"fast"``, ``"accurate"`` or, for 8 bits, ``"w8a8"``
         (:func:`memlm.ops.w4_matmul`, :func:`memlm.ops.w8a8_matmul`); None takes fast for 2 and 4 bits
         and accurate for 8.
@@ -43,18 +49,56 @@ class QuantConfig:
     embedding: str | Format | None = None
     head: str | Format | None = None
     mode: str | None = None
+    targets: Mapping[str, str | Format | None] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
 
     def __post_init__(self):
-        for field in ("linear", "embedding", "head"):
-            value = getattr(self, field)
-            if value is not None:
-                try:
-                    object.__setattr__(self, field, Format.parse(value))
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{field}: {error}") from None
-        for format in (self.linear, self.head, self.embedding):
+        if not isinstance(self.targets, Mapping):
+            raise TypeError(f"targets: got {type(self.targets).__name__}, expected pattern -> format")
+        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
+            raise TypeError(f"ignore: got {self.ignore!r}, expected a list of patterns")
+        for name in ("linear", "embedding", "head"):
+            object.__setattr__(self, name, _parse(name, getattr(self, name)))
+        targets = {p: _parse(f"targets: {p}", format) for p, format in self.targets.items()}
+        object.__setattr__(self, "targets", targets)
+        for pattern in (*targets, *self.ignore):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"pattern {pattern!r}: {error}") from None
+        for format in (self.linear, self.head, self.embedding, *targets.values()):
             if self.mode is not None and format is not None:
                 mode_for(format, self.mode)
+
+    def format_of(self, name: str, kind: str, role: str) -> Format | None:
+        """The format of the layer ``name`` of class ``kind``, whose ``role`` is linear, embedding or
+        head; None: left alone."""
+        if any(_matches(pattern, name, kind) for pattern in self.ignore):
+            return None
+        for pattern, format in self.targets.items():
+            if _matches(pattern, name, kind):
+                return format
+        return getattr(self, role)
+
+    def check_patterns(self, layers: Iterable[tuple[str, str]]) -> None:
+        """Raises ValueError for a pattern that matches none of these layers, (name, class)."""
+        layers = list(layers)
+        for pattern in (*self.targets, *self.ignore):
+            if not any(_matches(pattern, *layer) for layer in layers):
+                raise ValueError(f"pattern {pattern!r}: matches no layer of the model")
+
+
+def _parse(what: str, value) -> Format | None:
+    try:
+        return None if value is None else Format.parse(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def _matches(pattern: str, name: str, kind: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern in (name, kind)
 
 
 def quantize_(
@@ -162,20 +206,25 @@ def _plan(
     heads = _heads(modules)
     attention = {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
 
-    def field_of(name: str) -> str:
+    def role_of(name: str) -> str:
         if isinstance(layers[name], nn.Embedding):
             return "embedding"
         return "head" if name in heads else "linear"
 
+    config.check_patterns((name, type(module).__name__) for name, module in layers.items())
     left, planned = [], {}
     for name, module in layers.items():
         weight = module._parameters.get("weight")
         owners = [name] if weight is None else holders[id(weight)]
-        fields = {field_of(owner) for owner in owners if owner in layers}
-        field = next(f for f in ("embedding", "head", "linear") if f in fields)
-        format = getattr(config, field)
+        # Layers that share a weight are treated as one of them: the embedding before the head.
+        roles = {role_of(owner): owner for owner in owners if owner in layers}
+        role = next(r for r in ("embedding", "head", "linear") if r in roles)
+        owner = roles[role]
+        format = config.format_of(owner, type(layers[owner]).__name__, role)
         if format is None:
-            left.append(_Left(name, module, f"config: {field}=None", wanted=False))
+            plain = getattr(config, role) is None
+            reason = f"config: {role}=None" if plain else "config: ignored by a pattern"
+            left.append(_Left(name, module, reason, wanted=False))
         elif filter_fn is not None and not filter_fn(module, name):
             left.append(_Left(name, module, "filter_fn", wanted=False))
         elif reason := _obstacle(module, weight, meta):
@@ -378,21 +427,29 @@ def layer_specs(model: nn.Module) -> dict[str, dict]:
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue
-        spec = {
-            "type": type(module).__name__,
-            "format": module.format.name,
-            "n": module.n,
-            "k": module.k,
-            "scale_dtype": _names([module.scales.dtype]),
-            "dtype": _names([module.dtype]),
-        }
-        if isinstance(module, Linear):
-            spec |= {"bias": module.bias is not None, "mode": module.mode}
+        spec = spec_of(module)
         owner = first.setdefault(memory_of(module.codes), name)
         if owner != name:
             spec["tied_to"] = owner
         specs[name] = spec
     return specs
+
+
+def spec_of(module: PackedModule) -> dict:
+    """The spec of one layer, see :func:`layer_specs`."""
+    spec = {
+        "type": type(module).__name__,
+        "format": module.format.name,
+        "n": module.n,
+        "k": module.k,
+        "scale_dtype": _names([module.scales.dtype]),
+        "dtype": _names([module.dtype]),
+    }
+    if module.order is not None:
+        spec["order"] = True
+    if isinstance(module, Linear):
+        spec |= {"bias": module.bias is not None, "mode": module.mode}
+    return spec
 
 
 _DTYPES = {_names([dtype]): dtype for dtype in X_DTYPES}
@@ -439,10 +496,12 @@ def _build(old: nn.Module, spec: dict) -> PackedModule:
         for part, (shape, dtype) in layout(format, *weight.shape, scale_dtype).items()
     }
     packed = Packed(format, *weight.shape, **tensors)
-    dtype = _DTYPES[spec["dtype"]]
+    dtype, order = _DTYPES[spec["dtype"]], None
+    if spec.get("order"):
+        order = torch.empty(packed.k, dtype=torch.int32, device="meta")
     if kind == "Embedding":
         return Embedding(packed, dtype, old.padding_idx)
     if spec["bias"] is not (old.bias is not None):
         raise ValueError(f"bias {spec['bias']}, but the model's is {old.bias is not None}")
     bias = None if old.bias is None else torch.empty(packed.n, dtype=dtype, device="meta")
-    return Linear(packed, bias, spec["mode"], dtype)
+    return Linear(packed, bias, spec["mode"], dtype, order)

@@ -42,7 +42,7 @@ ANSWER_TOKENS = 120
 def make_variant(source: Path, variant: torch.dtype | QuantConfig, folder: Path, bar) -> int:
     """Writes one variant of the model at ``source``; returns the bytes of its weights file."""
     quantised = isinstance(variant, QuantConfig)
-    model = memlm.load(source, torch.float32 if quantised else variant)
+    model = memlm.load(source, torch.float32 if quantised else variant, dequantize=True)
     if quantised:
         memlm.quantize_(model, variant, strict=True, progress=bar)
     return memlm.save(model, folder)["model.safetensors"]

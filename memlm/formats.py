@@ -49,6 +49,7 @@ scales are separate tensors: each is read front to back, and other tools see pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ from memlm.errors import FormatError
 __all__ = [
     "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
     "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "layout", "pack",
-    "unpack", "values",
+    "split_rows", "stack_rows", "unpack", "values",
 ]  # fmt: skip
 
 SCALE_DTYPES = (torch.float16, torch.float32)
@@ -212,6 +213,60 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
     q = _from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
     offsets = None if packed.offsets is None else _from_tiles(packed.offsets, packed.n)
     return q.contiguous(), _from_tiles(packed.scales, packed.n), offsets
+
+
+def stack_rows(parts: Sequence[Packed]) -> Packed:
+    """One matrix of the rows of all ``parts``, one below the other.  Nothing is copied where their
+    tensors lie one behind the other in one storage, as those of a packed model do.
+
+    Raises ValueError for parts of different formats, ``k``, or types of scales.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    kinds = {(p.format.name, p.k, p.scales.dtype) for p in parts}
+    if len(kinds) != 1:
+        raise ValueError(f"parts: got {sorted(map(str, kinds))}, expected one kind")
+    n = sum(part.n for part in parts)
+    if any(part.n % TILE_ROWS for part in parts[:-1]):  # tiles would hold padding inside
+        columns = zip(*(unpack(part) for part in parts))
+        q, scales, offsets = (None if c[0] is None else torch.cat(c) for c in columns)
+        return pack(q, scales, offsets, first.format)
+    joined = {name: _joined([part.tensors()[name] for part in parts]) for name in first.tensors()}
+    return Packed(first.format, n, first.k, **joined)
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Along the first dimension: a view where they are neighbours in memory."""
+    first, ends = tensors[0], [t.data_ptr() + t.nbytes for t in tensors]
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    if len(storages) == 1 and ends[:-1] == [t.data_ptr() for t in tensors[1:]]:
+        shape = (sum(len(t) for t in tensors), *first.shape[1:])
+        return first.as_strided(shape, first.stride())
+    return torch.cat(tensors)
+
+
+def split_rows(packed: Packed, sizes: Sequence[int]) -> list[Packed]:
+    """The inverse of :func:`stack_rows`; views where every size but the last is a multiple of 16.
+
+    Raises ValueError for sizes that do not add up to ``n``.
+    """
+    if sum(sizes) != packed.n:
+        raise ValueError(f"sizes: got {list(sizes)}, the matrix has {packed.n} rows")
+    if len(sizes) == 1:
+        return [packed]
+    if any(size % TILE_ROWS for size in sizes[:-1]):
+        q, scales, offsets = (None if t is None else t.split(list(sizes)) for t in unpack(packed))
+        return [
+            pack(q[i], scales[i], None if offsets is None else offsets[i], packed.format)
+            for i in range(len(sizes))
+        ]
+    tiles = [-(-size // TILE_ROWS) for size in sizes]
+    parts = {name: tensor.split(tiles) for name, tensor in packed.tensors().items()}
+    return [
+        Packed(packed.format, size, packed.k, **{name: t[i] for name, t in parts.items()})
+        for i, size in enumerate(sizes)
+    ]
 
 
 def values(format: Format, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:

@@ -25,18 +25,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from transformers.utils.versions import require_version
 
 from memlm import convert
+from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
+from memlm.io.packed_folder import QUANT_METHOD
 from memlm.layers import PackedModule
 from memlm.quantize import quantize_weight
 
 # Earlier ones do not compare shapes where a quantizer is at work.
 require_version("transformers>=5.23", "memlm loads nothing into earlier ones")
-
-QUANT_METHOD, VERSION = "memlm", 2
-# A packed layer's tensors by name; the file's name for each.  A program that does not know the
-# format finds a ``weight`` that cannot fit; by another name it would find none and go on.
-FILE_PARTS = {"codes": "weight", "scales": "scales", "offsets": "offsets", "order": "order"}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -53,12 +50,12 @@ class MemlmConfig(QuantizationConfigMixin):
     def __init__(
         self,
         quant_method: str = QUANT_METHOD,
-        version: int = VERSION,
+        version: int = FOLDER_VERSION,
         layers: dict[str, dict] | None = None,
         **settings,
     ):
-        if version != VERSION:
-            raise FormatError(f"quantization_config: version {version!r}; known is {VERSION}")
+        if version != FOLDER_VERSION:
+            raise FormatError(f"quantization_config: version {version!r}; known is {FOLDER_VERSION}")
         layers = {} if layers is None else layers
         if not isinstance(layers, dict) or not all(isinstance(s, dict) for s in layers.values()):
             raise FormatError("quantization_config: layers is malformed")

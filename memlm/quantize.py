@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from memlm import _rounding
-from memlm.formats import Format, Packed, pack
+from memlm import _rounding, ops
+from memlm.formats import Format, Packed
+from memlm.ops._matmul import X_DTYPES
 
 
 def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
@@ -32,23 +33,8 @@ def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
     if w.dim() != 2 or w.numel() == 0:
         raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
     with torch.no_grad():
-        largest = float(w.detach().abs().amax())
+        w = w.detach() if w.dtype in X_DTYPES else w.detach().float()
+        largest = max(float(end.abs()) for end in torch.aminmax(w))
         if not largest < float("inf"):
             raise ValueError("w: contains NaN or Inf")
-        dtype = _rounding.scale_dtype(torch, format, largest)
-        chunks = w.detach().split(_rounding.chunk_rows(w.shape[1]))
-        parts = [_quantize_rows(chunk, format, dtype) for chunk in chunks]
-        q, scales, offsets = zip(*parts)
-        return pack(
-            torch.cat(q),
-            torch.cat(scales),
-            None if format.symmetric else torch.cat(offsets),
-            format,
-        )
-
-
-def _quantize_rows(w: torch.Tensor, format: Format, scale_dtype: torch.dtype):
-    rows, k = w.shape
-    padded = torch.empty(rows, _rounding.columns(format, k), device=w.device)
-    padded[:, :k] = w
-    return _rounding.quantize_rows(torch, padded, k, format, scale_dtype)
+        return ops.quantize_weight(w, format, _rounding.scale_dtype(torch, format, largest))

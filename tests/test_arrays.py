@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memlm
-from memlm import _rounding, arrays, formats, ops
-from memlm.layers import PackedModule
+from memlm import arrays, formats, ops
+from memlm.models.load import hf_state
 
 from . import numerics, tiny
 from .producer import IS_COPIED, READ_ONLY, Producer
@@ -124,17 +124,12 @@ def test_quantizes_to_the_same_bits_as_torch(name, n, k, seed, size, dtype):
         assert same(getattr(packed, part), tensor)
 
 
-def test_quantizes_in_chunks(monkeypatch):
-    w = np.random.default_rng(0).standard_normal((30, 100), np.float32)
-    whole = arrays.quantize(w, "int4")
-    monkeypatch.setattr(_rounding, "_CHUNK", 700)
-    packed, expected = (
-        arrays.quantize(w, "int4"),
-        memlm.quantize_weight(torch.from_numpy(w), "int4"),
-    )
-    for part in ("codes", "scales", "offsets"):
-        assert np.array_equal(getattr(packed, part), getattr(whole, part))
-        assert same(getattr(packed, part), getattr(expected, part))
+def test_quantizes_where_rows_lie_apart_or_backwards():
+    w = np.random.default_rng(0).standard_normal((40, 300)).astype(np.float32)
+    for view in (w[3:, 5:205], w[:, ::-1], w.T, w[::-1], w[:1], np.broadcast_to(w[0], (5, 300))):
+        packed, expected = arrays.quantize(view, "int4"), arrays.quantize(view.copy(), "int4")
+        for part in ("codes", "scales", "offsets"):
+            assert np.array_equal(getattr(packed, part), getattr(expected, part))
 
 
 @modes
@@ -463,11 +458,14 @@ def test_refuses_to_pack_and_quantize():
         (w[:0], ValueError, r"w: got shape \[0, 64\]"),
         (w[0], ValueError, r"w: got shape \[64\]"),
         (w.astype(np.int64), TypeError, "w: got int64"),
+        (w.astype(np.float64) * 1e300, ValueError, "w: contains NaN or Inf"),  # in f32
     ):
         with pytest.raises(error, match=match):
             arrays.quantize(bad, "int4")
     with pytest.raises(ValueError, match="format: got 'int3'"):
         arrays.quantize(w, "int3")
+    with pytest.raises(ValueError, match="threads: got 0"):
+        arrays.quantize(w, "int4", threads=0)
     q, scales = np.zeros((4, 64), np.uint8), np.ones((4, 2), np.float16)
     for changes, error, match in (
         ({"q": q[0]}, ValueError, r"q: got shape \[64\]"),
@@ -584,22 +582,27 @@ def test_other_python_threads_run_meanwhile():
 
 def test_load_maps_a_packed_model(tmp_path):
     model, found = packed_model(tmp_path), arrays.load(tmp_path / "packed")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}
-    floats = dict(model.named_parameters())
-    assert found.keys() == layers.keys() | floats.keys()
-    for name, tensor in floats.items():
-        assert same(found[name].copy(), tensor)
-    for name, layer in layers.items():
-        for part, tensor in layer.packed.tensors().items():
+    tensors, specs, _ = hf_state(model)
+    parts = {"codes": "weight", "scales": "scales", "offsets": "offsets"}
+    packed = {f"{module}.{part}" for module in specs for part in parts.values()}
+    assert found.keys() == specs.keys() | tensors.keys() - packed
+    for name in tensors.keys() - packed:
+        assert same(found[name].copy(), tensors[name])
+    for name, spec in specs.items():
+        for part, file in parts.items():
             array = getattr(found[name], part)
+            if array is None:
+                assert part == "offsets" and f"{name}.offsets" not in tensors
+                continue
+            tensor = tensors[f"{spec.get('tied_to', name)}.{file}"]
             assert same(array.copy(), tensor) and not array.flags.writeable
             while not isinstance(array, np.memmap):
                 array = array.base
             assert array.filename == tmp_path / "packed" / "model.safetensors"
     x = np.ones((2, 64), np.float32)
-    head = layers["lm_head"].packed
+    head = model.lm_head.packed
     assert same(arrays.matmul(x, found["lm_head"]), ops.matmul(torch.from_numpy(x), head))
-    assert found["lm_head"].codes.ctypes.data == found["embed_tokens"].codes.ctypes.data
+    assert found["lm_head"].codes.ctypes.data == found["model.embed_tokens"].codes.ctypes.data
 
 
 def test_load_refuses_malformed_files(tmp_path):
@@ -622,7 +625,7 @@ def test_load_refuses_malformed_files(tmp_path):
     config.write_text("{}")
     refused("holds no packed memlm model")
     change(version=99)
-    refused("version 99; known is 1")
+    refused("version 99; known is 2")
     change(layers=[])
     refused("layers are malformed")
     change(layers={"layers.0": {"format": "int8", "n": 16, "k": 32}})

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import memlm
@@ -43,7 +44,7 @@ def test_quantize(source, tmp_path):
     result = run_json("quantize", source, tmp_path / "q", "--linear", "int4-g64", "--mode", "accurate")
     weights = tmp_path / "q" / "model.safetensors"
     assert result["disk_bytes"] == weights.stat().st_size
-    assert (result["linear"], result["embedding"]) == ("int4-g64", "int8-g32")
+    assert result["formats"] == ["int4-g64", "int8-g32"]
     model = memlm.load(tmp_path / "q")
     assert model.layers[0].mlp.down_proj.format.name == "int4-g64"
     assert model.layers[0].mlp.down_proj.mode == "accurate"
@@ -51,6 +52,18 @@ def test_quantize(source, tmp_path):
     text = run("quantize", source, tmp_path / "plain", "--embedding", "float")
     assert "MB" in text and "% of f32" in text.replace("\n", " ")
     assert memlm.load(tmp_path / "plain").lm_head.weight.is_floating_point()
+
+
+def test_quantize_layers_that_differ(source, tmp_path):
+    run("quantize", source, tmp_path / "q", "--target", "re:.*o_proj=int8", "--target",
+        "re:.*down_proj=float", "--ignore", "re:.*layers[.]0[.]mlp", "--mode", "accurate")  # fmt: skip
+    layer = memlm.load(tmp_path / "q").layers[1]
+    assert str(layer.attention.o_proj.format) == "int8-g32"
+    assert type(layer.mlp.down_proj) is torch.nn.Linear
+    assert str(layer.mlp.gate_up_proj.format) == "int4a-g32"
+    assert type(memlm.load(tmp_path / "q").layers[0].mlp.gate_up_proj) is torch.nn.Linear
+    with pytest.raises(ValueError, match="--target 'int8': expected PATTERN=FORMAT"):
+        run("quantize", source, tmp_path / "x", "--target", "int8")
 
 
 def test_info(source, packed):

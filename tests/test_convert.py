@@ -304,3 +304,42 @@ def test_specs_rebuild_the_layers():
         with pytest.raises(ValueError, match="layers: out: malformed spec"):
             memlm.build_layers_(other, {"out": {**specs["out"], **edit}})
         assert type(other["out"]) is nn.Linear
+
+
+# --- layers that differ --------------------------------------------------------------------------
+
+
+def test_targets_and_ignore(tmp_path):
+    model = tiny.llama(tmp_path)
+    config = memlm.QuantConfig(
+        "int4", "int8",
+        targets={
+            "lm_head": "int8", r"re:model\.layers\.1\..*down_proj": None, "re:.*down_proj": "int8-row",
+            "Embedding": "int8-g64",
+        },
+        ignore=[r"re:.*layers\.0\.self_attn"],
+    )  # fmt: skip
+    memlm.quantize_(model, config)
+    formats = {n: str(m.format) for n, m in model.named_modules() if hasattr(m, "format")}
+    assert formats.pop("lm_head") == "int8-g32" and formats.pop("model.embed_tokens") == "int8-g64"
+    assert formats.pop("model.layers.0.mlp.down_proj") == "int8-row"
+    assert len(formats) == 8 and set(formats.values()) == {"int4a-g32"}
+    assert not any("layers.0.self_attn" in n or "1.mlp.down_proj" in n for n in formats)
+    assert "ignored by a pattern" in str(memlm.explain(model))
+
+
+def test_patterns_that_are_wrong():
+    for bad, error, match in [
+        ({"targets": {"0": "int3"}}, ValueError, "targets: 0: format: got 'int3'"),
+        ({"targets": ["0"]}, TypeError, "targets: got list"),
+        ({"ignore": "0"}, TypeError, "ignore: got '0'"),
+        ({"ignore": ["re:("]}, ValueError, r"pattern 're:\('"),
+        ({"targets": {"0": "int4"}, "mode": "w8a8", "linear": "int8-row"}, ValueError, "mode"),
+    ]:
+        with pytest.raises(error, match=match):
+            memlm.QuantConfig(**bad)
+    model = mlp(8, 8)
+    for config in ({"targets": {"1": "int4"}}, {"ignore": ["re:1"]}):
+        with pytest.raises(ValueError, match="pattern .* matches no layer"):
+            memlm.quantize_(model, memlm.QuantConfig(**config))
+    assert type(model[0]) is nn.Linear

@@ -154,3 +154,42 @@ def test_packed_refuses_tensors_of_another_layout():
             Packed(packed.format, 20, 96, **changed)
     with pytest.raises(FormatError):
         Packed(packed.format, 33, 96, **parts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(ALL), st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(1, 200))
+def test_rows_stack_and_split(format, sizes, k):
+    whole = random_parts(format, sum(sizes), k)
+    split = [None if part is None else part.split(sizes) for part in whole]
+    parts = [
+        pack(*(None if part is None else part[i] for part in split), format)
+        for i in range(len(sizes))
+    ]
+    stacked = formats.stack_rows(parts)
+    for mine, expected in zip(unpack(stacked), whole):
+        assert (mine is None and expected is None) or torch.equal(mine, expected)
+    for mine, expected in zip(formats.split_rows(stacked, sizes), parts):
+        for name, tensor in expected.tensors().items():
+            assert torch.equal(mine.tensors()[name], tensor)
+
+
+def test_stacking_what_was_split_copies_nothing():
+    whole = pack(*random_parts(Format(4, 32, False), 80, 96), "int4a-g32")
+    parts = formats.split_rows(whole, [32, 48])
+    assert parts[0].codes.data_ptr() == whole.codes.data_ptr()
+    again = formats.stack_rows(parts)
+    for name, tensor in whole.tensors().items():
+        assert again.tensors()[name].data_ptr() == tensor.data_ptr()
+        assert torch.equal(again.tensors()[name], tensor)
+    # Not neighbours: in another order, or with something between them.
+    for others in (parts[::-1], [parts[0], *formats.split_rows(whole, [48, 32])[1:]]):
+        copied = formats.stack_rows(others)
+        assert torch.equal(copied.codes, torch.cat([part.codes for part in others]))
+
+
+def test_stack_and_split_refuse_what_does_not_fit():
+    a, b = (pack(*random_parts(Format(4, 32), 16, k), "int4-g32") for k in (64, 96))
+    with pytest.raises(ValueError, match="parts: got .* expected one kind"):
+        formats.stack_rows([a, b])
+    with pytest.raises(ValueError, match="sizes: got .* the matrix has 16 rows"):
+        formats.split_rows(a, [8, 9])

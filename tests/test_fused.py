@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memlm.layers import Projections, SwiGLU
+from memlm.layers import Linear, Projections, Stacked, SwiGLU
 
 
 def layers(*widths, k=48, bias=True):
@@ -74,3 +74,11 @@ def test_refusals():
         SwiGLU(made.linear, 20)
     with pytest.raises(ValueError, match="sizes"):
         Projections(made.linear, [1, 2])
+
+
+def test_stacked():
+    layers = [Linear.from_float(nn.Linear(64, n), f) for n, f in ((20, "int4"), (12, "int8"))]
+    stacked, x = Stacked([*layers, nn.Linear(64, 5)]), torch.randn(2, 3, 64)
+    assert stacked.out_features == 37
+    parts = stacked(x).split([20, 12, 5], -1)
+    assert all(torch.equal(part, layer(x)) for part, layer in zip(parts, stacked.layers))

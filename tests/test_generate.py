@@ -227,7 +227,7 @@ def test_characters_spelled_in_bytes_come_whole():
 
 @pytest.mark.models
 def test_smollm2_knows_the_capital_of_france():
-    model = memlm.load(data.smollm2_gguf())
+    model = memlm.load(data.smollm2_gguf(), dequantize=True)
     tokenizer = model.tokenizer
     ids = list(generate(model, tokenizer.encode("The capital of France is"), 2))
     assert "".join(pieces_of(tokenizer, ids)) == " Paris."

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import memlm
-from memlm import data
-from memlm.io.gguf import GGUF, TYPES
+from memlm import data, formats
+from memlm.io.ggml_types import TYPES
+from memlm.io.gguf import GGUF
 from memlm.io.tokenizer import load_tokenizer
 from memlm.memory import file_mapping
 
@@ -40,29 +41,79 @@ def test_types_are_those_of_ggml():
         assert gguf.GGML_QUANT_SIZES[number] == (kind.values, kind.block.itemsize)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_values_are_those_of_the_gguf_library(tmp_path, kind):
-    """Every bit, for random blocks: all nibbles, any finite scale."""
+# Where a block has its f16 numbers.
+F16_AT = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "IQ4_NL": [0],
+          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}  # fmt: skip
+
+
+def random_file(path, kind, rows=37, k=512):
+    """output.weight [rows, k] of random blocks, all bits but for finite scales; the raw bytes."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
-    raw = rng.integers(256, size=(37, 64 // block * size), dtype=np.uint8)
-    for at in {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2]}.get(kind.name, []):
-        scales = rng.normal(0, 3, (37, 64 // block)).astype(np.float16)
-        raw.reshape(37, -1, size)[..., at : at + 2] = scales.view(np.uint8).reshape(37, -1, 2)
-    path = tmp_path / FILE
-    path.write_bytes(
-        tiny_gguf.raw(table=[entry("output.weight", (64, 37), int(kind), 1024)],
-                      data=b"\0" * 1024 + raw.tobytes())
-    )  # fmt: skip
-    ours = GGUF(path).read("output.weight")
+    raw = rng.integers(256, size=(rows, k // block * size), dtype=np.uint8)
+    for at in F16_AT.get(kind.name, []):
+        scales = rng.normal(0, 3, (rows, k // block)).astype(np.float16)
+        raw.reshape(rows, -1, size)[..., at : at + 2] = scales.view(np.uint8).reshape(rows, -1, 2)
+    table = [entry("output.weight", (k, rows), int(kind), 1024)]
+    path.write_bytes(tiny_gguf.raw(table=table, data=b"\0" * 1024 + raw.tobytes()))
+    return raw
+
+
+every_type = pytest.mark.parametrize("kind", [Type[t.name] for t in TYPES.values()], ids=lambda k: k.name)
+
+
+@every_type
+def test_values_are_those_of_the_gguf_library(tmp_path, kind):
+    """Every bit, for random blocks: all codes, any finite scale."""
+    raw = random_file(tmp_path / FILE, kind)
+    ours = GGUF(tmp_path / FILE).read("output.weight")
     if kind.name in ("F16", "F32"):
-        wanted = torch.from_numpy(raw.view(f"f{size}"))
+        wanted = torch.from_numpy(raw.view(f"f{gguf.GGML_QUANT_SIZES[kind][1]}"))
     else:
         wanted = torch.from_numpy(gguf.quants.dequantize(raw, kind))
     floats = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
     assert ours.dtype == floats.get(kind, torch.float32)
     assert torch.equal(ours.to(wanted.dtype).nan_to_num(7), wanted.nan_to_num(7))
-    assert ours.shape == (37, 64) and ours.float().isfinite().float().mean() > 0.9
+    assert ours.shape == (37, 512) and ours.float().isfinite().float().mean() > 0.9
+
+
+@every_type
+def test_packed_values_are_those_of_the_gguf_library(tmp_path, kind):
+    """What stays in codes stands for the same numbers, to the bit."""
+    raw = random_file(tmp_path / FILE, kind, rows=4099, k=256)  # more than a chunk
+    stored = GGUF(tmp_path / FILE).packed("lm_head.weight")
+    kept = {"Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4a-g32", "Q5_0": "int8-g32",
+            "IQ4_NL": "int8-g32", "Q4_K": "int4a-g32"}  # fmt: skip
+    assert (stored is None) is (kind.name not in kept)
+    if stored is not None:
+        assert stored.packed.format.name == kept[kind.name] and stored.order is None
+        wanted = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+        assert torch.equal(formats.dequantize(stored.packed), wanted)
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path):
+    random_file(tmp_path / FILE, Type.Q4_0)
+    text = bytearray((tmp_path / FILE).read_bytes())
+    at = GGUF(tmp_path / FILE).tensors["output.weight"].offset
+    text[at : at + 2] = b"\0\x7c"
+    (tmp_path / FILE).write_bytes(text)
+    with pytest.raises(memlm.FormatError, match="output.weight: scales: contains NaN or Inf"):
+        GGUF(tmp_path / FILE).packed("lm_head.weight")
+
+
+def test_a_llama_runs_on_the_files_codes(mixed):
+    """As its dequantised self, but for the rounding of sums; the codes are the file's."""
+    path, stored = mixed
+    packed, floats = memlm.load(path), memlm.load(path, dequantize=True)
+    for module in packed.modules():
+        if isinstance(module, memlm.layers.Linear):
+            module.mode = "accurate"
+    ids = torch.randint(256, (2, 40), generator=torch.manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(ids), floats(ids), rtol=1e-4, atol=1e-4)
+    formats_of = {row.format for row in memlm.explain(packed).rows}
+    assert formats_of == {"int8-g32", "int4-g32", "int4a-g32", "float32"}
+    assert {row.format for row in memlm.explain(floats).rows} == {"float32"}
 
 
 def test_a_llama_comes_back_under_its_names(mixed, model):
@@ -209,8 +260,8 @@ HOSTILE = {
     "zero rows": (tiny_gguf.raw(table=[entry("output.weight", (8, 0), 0, 1024)]), "not fit F32"),
     "part of a block": (tiny_gguf.raw(table=[entry("output.weight", (48, 2), 2, 1024)]),
                         r"shape \(48, 2\) does not fit Q4_0"),
-    "tensor type": (tiny_gguf.raw(table=[entry("output.weight", (256,), 12)]),
-                    r"output.weight is of ggml type 12; read are F32 \(0\), .*Q4_1 \(3\)"),
+    "tensor type": (tiny_gguf.raw(table=[entry("output.weight", (256,), 10)]),
+                    r"output.weight is of ggml type 10; read are F32 \(0\), .*Q4_1 \(3\)"),
     "alignment 0": (tiny_gguf.raw({"general.alignment": (U32, 0)}), "general.alignment is 0"),
     "alignment 12": (tiny_gguf.raw({"general.alignment": (U32, 12)}), "general.alignment is 12"),
     "alignment bool": (tiny_gguf.raw({"general.alignment": (BOOL, True)}), "alignment is True"),

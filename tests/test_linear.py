@@ -322,3 +322,24 @@ def test_bad_arguments():
     source.weight.data[3, 7] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
         Linear.from_float(source, "int4")
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+def test_order_of_columns(mode):
+    """As the layer without order, given x in that order; `weight` has its columns where x has them."""
+    packed = quantize_weight(float_layer(33, 100).weight, "int4")
+    order = torch.randperm(100, generator=torch.manual_seed(3)).int()
+    plain, ordered = Linear(packed, mode=mode), Linear(packed, mode=mode, order=order)
+    x, norm = inputs(3, 100).requires_grad_(), inputs(100, seed=2)
+    y = ordered(x)
+    assert torch.equal(y, plain(x[:, order.long()]))
+    assert torch.equal(ordered.weight.clone()[:, order.long()], plain.weight.clone())
+    assert torch.equal(ordered.to_float().weight, ordered.weight.clone())
+    expected = plain(F.rms_norm(x, (100,), norm, 1e-6)[:, order.long()])
+    assert torch.equal(ordered(x, norm, 1e-6), expected)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, ordered.to_float().weight.sum(0).expand(3, -1))
+    assert set(ordered.state_dict()) == {"codes", "scales", "offsets", "order"}
+    assert ordered.half().order.dtype == torch.int32
+    with pytest.raises(ValueError, match="order: got torch.int64"):
+        Linear(packed, order=order.long())

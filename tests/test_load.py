@@ -278,12 +278,76 @@ def test_other_tools_can_read_the_file(source, tmp_path):
     model = memlm.quantize_(memlm.load(source), "int4")
     memlm.save(model, tmp_path / "packed")
     with safetensors.safe_open(tmp_path / "packed" / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "memlm", "version": "1"}
-        assert set(file.keys()) == set(model.state_dict())
-        assert torch.equal(file.get_tensor("norm.weight"), model.norm.weight)
+        assert {**file.metadata(), "sha256": ""} == {
+            "format": "memlm", "version": "2", "layout": "1", "sha256": ""}  # fmt: skip
+        assert torch.equal(file.get_tensor("model.norm.weight"), model.norm.weight)
+        codes = [
+            file.get_tensor(f"model.layers.1.self_attn.{part}_proj.weight") for part in "qkv"
+        ]
+        assert torch.equal(torch.cat(codes), model.layers[1].attention.qkv_proj.codes)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["dtype"] == "float32"
     assert config["quantization_config"]["quant_method"] == "memlm"
+
+
+def test_fused_layers_are_mapped_as_one(tmp_path):
+    """Query, key and value lie one behind the other in the file: one matrix, without a copy."""
+    tiny.llama(tmp_path / "source", num_attention_heads=4, num_key_value_heads=2)
+    memlm.save(memlm.quantize_(memlm.load(tmp_path / "source"), "int4"), tmp_path / "packed")
+    model = memlm.load(tmp_path / "packed")
+    storages = {b.untyped_storage().data_ptr() for n, b in model.named_buffers() if "codes" in n}
+    assert len(storages) == 1
+    rewritten = tmp_path / "again"
+    memlm.save(model, rewritten)
+    assert (rewritten / WEIGHTS).read_bytes() == (tmp_path / "packed" / WEIGHTS).read_bytes()
+
+
+def test_projections_of_different_formats(source, tmp_path):
+    """A layer that the decoder fuses is several ones where their formats differ."""
+    memlm.save(memlm.quantize_(memlm.load(source), "int4"), tmp_path / "packed")
+    theirs = LlamaForCausalLM.from_pretrained(source)
+    targets = {"re:.*v_proj": "int8", "re:.*up_proj": None}
+    memlm.quantize_(theirs, memlm.QuantConfig("int4", targets=targets))
+    tensors, specs = {}, memlm.layer_specs(theirs)
+    for name, tensor in theirs.state_dict().items():
+        module, _, part = name.rpartition(".")
+        tensors[f"{module}.{'weight' if part == 'codes' else part}"] = tensor
+    safetensors.torch.save_file(tensors, tmp_path / "packed" / WEIGHTS)
+    edit_quantization(tmp_path / "packed", lambda q: q.update(layers=specs))
+    model = memlm.load(tmp_path / "packed")
+    assert type(model.layers[0].attention.qkv_proj).__name__ == "Stacked"
+    torch.testing.assert_close(run(model), tiny.logits(theirs, IDS), rtol=1e-4, atol=1e-4)
+    memlm.save(model, tmp_path / "again")
+    assert torch.equal(run(memlm.load(tmp_path / "again")), run(model))
+
+
+PAGES = """
+import sys, torch, memlm
+from memlm.memory import file_mapping
+model = memlm.load(sys.argv[1], pages=sys.argv[2])
+m = file_mapping(sys.argv[1] + "/model.safetensors")
+with torch.inference_mode():
+    print(m.size, m.resident, m.private, model(torch.arange(60).view(2, 30)).double().sum().item())
+"""
+
+
+@pytest.mark.parametrize("pages", ["mapped", "populated", "huge"])
+def test_pages(tmp_path, pages):
+    """Where the weights lie, by the kernel's account; what they compute is the same."""
+    tiny.llama(tmp_path / "source", hidden_size=512)
+    folder = tmp_path / "packed"
+    memlm.quantize_files(tmp_path / "source", folder, memlm.QuantConfig("int8", "int8", "int8"))
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES, str(folder), pages], capture_output=True, text=True, check=True
+    )
+    mapped, resident, private, total = map(float, done.stdout.split())
+    size = (folder / WEIGHTS).stat().st_size
+    assert size > 1e6 and private == 0
+    assert mapped == 0 if pages == "huge" else mapped >= size
+    assert resident == mapped if pages == "populated" else resident < size
+    assert total == run(memlm.load(folder)).double().sum().item()
+    with pytest.raises(ValueError, match="pages: got 'small', accepted are"):
+        memlm.load(folder, pages="small")
 
 
 # --- where save writes ---------------------------------------------------------------------------
@@ -356,25 +420,28 @@ def edit_quantization(folder, edit):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-QKV = "layers.0.attention.qkv_proj"
+Q = "model.layers.0.self_attn.q_proj"
 BAD_CONFIGS = {
-    "method": (lambda q: q.update(quant_method="gptq"), "quant_method 'gptq' is not read here"),
-    "version": (lambda q: q.update(version=99), "version 99; known is 1"),
+    "method": (lambda q: q.update(quant_method="fp8"), "quant_method 'fp8' is not read here"),
+    "version": (lambda q: q.update(version=99), "version 99; known is 2"),
     "no layers": (lambda q: q.pop("layers"), "layers is missing"),
     "list": (lambda q: q.update(layers=[]), "layers is missing or malformed"),
-    "spec": (lambda q: q["layers"].update({QKV: None}), "malformed"),
-    "format": (lambda q: q["layers"][QKV].update(format="int3"), "malformed spec"),
-    "size": (lambda q: q["layers"][QKV].update(n=10**18), QKV),
-    "negative": (lambda q: q["layers"][QKV].update(k=-1), QKV),
-    "unknown layer": (lambda q: q["layers"].update({"layers.9.x": q["layers"][QKV]}), "layers.9.x"),
-    "root": (lambda q: q["layers"].update({"": q["layers"][QKV]}), "layers"),
-    "left out": (lambda q: q["layers"].pop(QKV), QKV),
-    "tied to nobody": (lambda q: q["layers"][QKV].update(tied_to="x"), QKV),
-    "tied to a list": (lambda q: q["layers"][QKV].update(tied_to=[]), QKV),
-    "group": (lambda q: q["layers"][QKV].update(format="int4-g64"), QKV),
-    "bits": (lambda q: q["layers"][QKV].update(format="int8"), QKV),
-    "offsets": (lambda q: q["layers"][QKV].update(format="int4-g32"), QKV),
-    "bias": (lambda q: q["layers"][QKV].update(bias=True), QKV),
+    "spec": (lambda q: q["layers"].update({Q: None}), "malformed"),
+    "format": (lambda q: q["layers"][Q].update(format="int3"), "malformed"),
+    "size": (lambda q: q["layers"][Q].update(n=10**18), Q),
+    "negative": (lambda q: q["layers"][Q].update(k=-1), Q),
+    "unknown layer": (lambda q: q["layers"].update({"layers.9.x": q["layers"][Q]}), "layers.9.x"),
+    "root": (lambda q: q["layers"].update({"": q["layers"][Q]}), "not known"),
+    "left out": (lambda q: q["layers"].pop(Q), Q),
+    "tied to nobody": (lambda q: q["layers"][Q].update(tied_to="x"), Q),
+    "tied to a list": (lambda q: q["layers"][Q].update(tied_to=[]), Q),
+    "group": (lambda q: q["layers"][Q].update(format="int4-g64"), Q),
+    "bits": (lambda q: q["layers"][Q].update(format="int8"), Q),
+    "offsets": (lambda q: q["layers"][Q].update(format="int4-g32"), Q),
+    "type": (lambda q: q["layers"][Q].update(type="Conv"), Q),
+    "mode": (lambda q: q["layers"][Q].update(mode="w8a8"), Q),
+    "order": (lambda q: q["layers"][Q].update(order=True), Q),
+    "bias": (lambda q: q["layers"][Q].update(bias=True), Q),
 }
 
 
@@ -393,15 +460,13 @@ def test_quantization_config_of_another_kind_is_refused(packed, value):
 
 
 BAD_STATE = {
-    "missing": (lambda t: t.pop(f"{QKV}.scales"), f"{QKV}.scales"),
+    "missing": (lambda t: t.pop(f"{Q}.scales"), f"{Q}.*scales"),
     "extra": (lambda t: t.update({"more": torch.zeros(3)}), "more"),
-    "short": (lambda t: t.update({f"{QKV}.codes": t[f"{QKV}.codes"][:-1].clone()}), QKV),
-    "dtype of codes": (lambda t: t.update({f"{QKV}.codes": t[f"{QKV}.codes"].short()}), QKV),
-    "dtype of scales": (lambda t: t.update({f"{QKV}.scales": t[f"{QKV}.scales"].float()}), QKV),
-    "integer norm": (lambda t: t.update({"norm.weight": torch.ones(64, dtype=torch.int64)}),
+    "short": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].clone()}), Q),
+    "dtype of codes": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].short()}), Q),
+    "dtype of scales": (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}), Q),
+    "integer norm": (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)}),
                      "norm.weight: torch.int64"),
-    "f64 norm": (lambda t: t.update({"norm.weight": torch.ones(64, dtype=torch.float64)}),
-                 "norm.weight: torch.float64"),
     "norm's shape": (lambda t: t.update({"norm.weight": torch.ones(65)}), "norm.weight"),
 }  # fmt: skip
 
@@ -419,7 +484,7 @@ def test_packed_weights_that_do_not_fit_are_refused(packed, edit, message):
 @pytest.mark.models
 def test_smollm2_packed_takes_no_private_memory(tmp_path):
     """In a fresh process: after a forward pass every byte of the weights is the page cache's."""
-    model = memlm.load(data.smollm2_gguf())
+    model = memlm.load(data.smollm2_gguf(), dequantize=True)
     memlm.quantize_(model, memlm.QuantConfig("int8", "int8"), strict=True)
     memlm.save(model, tmp_path / "packed")
     script = (

@@ -43,19 +43,21 @@ def one(dtype="U8", shape="[64]", offsets="[0,64]"):
 
 
 def test_golden_bytes(tmp_path):
-    """int16 before the 3 bytes, data at 192 = 3 * 64, little-endian."""
+    """int16 before the 3 bytes, data at 256 = 4 * 64, little-endian; the checksum is that of
+    `printf '\\x02\\x01\\xff\\xff\\x01\\x02\\x03' | sha256sum`."""
     tensors = {"b": torch.tensor([1, 2, 3], dtype=torch.uint8),
                "a": torch.tensor([[258], [-1]], dtype=torch.int16)}  # fmt: skip
     size = ours.write(tmp_path / FILE, tensors, {"format": "x"})
     text = (
-        b'{"__metadata__":{"format":"x"},'
+        b'{"__metadata__":{"format":"x","sha256":"'
+        b'67727895a99d5bc647c9b7c63105977a78c3fea63cf7410a5808b955dccc0645"},'
         b'"a":{"dtype":"I16","shape":[2,1],"data_offsets":[0,4]},'
         b'"b":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}'
     )
     assert (tmp_path / FILE).read_bytes() == (
-        (192 - 8).to_bytes(8, "little") + text.ljust(192 - 8) + b"\x02\x01\xff\xff" + b"\1\2\3"
+        (256 - 8).to_bytes(8, "little") + text.ljust(256 - 8) + b"\x02\x01\xff\xff" + b"\1\2\3"
     )
-    assert size == 199
+    assert size == 263
 
 
 DTYPES = sorted(ours._DTYPES, key=str)
@@ -80,15 +82,41 @@ def test_any_strides_and_metadata(tmp_path):
     metadata = {"name": "Müller\n", "": "empty key"}
     ours.write(tmp_path / FILE, tensors, metadata)
     back, their = ours.open_mapped(tmp_path / FILE)
-    assert their == metadata
+    assert {**their, "sha256": ""} == {**metadata, "sha256": ""}
     for reader in (back, safetensors.torch.load_file(tmp_path / FILE)):
         assert reader.keys() == tensors.keys()
         assert all(same(reader[name], tensors[name].detach()) for name in tensors)
 
 
 def test_no_tensors(tmp_path):
-    assert ours.write(tmp_path / FILE, {}, {}) == 64
-    assert ours.open_mapped(tmp_path / FILE) == ({}, {})
+    assert ours.write(tmp_path / FILE, {}, {}) == 128
+    assert ours.open_mapped(tmp_path / FILE)[0] == {} and ours.verify(tmp_path / FILE)
+
+
+def test_checksum(tmp_path):
+    path = tmp_path / FILE
+    ours.write(path, {"a": torch.arange(3 << 18)}, {})
+    assert ours.verify(path)
+    good = path.read_bytes()
+    for at in (-1, len(good) // 2, header(path)[1]):
+        bad = bytearray(good)
+        bad[at] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(memlm.FormatError, match="damaged"):
+            ours.verify(path)
+    safetensors.torch.save_file({"a": torch.ones(3)}, path)
+    assert ours.verify(path) is False  # others write none
+
+
+def test_join(tmp_path):
+    parts = {"1": {"a": torch.arange(5), "b": torch.ones(3, dtype=torch.int8)}, "2": {"c": torch.rand(700, 900)}}
+    for name, tensors in parts.items():
+        ours.write(tmp_path / name, tensors, {}, sync=False)
+    whole = parts["1"] | parts["2"]
+    files = [tmp_path / name for name in parts]
+    ours.join(tmp_path / FILE, files, lambda names: sorted(names)[::-1], {"x": "y"})
+    ours.write(tmp_path / "whole", {name: whole[name] for name in "cba"}, {"x": "y"})
+    assert (tmp_path / FILE).read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 sizes = st.lists(

@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdarg>
@@ -149,6 +150,38 @@ memlm_status check(const memlm_packed* w, int bits) {
   if (!(g == 32 || g == 64 || g == 128 || (g == 0 && bits == 8)))
     return fail(MEMLM_INVALID, "group: got %lld, accepted are 32, 64, 128%s", (long long)g,
                 bits == 8 ? ", and 0 for one scale per row" : "");
+  return MEMLM_OK;
+}
+
+// w [n, k] with rows w_stride apart.
+memlm_status check_floats(int64_t n, int64_t k, const void* w, int64_t w_stride, memlm_dtype dtype,
+                          int threads) {
+  if (n < 1 || n > INT32_MAX)
+    return fail(MEMLM_INVALID, "n: got %lld, accepted is 1 to 2^31-1", (long long)n);
+  if (k < 1 || k > INT32_MAX)
+    return fail(MEMLM_INVALID, "k: got %lld, accepted is 1 to 2^31-1", (long long)k);
+  if (!w) return fail(MEMLM_INVALID, "w: is NULL");
+  if (w_stride < k)
+    return fail(MEMLM_INVALID, "w_stride: got %lld, w has %lld columns", (long long)w_stride,
+                (long long)k);
+  if (!is_dtype(dtype))
+    return fail(MEMLM_INVALID, "dtype: got %d, accepted are f32, f16, bf16", dtype);
+  if (threads < 1) return fail(MEMLM_INVALID, "threads: got %d, at least 1 is needed", threads);
+  return MEMLM_OK;
+}
+
+memlm_status check(const memlm_quantize_args* args) {
+  if (!args) return fail(MEMLM_INVALID, "args: is NULL");
+  const memlm_quantize_args& a = *args;
+  if (memlm_status s = check_floats(a.n, a.k, a.w, a.w_stride, a.dtype, a.threads)) return s;
+  const memlm_packed w = {a.codes, a.scales, a.offsets, a.scale_dtype, a.n, a.k, a.group, a.levels};
+  if (memlm_status s = check(&w, a.bits)) return s;
+  for (int i = 1; a.levels && i < 16; ++i)
+    if (!(a.levels[i - 1] < a.levels[i]))
+      return fail(MEMLM_INVALID, "levels: number %d is %g, after %g; they must ascend", i,
+                  a.levels[i], a.levels[i - 1]);
+  if (a.ternary && (a.bits != 2 || a.offsets))
+    return fail(MEMLM_INVALID, "ternary: is for 2 bits without offsets");
   return MEMLM_OK;
 }
 
@@ -318,6 +351,37 @@ memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int6
     return fail(MEMLM_INVALID, "rows: got %lld from %lld on, W has %lld", (long long)rows,
                 (long long)row, (long long)w->n);
   return run_rows(w, bits, nullptr, row, rows, dtype, out, threads);
+}
+
+memlm_status memlm_largest_magnitude(int64_t n, int64_t k, const void* w, int64_t w_stride,
+                                     memlm_dtype dtype, float* largest, int threads) {
+  if (memlm_status s = check_floats(n, k, w, w_stride, dtype, threads)) return s;
+  if (!largest) return fail(MEMLM_INVALID, "largest: is NULL");
+  const Kernels& isa = kernels();
+  const int64_t row_bytes = w_stride * (dtype == MEMLM_F32 ? 4 : 2);
+  std::atomic<int32_t> bits{0};
+  parallel_for(n, kTileRows, threads, [&](int64_t begin, int64_t end, int) {
+    int32_t most = 0;
+    for (int64_t row = begin; row < end; ++row)
+      most = std::max(most, isa.largest_bits(static_cast<const char*>(w) + row * row_bytes, dtype, k));
+    int32_t before = bits;
+    while (before < most && !bits.compare_exchange_weak(before, most)) {
+    }
+  });
+  constexpr int32_t kInfinity = 0x7f800000;
+  if (bits >= kInfinity) return fail(MEMLM_INVALID, "w: contains NaN or Inf");
+  const int32_t found = bits;
+  std::memcpy(largest, &found, sizeof found);
+  return MEMLM_OK;
+}
+
+memlm_status memlm_quantize_weight(const memlm_quantize_args* args) {
+  if (memlm_status s = check(args)) return s;
+  const Kernels& isa = kernels();
+  parallel_for(div_up(args->n, kTileRows), 1, args->threads, [&](int64_t begin, int64_t end, int) {
+    isa.quantize_weight(*args, begin, end);
+  });
+  return MEMLM_OK;
 }
 
 const char* memlm_isa(void) { return kernels().name; }

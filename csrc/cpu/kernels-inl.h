@@ -5,6 +5,7 @@
 #pragma once
 #include "dispatch.h"
 #include "dequantize-inl.h"
+#include "quantize_weight-inl.h"
 #include "w2_matmul-inl.h"
 #include "w4_matmul-inl.h"
 #include "w8_matmul-inl.h"
@@ -19,7 +20,7 @@ namespace MEMLM_ISA {
 constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
 const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate, w2_matmul, w4_matmul, w8_matmul,
-                         w8a8_matmul, quantize_rows, dequantize_rows};
+                         w8a8_matmul, quantize_rows, dequantize_rows, largest_bits, quantize_weight};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 

@@ -25,9 +25,14 @@ inline void f_store(float* p, F x) {
 }
 inline F f_mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline F f_add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F f_sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F f_div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F f_if_less(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
+}
 inline float f_reduce_add(F x) {
   const __m256 v = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -52,6 +57,40 @@ inline F f_load_bf16(const uint16_t* p) {
   };
   return {widen(load128(p)), widen(load128(p + 8))};
 }
+// 8 registers: lane i of x[j] and lane j of x[i] change places.
+inline void transpose8(__m256 (&x)[8]) {
+  __m256 pairs[8], fours[8];  // of rows, within 128-bit halves
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+inline void f_transpose(F (&x)[16]) {
+  __m256 left[8], right[8], low_left[8], low_right[8];
+  for (int i = 0; i < 8; ++i) {
+    left[i] = x[i].a;
+    right[i] = x[i].b;
+    low_left[i] = x[8 + i].a;
+    low_right[i] = x[8 + i].b;
+  }
+  transpose8(left);
+  transpose8(right);
+  transpose8(low_left);
+  transpose8(low_right);
+  for (int i = 0; i < 8; ++i) {
+    x[i] = {left[i], low_left[i]};
+    x[8 + i] = {right[i], low_right[i]};
+  }
+}
 inline void f_store_f16(uint16_t* p, F x) {
   __m128i* out = reinterpret_cast<__m128i*>(p);
   _mm_storeu_si128(out, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
@@ -67,6 +106,10 @@ inline F f_exp2(I n) {
   };
   return {power(n.a), power(n.b)};
 }
+inline F f_power_of_two(F x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
 inline I f_magnitude_bits(F x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   return {_mm256_and_si256(_mm256_castps_si256(x.a), mask),
@@ -76,7 +119,21 @@ inline I f_magnitude_bits(F x) {
 inline I i_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I i_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I i_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I i_or(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int kShift>
+inline I i_shift_left(I x) {
+  return {_mm256_slli_epi32(x.a, kShift), _mm256_slli_epi32(x.b, kShift)};
+}
 inline I i_max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  const __m256i some = _mm256_set1_epi32(y);
+  const auto added = [some](__m256i v, __m256 left, __m256 right) {
+    const __m256 mask = _mm256_cmp_ps(left, right, _CMP_LT_OQ);
+    return _mm256_add_epi32(v, _mm256_and_si256(_mm256_castps_si256(mask), some));
+  };
+  return {added(x.a, a.a, b.a), added(x.b, a.b, b.b)};
+}
 inline int32_t i_reduce_max(I x) {
   __m256i v = _mm256_max_epi32(x.a, x.b);
   __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -119,15 +176,17 @@ struct Table { __m256 low, high; };  // entries 0 to 7, 8 to 15
 using ByteTable = __m256i;           // the 16 bytes twice
 inline Table t_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline ByteTable t_load_bytes(const int8_t* p) { return _mm256_broadcastsi128_si256(load128(p)); }
-template <int kShift>
-inline F b_lookup_f(B x, const Table& t) {
-  const auto entry = [&](__m256i v) {  // vpermps looks at 3 bits; the fourth goes to the sign
-    const __m256i index = _mm256_srli_epi32(v, kShift);
+inline F t_lookup(const Table& t, I x) {  // looks at the lowest 4 bits of a lane only
+  const auto entry = [&](__m256i index) {  // vpermps looks at 3 bits; the fourth goes to the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index),
                             _mm256_permutevar8x32_ps(t.high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - kShift)));
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   };
   return {entry(x.a), entry(x.b)};
+}
+template <int kShift>
+inline F b_lookup_f(B x, const Table& t) {
+  return t_lookup(t, {_mm256_srli_epi32(x.a, kShift), _mm256_srli_epi32(x.b, kShift)});
 }
 inline B b_lookup(B x, const ByteTable& t) {
   return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};

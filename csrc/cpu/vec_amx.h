@@ -31,7 +31,6 @@ inline F f_cut_to_bf16(F x) {
   return _mm512_castsi512_ps(
       _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
 }
-inline F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
 // Of 32 lanes of 16 bits: the upper half of each 32-bit lane of x, then of y.
 inline B odd_halves() {
   const auto two = [](int i) { return (2 * i + 1) | (2 * i + 3) << 16; };

@@ -24,9 +24,13 @@ inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F f_add(F x, F y) { return _mm512_add_ps(x, y); }
+inline F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
 inline F f_div(F x, F y) { return _mm512_div_ps(x, y); }
 inline F f_min(F x, F y) { return _mm512_min_ps(x, y); }
 inline F f_max(F x, F y) { return _mm512_max_ps(x, y); }
+inline F f_if_less(F a, F b, F x, F y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 inline float f_reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 inline F f_fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 
@@ -36,6 +40,28 @@ inline __m256i load256(const void* p) {
 inline F f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load256(p)); }
 inline F f_load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+}
+inline void f_transpose(F (&x)[16]) {
+  F pairs[16], fours[16];  // of rows, within 128-bit quarters
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {  // quarters 0 and 2, or 1 and 3, of two registers, twice
+    const F even_high = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+    const F even_low = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+    const F odd_high = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+    const F odd_low = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(even_high, even_low, 0x88);
+    x[4 + i] = _mm512_shuffle_f32x4(odd_high, odd_low, 0x88);
+    x[8 + i] = _mm512_shuffle_f32x4(even_high, even_low, 0xdd);
+    x[12 + i] = _mm512_shuffle_f32x4(odd_high, odd_low, 0xdd);
+  }
 }
 inline void f_store_f16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -47,6 +73,10 @@ inline I f_round(F x) { return _mm512_cvtps_epi32(x); }
 inline F f_exp2(I n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
 }
+inline F f_power_of_two(F x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
+}
 inline I f_magnitude_bits(F x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
@@ -54,7 +84,16 @@ inline I f_magnitude_bits(F x) {
 inline I i_zero() { return _mm512_setzero_si512(); }
 inline I i_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_add(I x, I y) { return _mm512_add_epi32(x, y); }
+inline I i_and(I x, I y) { return _mm512_and_si512(x, y); }
+inline I i_or(I x, I y) { return _mm512_or_si512(x, y); }
+template <int kShift>
+inline I i_shift_left(I x) {
+  return _mm512_slli_epi32(x, kShift);
+}
 inline I i_max(I x, I y) { return _mm512_max_epi32(x, y); }
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  return _mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x, i_set1(y));
+}
 inline int32_t i_reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
 inline int32_t i_reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 inline void i_store_i8(int8_t* p, I x) {
@@ -73,9 +112,12 @@ inline Table t_load(const float* p) { return f_load(p); }
 inline ByteTable t_load_bytes(const int8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline F t_lookup(const Table& t, I x) {  // vpermps looks at the lowest 4 bits of a lane only
+  return _mm512_permutexvar_ps(x, t);
+}
 template <int kShift>
-inline F b_lookup_f(B x, const Table& t) {  // vpermps looks at the lowest 4 bits of a lane only
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), t);
+inline F b_lookup_f(B x, const Table& t) {
+  return t_lookup(t, _mm512_srli_epi32(x, kShift));
 }
 inline B b_lookup(B x, const ByteTable& t) { return _mm512_shuffle_epi8(t, x); }
 template <int kShift, int kBits>

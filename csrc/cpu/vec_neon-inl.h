@@ -34,6 +34,9 @@ inline F f_mul(F x, F y) {
 inline F f_add(F x, F y) {
   return quarters<F>([&](int i) { return vaddq_f32(x.v[i], y.v[i]); });
 }
+inline F f_sub(F x, F y) {
+  return quarters<F>([&](int i) { return vsubq_f32(x.v[i], y.v[i]); });
+}
 inline F f_div(F x, F y) {
   return quarters<F>([&](int i) { return vdivq_f32(x.v[i], y.v[i]); });
 }
@@ -43,6 +46,9 @@ inline F f_min(F x, F y) {
 }
 inline F f_max(F x, F y) {
   return quarters<F>([&](int i) { return vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
+}
+inline F f_if_less(F a, F b, F x, F y) {
+  return quarters<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]); });
 }
 inline float f_reduce_add(F x) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])));
@@ -61,6 +67,22 @@ inline F f_load_bf16(const uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
   });
 }
+inline void f_transpose(F (&x)[16]) {
+  F y[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int q = 0; q < 4; ++q) {  // 4 rows, 4 lanes of each
+      const auto pairs = [&](int row, bool odd) {
+        const float32x4_t a = x[i + row].v[q], b = x[i + row + 1].v[q];
+        return vreinterpretq_f64_f32(odd ? vtrn2q_f32(a, b) : vtrn1q_f32(a, b));
+      };
+      for (int j = 0; j < 2; ++j) {
+        const float64x2_t first = pairs(0, j), second = pairs(2, j);
+        y[4 * q + j].v[i / 4] = vreinterpretq_f32_f64(vtrn1q_f64(first, second));
+        y[4 * q + 2 + j].v[i / 4] = vreinterpretq_f32_f64(vtrn2q_f64(first, second));
+      }
+    }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
 inline void f_store_f16(uint16_t* p, F x) {
   for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.v[i])));
 }
@@ -72,6 +94,12 @@ inline F f_exp2(I n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23));
   });
 }
+inline F f_power_of_two(F x) {
+  return quarters<F>([&](int i) {
+    const uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(x.v[i]), vdupq_n_u32(0x7f800000));
+    return vreinterpretq_f32_u32(bits);
+  });
+}
 inline I f_magnitude_bits(F x) {
   return quarters<I>([&](int i) { return vreinterpretq_s32_f32(vabsq_f32(x.v[i])); });
 }
@@ -81,8 +109,24 @@ inline I i_zero() { return i_set1(0); }
 inline I i_add(I x, I y) {
   return quarters<I>([&](int i) { return vaddq_s32(x.v[i], y.v[i]); });
 }
+inline I i_and(I x, I y) {
+  return quarters<I>([&](int i) { return vandq_s32(x.v[i], y.v[i]); });
+}
+inline I i_or(I x, I y) {
+  return quarters<I>([&](int i) { return vorrq_s32(x.v[i], y.v[i]); });
+}
+template <int kShift>
+inline I i_shift_left(I x) {
+  return quarters<I>([&](int i) { return vshlq_n_s32(x.v[i], kShift); });
+}
 inline I i_max(I x, I y) {
   return quarters<I>([&](int i) { return vmaxq_s32(x.v[i], y.v[i]); });
+}
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  return quarters<I>([&](int i) {
+    const uint32x4_t some = vandq_u32(vcltq_f32(a.v[i], b.v[i]), vdupq_n_u32(static_cast<uint32_t>(y)));
+    return vaddq_s32(x.v[i], vreinterpretq_s32_u32(some));
+  });
 }
 inline int32_t i_reduce_max(I x) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])));
@@ -129,15 +173,20 @@ inline Table t_load(const float* p) {
   return {{entries(0), entries(1), entries(2), entries(3)}};
 }
 inline ByteTable t_load_bytes(const int8_t* p) { return vld1q_s8(p); }
+// tbl takes bytes: entry e is bytes 4e .. 4e + 3.
+inline float32x4_t entries(const Table& t, uint32x4_t index) {
+  index = vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(index)));
+}
+inline F t_lookup(const Table& t, I x) {
+  return quarters<F>([&](int i) { return entries(t, vreinterpretq_u32_s32(x.v[i])); });
+}
 template <int kShift>
 inline F b_lookup_f(B x, const Table& t) {
   return quarters<F>([&](int i) {
-    // tbl takes bytes: entry e is bytes 4e .. 4e + 3.
     uint32x4_t index = vreinterpretq_u32_s8(x.v[i]);
     if constexpr (kShift > 0) index = vshrq_n_u32(index, kShift);
-    index = vandq_u32(index, vdupq_n_u32(15));
-    index = vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404));
-    return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(index)));
+    return entries(t, vandq_u32(index, vdupq_n_u32(15)));
   });
 }
 inline B b_lookup(B x, const ByteTable& t) {

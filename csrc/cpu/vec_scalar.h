@@ -32,10 +32,16 @@ inline F f_load(const float* p) { F r; memcpy(r.v, p, sizeof r.v); return r; }
 inline void f_store(float* p, F x) { memcpy(p, x.v, sizeof x.v); }
 inline F f_mul(F x, F y) { MEMLM_LANES x.v[i] *= y.v[i]; return x; }
 inline F f_add(F x, F y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+inline F f_sub(F x, F y) { MEMLM_LANES x.v[i] -= y.v[i]; return x; }
 inline F f_div(F x, F y) { MEMLM_LANES x.v[i] /= y.v[i]; return x; }
 // y where x is NaN.
 inline F f_min(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] < y.v[i] ? x.v[i] : y.v[i]; return y; }
 inline F f_max(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return y; }
+// x where a < b, else y.
+inline F f_if_less(F a, F b, F x, F y) {
+  MEMLM_LANES y.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
 inline float f_reduce_add(F x) { float r = 0; MEMLM_LANES r += x.v[i]; return r; }
 // x * y + z; fused where the instruction set has it.
 inline F f_fma(F x, F y, F z) { MEMLM_LANES z.v[i] += x.v[i] * y.v[i]; return z; }
@@ -63,6 +69,14 @@ inline F f_load_bf16(const uint16_t* p) {
   MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(p[i]) << 16);
   return r;
 }
+// Lane i of x[j] and lane j of x[i] change places.
+inline void f_transpose(F (&x)[16]) {
+  MEMLM_LANES for (int j = 0; j < i; ++j) {
+    const float lane = x[i].v[j];
+    x[i].v[j] = x[j].v[i];
+    x[j].v[i] = lane;
+  }
+}
 inline void f_store_f16(uint16_t* p, F x) { MEMLM_LANES p[i] = float_to_f16(x.v[i]); }
 
 inline F f_from_i(I x) { F r; MEMLM_LANES r.v[i] = static_cast<float>(x.v[i]); return r; }
@@ -78,6 +92,11 @@ inline F f_exp2(I n) {
   MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(n.v[i] + 127) << 23);
   return r;
 }
+// The largest power of two that is not above |x|; 0 for denormal numbers.
+inline F f_power_of_two(F x) {
+  MEMLM_LANES x.v[i] = float_of_bits(bits_of_float(x.v[i]) & 0x7f800000);
+  return x;
+}
 // |x| as its bits: ordered like |x|, with Inf at 0x7f800000 and NaN above it.
 inline I f_magnitude_bits(F x) {
   I r;
@@ -88,6 +107,13 @@ inline I f_magnitude_bits(F x) {
 inline I i_set1(int32_t x) { I r; MEMLM_LANES r.v[i] = x; return r; }
 inline I i_zero() { return i_set1(0); }
 inline I i_add(I x, I y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
+inline I i_and(I x, I y) { MEMLM_LANES x.v[i] &= y.v[i]; return x; }
+inline I i_or(I x, I y) { MEMLM_LANES x.v[i] |= y.v[i]; return x; }
+template <int kShift>
+inline I i_shift_left(I x) {
+  MEMLM_LANES x.v[i] = static_cast<int32_t>(static_cast<uint32_t>(x.v[i]) << kShift);
+  return x;
+}
 inline I i_max(I x, I y) { MEMLM_LANES x.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return x; }
 inline int32_t i_reduce_max(I x) {
   int32_t r = x.v[0];
@@ -95,6 +121,11 @@ inline int32_t i_reduce_max(I x) {
   return r;
 }
 inline int32_t i_reduce_add(I x) { int32_t r = 0; MEMLM_LANES r += x.v[i]; return r; }
+// x + y where a < b, else x.
+inline I i_add_if_less(I x, F a, F b, int32_t y) {
+  MEMLM_LANES x.v[i] += a.v[i] < b.v[i] ? y : 0;
+  return x;
+}
 // For lanes within int8.
 inline void i_store_i8(int8_t* p, I x) { MEMLM_LANES p[i] = static_cast<int8_t>(x.v[i]); }
 
@@ -115,6 +146,8 @@ struct Table { float v[16]; };
 struct ByteTable { int8_t v[16]; };
 inline Table t_load(const float* p) { Table r; memcpy(r.v, p, sizeof r.v); return r; }
 inline ByteTable t_load_bytes(const int8_t* p) { ByteTable r; memcpy(r.v, p, sizeof r.v); return r; }
+// The entries that lanes, 0..15, choose.
+inline F t_lookup(const Table& t, I x) { F r; MEMLM_LANES r.v[i] = t.v[x.v[i]]; return r; }
 // The entries that bits kShift..kShift+3 of each lane choose.
 template <int kShift>
 inline F b_lookup_f(B x, const Table& t) {

@@ -96,6 +96,30 @@ MEMLM_API memlm_status memlm_embedding(const memlm_packed* w, int bits, const in
 MEMLM_API memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                                         memlm_dtype dtype, void* out, int threads);
 
+/* The largest magnitude in w [n, k], to choose scale_dtype by.  MEMLM_INVALID where w holds NaN or
+ * Inf. */
+MEMLM_API memlm_status memlm_largest_magnitude(int64_t n, int64_t k, const void* w, int64_t w_stride,
+                                               memlm_dtype dtype, float* largest, int threads);
+
+typedef struct {
+  int64_t n, k;
+  const void* w;     /* [n, k], finite: the codes of other numbers are not specified */
+  int64_t w_stride;  /* elements from one row to the next, at least k */
+  memlm_dtype dtype; /* of w */
+  int bits;          /* per code: 2, 4, 8 */
+  int ternary;       /* 2 bits: the codes 0, 1, 2 only */
+  int64_t group;     /* as in memlm_packed, as are the next four */
+  const float* levels;     /* ascending */
+  memlm_dtype scale_dtype; /* F16 for matrices whose largest scale it can hold as a normal number */
+  void* codes;
+  void* scales;
+  void* offsets;
+  int threads; /* at most this many; the result does not depend on it */
+} memlm_quantize_args;
+
+/* Rounds w to a packed matrix, padding included; memlm/quantize.py says how. */
+MEMLM_API memlm_status memlm_quantize_weight(const memlm_quantize_args* args);
+
 /* The instruction set in use.  The best that the CPU has is taken, or the one named by the
  * environment variable MEMLM_CPU_ISA. */
 MEMLM_API const char* memlm_isa(void);

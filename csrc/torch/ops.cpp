@@ -45,35 +45,47 @@ memlm_dtype dtype_of(ScalarType type, const char* name) {
 void check_status(memlm_status status) { STD_TORCH_CHECK(status == MEMLM_OK, memlm_last_error()); }
 
 // What the C ABI cannot see: device, contiguity, and that the memory holds what n, k, group claim.
-void check_part(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+void check_part(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU, like x");
   STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
   const auto sizes = t.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
+  const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
   STD_TORCH_CHECK(same, name, ": the shape does not fit n, k and group");
 }
 
 // What codes stand for, as memlm/formats.py, CODEBOOKS, numbers it.
-enum Codebook { kNumbers = 0, kNf4 = 1 };
+enum Codebook { kNumbers = 0, kNf4 = 1, kTernary = 2 };
 
-memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
+void check_format(int64_t bits, int64_t n, int64_t k, int64_t group) {
   STD_TORCH_CHECK(n >= 1 && n <= INT32_MAX && k >= 1 && k <= INT32_MAX,
                   "n, k: accepted is 1 to 2^31-1");
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && bits == 8),
                   "group: accepted are 32, 64, 128, and 0 for 8 bits");
   STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: accepted are 2, 4, 8");
+}
+
+// The shapes of a packed matrix.
+struct Layout {
+  std::vector<int64_t> codes, scales;
+  Layout(int64_t bits, int64_t n, int64_t k, int64_t group) {
+    const int64_t tiles = memlm::div_up(n, memlm::kTileRows), padded = memlm::padded_k(k, group);
+    const int64_t blocks = memlm::tile_bytes(static_cast<int>(bits), padded) / memlm::kBlock;
+    codes = {tiles, blocks, memlm::kTileRows, memlm::kLaneK};
+    scales = {tiles, group ? padded / group : 1, memlm::kTileRows};
+  }
+};
+
+memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
+                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
+  check_format(bits, n, k, group);
   STD_TORCH_CHECK(codebook == kNumbers || codebook == kNf4, "codebook: accepted are 0, 1");
   STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),
                   "codes: expected ", bits == 8 ? "int8 for 8 bits" : "uint8 for 2 and 4 bits");
-  const int64_t tiles = memlm::div_up(n, memlm::kTileRows), padded = memlm::padded_k(k, group);
-  const int64_t blocks = memlm::tile_bytes(static_cast<int>(bits), padded) / memlm::kBlock;
-  const int64_t groups = group ? padded / group : 1;
-  check_part(codes, "codes", {tiles, blocks, memlm::kTileRows, memlm::kLaneK});
-  check_part(scales, "scales", {tiles, groups, memlm::kTileRows});
+  const Layout layout(bits, n, k, group);
+  check_part(codes, "codes", layout.codes);
+  check_part(scales, "scales", layout.scales);
   if (offsets) {
-    check_part(*offsets, "offsets", {tiles, groups, memlm::kTileRows});
+    check_part(*offsets, "offsets", layout.scales);
     STD_TORCH_CHECK(offsets->scalar_type() == scales.scalar_type(),
                     "offsets: expected the dtype of scales");
   }
@@ -252,6 +264,42 @@ Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t b
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor w, int64_t bits, int64_t codebook,
+                                                   int64_t group, bool has_offsets,
+                                                   ScalarType scale_dtype) {
+  STD_TORCH_CHECK(w.is_cpu() && w.dim() == 2, "w: must be a matrix on the CPU");
+  const int64_t n = w.size(0), k = w.size(1);
+  check_format(bits, n, k, group);
+  STD_TORCH_CHECK(codebook == kNumbers || (codebook == kNf4 && bits == 4) ||
+                      (codebook == kTernary && bits == 2),
+                  "codebook: accepted are 0, for 4 bits 1, for 2 bits 2");
+  if (w.stride(1) != 1 || w.stride(0) < k) w = torch::stable::contiguous(w);
+  const Layout layout(bits, n, k, group);
+  const std::vector<int64_t> none = {0};
+  const ScalarType code_type = bits == 8 ? ScalarType::Char : ScalarType::Byte;
+  Tensor codes = torch::stable::new_empty(w, layout.codes, code_type);
+  Tensor scales = torch::stable::new_empty(w, layout.scales, scale_dtype);
+  Tensor offsets =
+      torch::stable::new_empty(w, has_offsets ? layout.scales : none, scale_dtype);
+  memlm_quantize_args args = {};
+  args.n = n;
+  args.k = k;
+  args.w = w.const_data_ptr();
+  args.w_stride = std::max(w.stride(0), k);
+  args.dtype = dtype_of(w.scalar_type(), "w");
+  args.bits = static_cast<int>(bits);
+  args.ternary = codebook == kTernary;
+  args.group = group;
+  args.levels = codebook == kNf4 ? memlm_nf4_levels : nullptr;
+  args.scale_dtype = dtype_of(scale_dtype, "scale_dtype");
+  args.codes = codes.mutable_data_ptr();
+  args.scales = scales.mutable_data_ptr();
+  args.offsets = has_offsets ? offsets.mutable_data_ptr() : nullptr;
+  args.threads = threads();
+  check_status(memlm_quantize_weight(&args));
+  return {codes, scales, offsets};
+}
+
 }  // namespace
 
 // memlm/ops/<op>.py documents each op and adds what torch needs beside the kernel.
@@ -278,6 +326,9 @@ STABLE_TORCH_LIBRARY(memlm, m) {
   m.def(
       "dequantize(Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, int n, int k, "
       "int group, int row, int rows, ScalarType dtype) -> Tensor");
+  m.def(
+      "quantize_weight(Tensor w, int bits, int codebook, int group, bool has_offsets, "
+      "ScalarType scale_dtype) -> (Tensor codes, Tensor scales, Tensor offsets)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
@@ -288,4 +339,5 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
 }

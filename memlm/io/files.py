@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,19 +27,39 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the name ``path`` when the block ends without an exception.
 
-    It lies beside ``path`` meanwhile and reaches the disk before it is renamed; what was at
-    ``path`` before stays until then, and stays for those who have it mapped.
+    It lies beside ``path`` meanwhile and, with ``sync``, reaches the disk before it is renamed; what
+    was at ``path`` before stays until then, and stays for those who have it mapped.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(inside: Path) -> Iterator[Path]:
+    """A hidden folder inside ``inside`` that is gone when the block ends."""
+    folder = Path(tempfile.mkdtemp(prefix=".", dir=inside))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

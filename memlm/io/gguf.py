@@ -2,18 +2,14 @@
 
 A file is a header, key-value metadata, a table of tensors, and the tensors' data.  Everything is
 checked against the file's size before it is read: a malformed file raises FormatError.
-
-Of the quantised types those are read whose blocks hold 32 values:
-
-    Q8_0   f16 d | 32 x int8 q              w = d q
-    Q4_0   f16 d | 16 x uint8               w = d (q - 8)    byte i: value i in the low nibble,
-    Q4_1   f16 d | f16 m | 16 x uint8       w = d q + m              value i + 16 in the high one
+memlm/io/ggml_types.py has the types of tensors.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +17,10 @@ import numpy as np
 import torch
 
 from memlm.errors import FormatError
+from memlm.formats import TILE_ROWS, Format, pack, stack_rows
+from memlm.io import pages
+from memlm.io.checkpoint import PackedTensor
+from memlm.io.ggml_types import TYPES, TensorType, dequantize
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i",
@@ -30,25 +30,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 
 
-@dataclass(frozen=True)
-class TensorType:
-    name: str
-    block: torch.dtype | np.dtype  # one block as stored; float types are blocks of one value
-    values: int = 1  # per block
-
-
-def _block(*fields) -> np.dtype:
-    return np.dtype(list(fields))
-
-
-TYPES = {
-    0: TensorType("F32", torch.float32),
-    1: TensorType("F16", torch.float16),
-    30: TensorType("BF16", torch.bfloat16),
-    8: TensorType("Q8_0", _block(("d", "<f2"), ("q", "i1", 32)), 32),
-    2: TensorType("Q4_0", _block(("d", "<f2"), ("q", "u1", 16)), 32),
-    3: TensorType("Q4_1", _block(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32),
-}
+# Weights decoded at a time: a few MB of codes and of what is made of them.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,25 +68,33 @@ class _Cursor:
         return struct.unpack(format, self.take(struct.calcsize(format)))[0]
 
     def string(self) -> str:
-        text = self.take(self.scalar("<Q"))
+        # Files hold hundreds of thousands of them: no calls that can be spared.
+        data, start = self.data, self.at + 8
+        end = start + int.from_bytes(data[self.at : start], "little")
+        if end > len(data):
+            raise self.error(f"truncated: a string to byte {end}, {len(data) - self.at} bytes left")
         try:
-            return text.decode()
+            text = str(data[start:end], "utf-8")
         except UnicodeDecodeError:
-            raise self.error(f"a string that is not UTF-8: {text[:40]!r}") from None
+            raise self.error(f"a string that is not UTF-8: {bytes(data[start:end][:40])!r}") from None
+        self.at = end
+        return text
 
-    def value(self, kind: int, in_array: bool = False):
+    def value(self, kind: int):
         """A metadata value; arrays do not nest here."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY or in_array:
-            raise self.error(f"metadata type {kind}{' in an array' * in_array} is not read here")
+        if kind != _ARRAY:
+            raise self.error(f"metadata type {kind} is not read here")
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-        return [self.value(kind, in_array=True) for _ in range(count)]
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        raise self.error(f"metadata type {kind} in an array is not read here")
 
 
 class GGUF:
@@ -115,15 +106,14 @@ class GGUF:
     read here.
     """
 
+    packs = True
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise FormatError(f"{self.path}: not a GGUF file; expected one, or a folder")
-            size = file.seek(0, 2)
-        # Private: whoever writes to a tensor changes his own copy of the page, never the file.
-        storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
-        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._bytes = pages.open_file(self.path)
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
         self._parse(_Cursor(memoryview(self._bytes.numpy()), self.path))
@@ -178,10 +168,25 @@ class GGUF:
         """A tensor under the file's own name: F32, F16 and BF16 mapped, quantised types
         dequantised to f32.  KeyError for an unknown name."""
         tensor = self.tensors[name]
-        raw = self._bytes[tensor.offset : tensor.end]
         if isinstance(tensor.type.block, torch.dtype):
+            raw = self._bytes[tensor.offset : tensor.end]
             return raw.view(tensor.type.block).view(tensor.shape)
-        return torch.from_numpy(_dequantize(raw.numpy().view(tensor.type.block))).view(tensor.shape)
+        out = torch.empty(tensor.shape)
+        rows = out.view(-1, tensor.shape[-1])
+        for start, blocks in self._chunks(tensor, None):
+            chunk = torch.from_numpy(dequantize(tensor.type, blocks.reshape(-1)))
+            rows[start : start + len(blocks)] = chunk.view(len(blocks), -1)
+        return out
+
+    def _chunks(self, tensor: Tensor, order: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, blocks [rows, blocks of a row]), some tiles of rows at a time, the rows in
+        ``order``."""
+        raw = self._bytes[tensor.offset : tensor.end].numpy().view(tensor.type.block)
+        blocks = raw.reshape(-1, tensor.shape[-1] // tensor.type.values)
+        step = max(1, _CHUNK // (tensor.shape[-1] * TILE_ROWS)) * TILE_ROWS
+        for start in range(0, len(blocks), step):
+            rows = slice(start, start + step) if order is None else order[start : start + step]
+            yield start, blocks[rows]
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -189,39 +194,55 @@ class GGUF:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor under Hugging Face's name, in its layout.  KeyError for an unknown name."""
         tensor = self.read(self._names[name])
-        for projection, key in _ROTATED.items():
-            if f".{projection}." in name:
-                return self._unpermute(tensor, self.config[key], name)
-        return tensor
+        order = self._row_order(name)
+        return tensor if order is None else tensor[torch.from_numpy(order)]
 
-    def _unpermute(self, tensor: torch.Tensor, heads: int, name: str) -> torch.Tensor:
+    def packed(self, name: str) -> PackedTensor | None:
+        """A matrix in the file's codes, see :class:`memlm.io.checkpoint.Checkpoint`."""
+        tensor = self.tensors[self._names[name]]
+        if tensor.type.format is None or len(tensor.shape) != 2:
+            return None
+        format, parts = Format.parse(tensor.type.format), []
+        for _, blocks in self._chunks(tensor, self._row_order(name)):
+            q, scales, offsets = tensor.type.decode(blocks.reshape(-1))
+            q = torch.from_numpy(q).reshape(len(blocks), -1)
+            if format.bits < 8:
+                q = (q + tensor.type.zero).to(torch.uint8)
+            values = [None if v is None else torch.from_numpy(v).reshape(len(blocks), -1)
+                      for v in (scales, offsets)]  # fmt: skip
+            try:
+                parts.append(pack(q, *values, format))
+            except ValueError as error:  # NaN or Inf
+                raise FormatError(f"{self.path}: tensor {tensor.name:.80}: {error}") from None
+        return PackedTensor(stack_rows(parts))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[self._names[name]]
+        return self._bytes[tensor.offset : tensor.end]
+
+    def read_ahead(self, name: str) -> None:
+        pages.read_ahead(self._stored(name))
+
+    def release(self, name: str) -> None:
+        pages.release(self._stored(name))
+
+    def _row_order(self, name: str) -> np.ndarray | None:
         """llama.cpp rotates neighbouring pairs (2i, 2i + 1), Hugging Face the halves (i, i + d/2):
         the file has the rows of q and k in the former's order."""
+        key = next((key for part, key in ROTATED.items() if f".{part}." in name), None)
+        if key is None:
+            return None
+        rows, heads = self.tensors[self._names[name]].shape[0], self.config[key]
         half = self.config["head_dim"] // 2
-        if tensor.shape[0] != heads * 2 * half:
+        if rows != heads * 2 * half:
             raise FormatError(
-                f"{self.path}: {name}: {tensor.shape[0]} rows, the metadata says {heads} heads of "
+                f"{self.path}: {name}: {rows} rows, the metadata says {heads} heads of "
                 f"{self.config['head_dim']}"
             )
-        rows = tensor.view(heads, half, 2, *tensor.shape[1:])
-        return rows.transpose(1, 2).reshape(tensor.shape)
+        return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _dequantize(blocks: np.ndarray) -> np.ndarray:
-    """Blocks of Q8_0, Q4_0 or Q4_1 as f32 [blocks, 32]."""
-    d = blocks["d"].astype(np.float32)[:, None]
-    q = blocks["q"]
-    if q.dtype == np.int8:
-        return q * d
-    out = np.empty((len(blocks), 32), np.float32)
-    np.multiply(q & 15, d, out=out[:, :16])
-    np.multiply(q >> 4, d, out=out[:, 16:])
-    # d q and 8 d are exact in f32, so this is d (q - 8) to the bit.
-    out += blocks["m"].astype(np.float32)[:, None] if "m" in blocks.dtype.names else -8 * d
-    return out
-
-
-_HF_NAMES = {
+HF_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -232,12 +253,12 @@ _HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_HF_TOP = {
+HF_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def _hf_names(file: GGUF) -> dict[str, str]:
@@ -245,10 +266,10 @@ def _hf_names(file: GGUF) -> dict[str, str]:
     names = {}
     for name in file.tensors:
         parts = name.split(".")
-        if name in _HF_TOP:
-            names[_HF_TOP[name]] = name
-        elif len(parts) == 4 and parts[0] == "blk" and parts[2] in _HF_NAMES:
-            names[f"model.layers.{parts[1]}.{_HF_NAMES[parts[2]]}.{parts[3]}"] = name
+        if name in HF_TOP:
+            names[HF_TOP[name]] = name
+        elif len(parts) == 4 and parts[0] == "blk" and parts[2] in HF_NAMES:
+            names[f"model.layers.{parts[1]}.{HF_NAMES[parts[2]]}.{parts[3]}"] = name
         elif name == "rope_freqs.weight":
             raise FormatError(f"{file.path}: scaled rotary frequencies ({name}) are not read here")
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from memlm.errors import FormatError
-from memlm.io import safetensors
+from memlm.io import pages, safetensors
 from memlm.io.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -15,13 +15,15 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 class Folder:
     """A checkpoint (see :class:`memlm.io.checkpoint.Checkpoint`) in a folder; shards are mapped
-    when a tensor of theirs is first asked for.
+    when a tensor of theirs is first asked for, ``pages`` as :mod:`memlm.io.pages` has it.
 
     Raises FileNotFoundError for a folder without config.json or safetensors; FormatError.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    packs = False
+
+    def __init__(self, path: str | Path, pages: str = "mapped"):
+        self.path, self._pages = Path(path), pages
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"{self.path}: has no config.json, so it holds no model")
         self.config = read_json(self.path / "config.json")
@@ -44,7 +46,7 @@ class Folder:
 
     def _shard(self, file: str) -> dict[str, torch.Tensor]:
         if file not in self._shards:
-            self._shards[file] = safetensors.open_mapped(self.path / file)[0]
+            self._shards[file] = safetensors.open_mapped(self.path / file, self._pages)[0]
         return self._shards[file]
 
     def names(self) -> list[str]:
@@ -57,3 +59,13 @@ class Folder:
         if name not in shard:
             raise FormatError(f"{self.path / file}: the index promises {name}, which is not there")
         return shard[name]
+
+    def packed(self, name: str) -> None:
+        """Here all tensors are floats."""
+        self._file_of[name]
+
+    def read_ahead(self, name: str) -> None:
+        pages.read_ahead(self.tensor(name))
+
+    def release(self, name: str) -> None:
+        pages.release(self.tensor(name))

@@ -3,13 +3,12 @@ package's own numpy reader copies.)"""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import numpy as np
 
 from memlm.errors import FormatError
+from memlm.io._header import read_header
 
 _DTYPES = {
     "F64": np.float64,
@@ -34,32 +33,19 @@ def open_mapped(path: str | Path) -> dict[str, np.ndarray]:
     bfloat16 tensors where the package ml_dtypes is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        file = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-        header = json.loads(file[8:start].tobytes())
-        header.pop("__metadata__", None)
-        return {name: _tensor(name, entry, file[start:]) for name, entry in header.items()}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: not a valid safetensors file: {error!r}") from None
+    entries, _ = read_header(path)
+    file = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    return {
+        name: file[entry.start : entry.end].view(_dtype(path, name, entry.dtype)).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
-def _tensor(name: str, entry: dict, data: np.ndarray) -> np.ndarray:
-    dtype, shape = _dtype(name, entry["dtype"]), entry["shape"]
-    begin, end = entry["data_offsets"]
-    sizes = (*shape, begin, end - begin)
-    if not all(type(size) is int and size >= 0 for size in sizes) or end > len(data):
-        raise ValueError(f"{name}: shape {shape} at {begin}..{end} of {len(data)} bytes")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name}: {end - begin} bytes for {dtype} {shape}")
-    return data[begin:end].view(np.ndarray).view(dtype).reshape(shape)
-
-
-def _dtype(name: str, code: str) -> np.dtype:
-    if code != "BF16":
+def _dtype(path: Path, name: str, code: str) -> np.dtype:
+    if code in _DTYPES:
         return np.dtype(_DTYPES[code])
+    if code != "BF16":
+        raise FormatError(f"{path}: {name:.80}: numpy has no {code}")
     try:
         from ml_dtypes import bfloat16
     except ImportError:

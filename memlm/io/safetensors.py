@@ -9,14 +9,18 @@ all packed codes are, starts at a multiple of 64 in the file and, mapped, in mem
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from memlm.errors import FormatError
+from memlm.io._header import MAX_BYTES, METADATA, read_header
 from memlm.io.files import replacing
+from memlm.io.pages import open_file
 
 ALIGNMENT = 64
 _DTYPES = {
@@ -36,79 +40,172 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-_METADATA = "__metadata__"
-_MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer one
+_CHECKSUM = "sha256"
+_PIECE = 1 << 20  # bytes copied at a time
+_BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
 
 
-def write(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
-    """Writes ``tensors`` (any device, any strides) and returns the file's size in bytes.
+def write(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], sync: bool = True
+) -> int:
+    """Writes ``tensors`` (any device, any strides) and returns the file's size in bytes.  The
+    metadata gain ``sha256``, that of the tensors' bytes, which :func:`verify` compares.
 
-    Atomic: the file appears under its name only when complete.  Memory: one tensor at a time.
+    Atomic: the file appears under its name only when complete, and, with ``sync``, on the disk.
+    Memory: one tensor at a time.
 
     Raises TypeError for a dtype that safetensors does not know, a tensor without dense data, a
     name or metadata that are not strings; ValueError for the name that the format reserves or a
     header that is too long.
     """
+    kinds = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"tensors: the name {name!r} is not a string")
-        if name == _METADATA:
-            raise ValueError(f"tensors: the name {name!r} is reserved")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"tensors: {name}: safetensors holds no {tensor.dtype}")
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise TypeError(
                 f"tensors: {name}: has no dense data (device {tensor.device}, {tensor.layout})"
             )
+        kinds[name] = (_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+
+    def data(name: str) -> Iterator[memoryview]:
+        raw = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+        yield memoryview(raw.numpy())
+
+    return _write(path, kinds, data, metadata, sync)
+
+
+def write_each(
+    path: str | Path,
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], torch.Tensor],
+    metadata: dict[str, str],
+) -> int:
+    """As :func:`write`, for tensors that ``read(name)`` gives when their turn comes, of the types and
+    shapes that ``kinds`` says: memory holds one of them."""
+    entries = {
+        name: (_DTYPES[dtype], shape, math.prod(shape) * dtype.itemsize)
+        for name, (dtype, shape) in kinds.items()
+    }
+
+    def data(name: str) -> Iterator[memoryview]:
+        raw = read(name).contiguous()
+        assert (raw.dtype, tuple(raw.shape)) == kinds[name], name
+        yield memoryview(raw.view(-1).view(torch.uint8).numpy())
+
+    return _write(path, entries, data, metadata, True)
+
+
+def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
+    """Writes a file of all tensors of other safetensors files, as :func:`write` does; ``order`` takes
+    their names and returns them in the order wanted."""
+    entries, file_of = {}, {}
+    for part in map(Path, parts):
+        found, _ = read_header(part)
+        entries |= found
+        file_of |= dict.fromkeys(found, part)
+    kinds = {name: (e.dtype, e.shape, e.end - e.start) for name, e in entries.items()}
+
+    def data(name: str) -> Iterator[memoryview]:
+        yield from _pieces(file_of[name], entries[name].start, entries[name].end)
+
+    return _write(path, {name: kinds[name] for name in order(kinds)}, data, metadata, True)
+
+
+def verify(path: str | Path) -> bool:
+    """Compares a file's bytes with the checksum in its metadata; False where there is none.  Raises
+    FormatError for a file that is damaged."""
+    path = Path(path)
+    entries, metadata = read_header(path)
+    if _CHECKSUM not in metadata:
+        return False
+    digest, size = hashlib.sha256(), path.stat().st_size
+    for piece in _pieces(path, min((e.start for e in entries.values()), default=size), size):
+        digest.update(piece)
+    if digest.hexdigest() != metadata[_CHECKSUM]:
+        raise FormatError(f"{path}: damaged: its bytes are not those of its checksum")
+    return True
+
+
+def _pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes ``start`` to ``end`` of a file, one piece after the other in the same memory."""
+    buffer = memoryview(bytearray(min(_PIECE, end - start)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while start < end:
+            count = file.readinto(buffer[: end - start])
+            if not count:
+                raise FormatError(f"{path}: became shorter while it was read")
+            yield buffer[:count]
+            start += count
+
+
+def _write(path, kinds: dict[str, tuple[str, tuple, int]], data, metadata: dict, sync: bool) -> int:
+    """``kinds``: name -> (dtype, shape, bytes); ``data(name)`` yields its bytes."""
+    if METADATA in kinds:
+        raise ValueError(f"tensors: the name {METADATA!r} is reserved")
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise TypeError(f"metadata: got {metadata!r:.200}, accepted are strings only")
 
     def divisor(name: str) -> int:
-        size = tensors[name].nbytes
+        size = kinds[name][2]
         return min(ALIGNMENT, size & -size) or ALIGNMENT
 
     # Sizes fall from multiples of 64 to smaller powers of two, so each tensor starts at a multiple
     # of its own: there are no holes, and every element is aligned.
-    order = sorted(tensors, key=divisor, reverse=True)
-    header, position = {_METADATA: metadata}, 0
+    order = sorted(kinds, key=divisor, reverse=True)
+    unknown = "0" * hashlib.sha256().digest_size * 2  # as long as the checksum, not known yet
+    header, position = {METADATA: {**metadata, _CHECKSUM: unknown}}, 0
     for name in order:
-        end = position + tensors[name].nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    if len(text) > _MAX_HEADER:
-        raise ValueError(f"tensors: a header of {len(text)} bytes; at most {_MAX_HEADER} are read")
+        dtype, shape, size = kinds[name]
+        offsets = [position, position + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position += size
 
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    def text(header: dict) -> bytes:
+        made = json.dumps(header, separators=(",", ":")).encode()
+        made += b" " * (-(8 + len(made)) % ALIGNMENT)
+        return len(made).to_bytes(8, "little") + made
+
+    head = text(header)
+    if len(head) - 8 > MAX_BYTES:
+        raise ValueError(f"tensors: a header of {len(head) - 8} bytes; at most {MAX_BYTES} are read")
+
+    digest = hashlib.sha256()
+    with replacing(path, sync) as file:
+        file.write(head)
         for name in order:
-            data = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
-            file.write(data.numpy())
-    return 8 + len(text) + position
+            for piece in data(name):
+                digest.update(piece)
+                file.write(piece)
+        header[METADATA][_CHECKSUM] = digest.hexdigest()
+        file.seek(0)
+        file.write(text(header))
+    return len(head) + position
 
 
-def open_mapped(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, memory-mapped, and its metadata.
+def open_mapped(
+    path: str | Path, pages: str = "mapped"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, memory-mapped, and its metadata; ``pages`` as
+    :mod:`memlm.io.pages` has it.
 
-    Nothing is read until it is used and nothing is copied: the pages are the page cache's, shared
-    with every other process that maps the file, until somebody writes to a tensor (which changes
-    that process's copy, never the file).
+    Nothing is read until it is used and nothing is copied (but for tensors that do not lie at a
+    multiple of their element's size): the pages are the page cache's, shared with every other
+    process that maps the file, until somebody writes to a tensor (which changes that process's
+    copy, never the file).  All tensors share one storage, in the order of the file.
 
     Raises FileNotFoundError, or FormatError for a file that is truncated or malformed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except OSError:
-        raise
-    except Exception as error:  # its own, and torch's of any type, for sizes that overflow
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"{path}: not a valid safetensors file: {reason}") from None
+    entries, metadata = read_header(path)
+    data = open_file(path, pages)
+    tensors = {}
+    for name, entry in entries.items():
+        raw, dtype = data[entry.start : entry.end], _BY_CODE[entry.dtype]
+        if entry.start % dtype.itemsize:
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).view(entry.shape)
+    return tensors, metadata

@@ -15,7 +15,7 @@ from memlm.io.gguf import GGUF
 from memlm.io.files import read_json
 
 # tokenizer.ggml.pre -> what splits the text before byte-pair encoding.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
         [
@@ -158,10 +158,10 @@ def from_gguf(file: GGUF) -> Tokenizer:
         return FormatError(f"{file.path}: tokenizer: {reason}")
 
     model, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise error(
             f"model {model!r:.40} with pre-tokenizer {pre!r:.40}; read is 'gpt2' with one of "
-            f"{', '.join(map(repr, _PRE_TOKENIZERS))}"
+            f"{', '.join(map(repr, PRE_TOKENIZERS))}"
         )
 
     def array(key: str, kind: type) -> list:
@@ -184,7 +184,7 @@ def from_gguf(file: GGUF) -> Tokenizer:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             raise error(f"the merge {' '.join(merge)!r:.80} is not of two tokens into a third")
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     added = [
         AddedToken(token, normalized=False, special=kind == _CONTROL)

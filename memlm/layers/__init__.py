@@ -1,8 +1,8 @@
 """Drop-in layers over packed weights."""
 
 from memlm.layers.embedding import Embedding
-from memlm.layers.fused import Projections, SwiGLU
+from memlm.layers.fused import Projections, Stacked, SwiGLU
 from memlm.layers.linear import Linear
 from memlm.layers.packed import PackedModule, PackedWeight
 
-__all__ = ["Embedding", "Linear", "PackedModule", "PackedWeight", "Projections", "SwiGLU"]
+__all__ = ["Embedding", "Linear", "PackedModule", "PackedWeight", "Projections", "Stacked", "SwiGLU"]

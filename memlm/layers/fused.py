@@ -32,6 +32,22 @@ def _stacked(
     return Linear.from_float(whole, format, mode)
 
 
+class Stacked(nn.Module):
+    """Layers of one input whose results stand side by side, where they cannot be one layer: their
+    formats differ, say.  ``x [..., k]`` -> ``[..., n_1 + n_2 + ...]``."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def out_features(self) -> int:
+        return sum(layer.out_features for layer in self.layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
 class Projections(nn.Module):
     """Several linear layers of one input, such as query, key and value: ``x [..., k]`` ->
     a tuple of ``[..., n_i]``, computed in one call over weights that stand one below the other.

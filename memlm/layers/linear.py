@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from memlm.formats import Format, Packed
-from memlm.layers.packed import PackedModule
-from memlm.ops import dequantize, dispatch, mode_for
+from memlm.layers.packed import PackedModule, dequantize_ordered
+from memlm.ops import dispatch, mode_for
 from memlm.quantize import quantize_weight
 
 
@@ -41,6 +42,9 @@ class Linear(PackedModule):
     ``mode`` is ``"fast"`` or ``"accurate"``, see :func:`memlm.ops.w4_matmul`, or for 8 bits
     ``"w8a8"``, :func:`memlm.ops.w8a8_matmul` with one scale per row of x; None takes fast for 2 and
     4 bits and accurate for 8.  It may be changed at any time.
+
+    ``order``, int32 [k]: column j of the packed W multiplies ``x[..., order[j]]`` (checkpoints whose
+    groups were formed in the order of the activations' size, GPTQ's ``desc_act``).
     """
 
     def __init__(
@@ -49,8 +53,9 @@ class Linear(PackedModule):
         bias: torch.Tensor | None = None,
         mode: str | None = None,
         dtype: torch.dtype = torch.float32,
+        order: torch.Tensor | None = None,
     ):
-        super().__init__(packed, dtype)
+        super().__init__(packed, dtype, order)
         if bias is not None and tuple(bias.shape) != (packed.n,):
             raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{packed.n}]")
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -65,9 +70,10 @@ class Linear(PackedModule):
         bias=None,
         mode: str | None = None,
         dtype: torch.dtype = torch.float32,
+        order: torch.Tensor | None = None,
     ) -> Linear:
         """A layer over an already packed matrix and an optional ``bias [n]``."""
-        return cls(packed, bias, mode, dtype)
+        return cls(packed, bias, mode, dtype, order)
 
     @classmethod
     def from_float(
@@ -114,6 +120,10 @@ class Linear(PackedModule):
         """``[..., in_features]`` -> ``[..., out_features]``; with the layers around it, where they
         are given, as :func:`memlm.ops.w4_matmul` says."""
         parts, bias = self._buffers, self._parameters["bias"]  # attributes of modules are slow
+        if parts["order"] is not None:
+            if norm is not None:
+                x, norm = F.rms_norm(x, (self.k,), norm, eps), None
+            x = x.index_select(-1, parts["order"])
         weights = (parts["codes"], parts["scales"], parts["offsets"], self.n, self.k)
         around = (norm, eps, swiglu, residual)
         return dispatch(x, self.format, *weights, bias, self._mode, *around)
@@ -121,7 +131,7 @@ class Linear(PackedModule):
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""
         linear = nn.Linear(self.k, self.n, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(dequantize(self.packed, dtype))
+        linear.weight = nn.Parameter(dequantize_ordered(self.packed, dtype, self.order))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), self.bias.requires_grad)
         return linear.train(self.training)

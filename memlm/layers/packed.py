@@ -19,21 +19,28 @@ PARTS = ("codes", "scales", "offsets")
 _moved: WeakKeyDictionary = WeakKeyDictionary()
 
 
+def dequantize_ordered(packed: Packed, dtype: torch.dtype, order: torch.Tensor | None):
+    """``W [n, k]`` with its columns where x has them: packed column j is column ``order[j]``."""
+    w = dequantize(packed, dtype)
+    return w if order is None else torch.empty_like(w).index_copy_(1, order.long(), w)
+
+
 class PackedWeight(torch.Tensor):
     """A packed matrix seen as ``W [n, k]``, for code that reads ``layer.weight``: shape, dtype and
     device cost nothing, any computation dequantises all of it.  Read-only (TypeError)."""
 
     packed: Packed
+    order: torch.Tensor | None
     _is_hf_initialized = True  # transformers gives random values to weights that a file lacks
 
     @staticmethod
-    def __new__(cls, packed: Packed, dtype: torch.dtype):
+    def __new__(cls, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
         return torch.Tensor._make_wrapper_subclass(
             cls, (packed.n, packed.k), dtype=dtype, device=packed.codes.device
         )
 
-    def __init__(self, packed: Packed, dtype: torch.dtype):
-        self.packed = packed
+    def __init__(self, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
+        self.packed, self.order = packed, order
 
     @property
     def data(self) -> PackedWeight:
@@ -49,7 +56,7 @@ class PackedWeight(torch.Tensor):
         if func._schema.is_mutable:
             raise TypeError(f"weight: is packed and cannot be changed ({func})")
         args, kwargs = tree_map_only(
-            cls, lambda weight: dequantize(weight.packed, weight.dtype), (args, kwargs or {})
+            cls, lambda w: dequantize_ordered(w.packed, w.dtype, w.order), (args, kwargs or {})
         )
         return func(*args, **kwargs)
 
@@ -62,13 +69,17 @@ class PackedModule(nn.Module):
     symmetric).  They move between devices with the module; casts such as ``.half()`` leave them as
     they are and change ``dtype``, the type that ``weight`` appears in."""
 
-    def __init__(self, packed: Packed, dtype: torch.dtype):
+    def __init__(self, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
         super().__init__()
+        if order is not None and (order.dtype != torch.int32 or order.shape != (packed.k,)):
+            got = f"{order.dtype} {list(order.shape)}"
+            raise ValueError(f"order: got {got}, expected torch.int32 [{packed.k}]")
         self.format: Format = packed.format
         self.n, self.k = packed.n, packed.k
         self.dtype = dtype
         for name in PARTS:
             self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("order", order)  # of columns, see Linear
 
     @property
     def packed(self) -> Packed:
@@ -83,8 +94,8 @@ class PackedModule(nn.Module):
         TypeError for another tensor, ValueError for another format or shape.
         """
         if torch.compiler.is_compiling():  # drops what is not used, and knows no wrappers
-            return dequantize(self.packed, self.dtype)
-        return PackedWeight(self.packed, self.dtype)
+            return dequantize_ordered(self.packed, self.dtype, self.order)
+        return PackedWeight(self.packed, self.dtype, self.order)
 
     @weight.setter
     def weight(self, weight: PackedWeight) -> None:
@@ -93,6 +104,8 @@ class PackedModule(nn.Module):
         given, mine = ((p.format.name, p.n, p.k) for p in (weight.packed, self.packed))
         if given != mine:
             raise ValueError(f"weight: got {given}, expected {mine}")
+        if weight.order is not self.order:
+            raise ValueError("weight: its columns are in an order of their own")
         for name in PARTS:
             self._buffers[name] = getattr(weight.packed, name)
 

@@ -1,24 +1,12 @@
 """Models from files and back.
 
-A packed model is a folder:
-
-    config.json             the model's config as Hugging Face has it, with
-                            "quantization_config": {"quant_method": "memlm", "version": 1,
-                                                    "layers": {name: spec}}   (memlm.layer_specs;
-                            empty for a float model)
-    model.safetensors       every tensor once, under this library's names
-    tokenizer.json, tokenizer_config.json       where the model has a tokenizer
-
-Loading one builds the modules without storage and gives them the mapped tensors: nothing is
-repacked, nothing copied.
+A float model's tensors are mapped where the file has them as they are needed.  Matrices that a file
+stores in codes (a packed memlm folder, memlm/io/packed_folder.py; GGUF; other libraries' checkpoints)
+become packed layers with these codes: mapped from a packed folder, rearranged from the others.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,20 +14,21 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from memlm import formats
-from memlm.convert import build_layers_, layer_specs
+from memlm.convert import memory_of, spec_of
 from memlm.errors import FormatError
+from memlm.formats import split_rows, stack_rows
 from memlm.io import safetensors
-from memlm.io.checkpoint import Checkpoint, open_checkpoint
-from memlm.io.huggingface import read_json
+from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
+from memlm.io.packed_folder import (
+    CONFIG_FILE, WEIGHTS_FILE, check_target, file_sizes, file_tensors, in_file_order, metadata,
+    replacing_model, write_config,
+)  # fmt: skip
 from memlm.io.tokenizer import load_tokenizer
-from memlm.layers import PackedModule
+from memlm.layers import Embedding, Linear, PackedModule, Stacked
 from memlm.models.decoder import Decoder, DecoderConfig
 from memlm.models.encoder import Encoder, EncoderConfig
 
-QUANT_METHOD = "memlm"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 class _LazyTokenizer:
@@ -88,114 +77,146 @@ def build(config: dict) -> Decoder | Encoder:
 def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    pages: str = "mapped",
 ) -> Decoder | Encoder:
-    """The model of a packed memlm folder, a Hugging Face folder (safetensors, sharded or not), or
-    a GGUF file, in eval mode and with its ``tokenizer`` (None where there is none).
+    """The model of a packed memlm folder, a Hugging Face folder (safetensors, sharded or not;
+    compressed-tensors, GPTQ and AWQ too), or a GGUF file, in eval mode and with its ``tokenizer``
+    (None where there is none).
 
-    ``dtype`` is that of the float weights: f32, bf16 or f16; None takes the file's (f32 for
-    GGUF's quantised types, and where a file mixes several).  Tensors are mapped where the file
-    holds them as they are needed; the rest is converted one tensor at a time.
+    ``dtype`` is that of the float weights: f32, bf16 or f16; None takes the file's (f32 where a file
+    mixes several).  ``dequantize`` turns what the file holds in codes into floats, too; otherwise
+    such matrices stay as they are, to the bit, if one of memlm's formats holds them exactly
+    (:func:`memlm.explain` tells which did).  Float tensors and packed folders are mapped; the rest
+    is converted one tensor at a time.  ``pages``: how folders' tensors lie in memory, ``"mapped"``,
+    ``"populated"`` or ``"huge"`` (:mod:`memlm.io.pages`).
 
     Raises FileNotFoundError, FormatError for files that are malformed, not known, or hold tensors
-    that the model would not use; TypeError for another ``dtype``.
+    that the model would not use; TypeError for another ``dtype``, ValueError for other ``pages``.
     """
     path = Path(path)
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype: got {dtype}, accepted are {FLOATS}")
-    checkpoint = open_checkpoint(path)
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None:
-        model = _load_float(checkpoint, dtype, progress)
-    else:
-        model = _load_packed(path, checkpoint, quantization)
-        if dtype is not None:
-            model.to(dtype)
-    model.hf_config = checkpoint.config
+    checkpoint = open_checkpoint(path, pages)
+    model = _assemble(checkpoint, dtype, dequantize, progress)
+    model.hf_config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     if path.is_file() or (path / "tokenizer.json").exists():
         model.tokenizer = _LazyTokenizer(path)
     return model.eval()
 
 
-def _load_float(checkpoint: Checkpoint, dtype, progress) -> Decoder | Encoder:
-    model = build(checkpoint.config)
-    wanted, names = model.hf_tensors(), set(checkpoint.names())
+def check_names(model: Decoder | Encoder, checkpoint: Checkpoint) -> str:
+    """The prefix that the checkpoint's tensor names have before those of ``model.hf_tensors()``.
+
+    Raises FormatError for one that is missing, and for tensors that the model would not use.
+    """
+    names = set(checkpoint.names())
     # Hugging Face saves an encoder that has a head under a prefix, a bare one without.
     prefix = "bert." if any(name.startswith("bert.") for name in names) else ""
-    used = {prefix + source for sources in wanted.values() for source in sources}
+    used = {prefix + source for sources in model.hf_tensors().values() for source in sources}
     if missing := sorted(used - names):
-        raise FormatError(f"checkpoint: has no tensor {missing[0]!r}")
+        raise FormatError(f"{checkpoint.path}: has no tensor {missing[0]!r}")
     tied = isinstance(model, Decoder) and model.config.tied
     for name in sorted(names - used):
         if not (model.hf_ignored.fullmatch(name.removeprefix(prefix)) or
                 (tied and name == "lm_head.weight")):  # fmt: skip
-            raise FormatError(f"checkpoint: tensor {name!r} is not known in this kind of model")
-    state = {}
+            raise FormatError(f"{checkpoint.path}: tensor {name!r} is not known in this kind of model")
+    return prefix
+
+
+def read_tensor(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dequantize: bool = False
+) -> torch.Tensor | PackedTensor:
+    """A tensor as the checkpoint holds it.  Raises FormatError unless it has this shape and holds
+    floats or codes."""
+    stored = None
+    if checkpoint.packs and not dequantize:
+        stored = checkpoint.packed(name)
+    found = checkpoint.tensor(name) if stored is None else stored
+    given = tuple(found.shape) if stored is None else (stored.packed.n, stored.packed.k)
+    if given != shape:
+        raise FormatError(
+            f"{checkpoint.path}: {name}: got shape {list(given)}, the config says {list(shape)}"
+        )
+    if stored is None and not found.is_floating_point():
+        raise FormatError(f"{checkpoint.path}: {name}: {found.dtype} is not a float type")
+    return found
+
+
+def _assemble(checkpoint: Checkpoint, dtype, dequantize: bool, progress) -> Decoder | Encoder:
+    model = build(checkpoint.config)
+    prefix, wanted = check_names(model, checkpoint), model.hf_tensors()
+    state: dict[str, torch.Tensor] = {}
+    packed: dict[str, list[torch.Tensor | PackedTensor]] = {}  # by module
     for done, (name, sources) in enumerate(wanted.items(), 1):
         columns = tuple(model.get_parameter(name).shape[1:])
-        parts = []
-        for source, rows in sources.items():
-            part = checkpoint.tensor(prefix + source)
-            if tuple(part.shape) != (rows, *columns):
-                raise FormatError(
-                    f"checkpoint: {prefix + source}: got shape {list(part.shape)}, the config "
-                    f"says {[rows, *columns]}"
-                )
-            if not part.is_floating_point():
-                raise FormatError(
-                    f"checkpoint: {prefix + source}: {part.dtype} is not a float type"
-                )
-            parts.append(part)
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[name] = tensor.to(dtype) if dtype else tensor
+        parts = [
+            read_tensor(checkpoint, prefix + source, (rows, *columns), dequantize)
+            for source, rows in sources.items()
+        ]
+        if any(isinstance(part, PackedTensor) for part in parts):
+            packed[name.removesuffix(".weight")] = parts
+        else:
+            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+            state[name] = tensor.to(dtype) if dtype else tensor
         if progress:
             progress(done, len(wanted), name)
     dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) > 1 or not dtypes <= set(FLOATS):
         for name in state:  # one at a time: the old tensor goes as the new one comes
             state[name] = state[name].to(torch.float32)
-    _assign(model, state, "checkpoint")
+    float_dtype = dtype or next((tensor.dtype for tensor in state.values()), torch.float32)
+    for name, parts in packed.items():
+        _put_packed(model, name, parts, float_dtype, state)
+    if isinstance(model, Decoder) and model.config.tied and "embed_tokens" in packed:
+        (stored,) = packed["embed_tokens"]
+        model.lm_head = Linear(stored.packed, None, stored.mode, float_dtype, stored.order)
+    _assign(model, state)
     return model
 
 
-def _is_packed(quantization) -> bool:
-    """Whether a config's ``quantization_config`` is this library's."""
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+def _put_packed(model: nn.Module, name: str, parts: list, dtype, state: dict) -> None:
+    """Packed layers, with bias as the float one has, in the place of ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    parent, old = model.get_submodule(parent), model.get_submodule(name)
+    if isinstance(old, nn.Embedding):
+        (stored,) = parts
+        if stored.order is not None:
+            raise FormatError(f"{name}: an embedding whose columns have an order")
+        parent._modules[leaf] = Embedding(stored.packed, dtype, old.padding_idx)
+        return
+    bias = state.pop(f"{name}.bias", None)
+    if _is_one_layer(parts):
+        order, mode = parts[0].order, parts[0].mode
+        whole = stack_rows([part.packed for part in parts])
+        parent._modules[leaf] = Linear(whole, bias, mode, dtype, order)
+        return
+    rows = [len(p) if isinstance(p, torch.Tensor) else p.packed.n for p in parts]
+    biases = [None] * len(parts) if bias is None else bias.split(rows)
+    parent._modules[leaf] = Stacked([_layer(*part, dtype) for part in zip(parts, biases)])
 
 
-def _load_packed(path: Path, checkpoint: Checkpoint, quantization) -> Decoder | Encoder:
-    where = f"{path / CONFIG_FILE}: quantization_config"
-    if not _is_packed(quantization):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise FormatError(f"{where}: quant_method {method!r} is not read here; known is 'memlm'")
-    if quantization.get("version") != formats.VERSION:
-        raise FormatError(
-            f"{where}: version {quantization.get('version')!r}; known is {formats.VERSION}"
-        )
-    specs = quantization.get("layers")
-    if not isinstance(specs, dict) or not all(isinstance(s, dict) for s in specs.values()):
-        raise FormatError(f"{where}: layers is missing or malformed")
-    model = build(checkpoint.config)
-    try:
-        build_layers_(model, specs)
-    except ValueError as error:
-        raise FormatError(f"{where}: {error}") from None
-    state = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-    for tied, owner in _tied_parts(model, specs):
-        if owner in state:  # a missing one is reported with all others
-            state[tied] = state[owner]
-    _assign(model, state, path / WEIGHTS_FILE)
-    return model
+def _is_one_layer(parts: list[torch.Tensor | PackedTensor]) -> bool:
+    first = parts[0]
+    if not all(isinstance(part, PackedTensor) for part in parts):
+        return False
+    kinds = {(p.packed.format.name, p.packed.scales.dtype, p.mode) for p in parts}
+    orders = [part.order for part in parts]
+    same = all(o is None for o in orders) or (
+        all(o is not None and torch.equal(o, first.order) for o in orders)
+    )
+    return len(kinds) == 1 and same
 
 
-def _tied_parts(model: nn.Module, specs: dict[str, dict]) -> list[tuple[str, str]]:
-    """(name, name of its owner's) of the packed tensors that are stored with another layer."""
-    return [
-        (f"{name}.{part}", f"{spec['tied_to']}.{part}")
-        for name, spec in specs.items()
-        if "tied_to" in spec
-        for part in model.get_submodule(name).packed.tensors()
-    ]
+def _layer(part: torch.Tensor | PackedTensor, bias, dtype) -> nn.Module:
+    if isinstance(part, PackedTensor):
+        return Linear(part.packed, bias, part.mode, dtype, part.order)
+    layer = nn.Linear(*part.shape[::-1], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(part.to(dtype))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
 
 
 def _tied_head(model: nn.Module) -> bool:
@@ -206,32 +227,22 @@ def _tied_head(model: nn.Module) -> bool:
     )
 
 
-def _assign(model: nn.Module, state: dict[str, torch.Tensor], where) -> None:
-    """Gives the model these tensors, without copying; a tied head stays tied.  Raises FormatError
-    naming the tensor that is missing, too many, or not what the model needs."""
+def _assign(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Gives the model these tensors, without copying; a tied head stays tied."""
     tied = _tied_head(model)
-    if tied and "embed_tokens.weight" in state:
+    if tied:
         state = {**state, "lm_head.weight": state["embed_tokens.weight"]}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name in state and state[name].dtype not in FLOATS:
-            raise FormatError(f"{where}: {name}: {state[name].dtype}, expected one of {FLOATS}")
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise FormatError(f"{where}: {error}") from None
+    model.load_state_dict(state, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
-            try:
-                module.packed
-            except FormatError as error:
-                raise FormatError(f"{where}: {name}: {error}") from None
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    assert not empty, empty  # hf_tensors names every tensor of the model
 
 
 def save(model: Decoder | Encoder, folder: str | Path) -> dict[str, int]:
-    """Writes the model to ``folder``, which :func:`load` maps: packed layers as they are, float
-    weights in their dtype, the tokenizer.  Returns file name -> bytes of what was written.
+    """Writes the model to ``folder`` as a packed memlm folder (memlm/io/packed_folder.py), which
+    :func:`load` maps and transformers reads: packed layers as they are, float weights in their
+    dtype, the tokenizer.  Returns file name -> bytes of what was written.
 
     Everything is written to a temporary folder inside first and then moved, file by file; other
     files in ``folder`` stay.  A model mapped from ``folder`` may be saved to it.
@@ -245,53 +256,58 @@ def save(model: Decoder | Encoder, folder: str | Path) -> dict[str, int]:
             "modules use torch.save(model.state_dict())"
         )
     folder = Path(folder)
-    _check_target(folder)
-    specs, state = layer_specs(model), model.state_dict()
-    for name, _ in _tied_parts(model, specs):
-        del state[name]
-    if _tied_head(model):
-        del state["lm_head.weight"]
-    config = {
-        **{key: value for key, value in model.hf_config.items() if key != "torch_dtype"},
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "quantization_config": {
-            "quant_method": QUANT_METHOD,
-            "version": formats.VERSION,
-            "layers": specs,
-        },
-    }
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder))
-    try:
-        metadata = {"format": QUANT_METHOD, "version": str(formats.VERSION)}
-        safetensors.write(temporary / WEIGHTS_FILE, state, metadata)
-        text = json.dumps(config, indent=1, ensure_ascii=False)
-        (temporary / CONFIG_FILE).write_text(text, "utf-8")
+    check_target(folder)
+    tensors, specs, tied = hf_state(model)
+    config = {**model.hf_config}
+    if isinstance(model, Decoder):
+        config["tie_word_embeddings"] = tied
+    with replacing_model(folder) as temporary:
+        ordered = {name: tensors[name] for name in in_file_order(tensors, specs)}
+        safetensors.write(temporary / WEIGHTS_FILE, ordered, metadata())
+        write_config(temporary / CONFIG_FILE, config, specs, next(model.parameters()).dtype)
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)
-        files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        # Weights first: a config never describes weights that are not there yet.
-        for name in sorted(files, key=lambda name: name != WEIGHTS_FILE):
-            os.replace(temporary / name, folder / name)
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return files
+        return file_sizes(temporary)
 
 
-def _check_target(folder: Path) -> None:
-    """Raises FileExistsError unless ``folder`` is absent, empty, or a packed model."""
-    if not folder.exists():
+def hf_state(model: Decoder | Encoder) -> tuple[dict[str, torch.Tensor], dict[str, dict], bool]:
+    """The model's tensors as a packed folder names them, the specs of its packed layers by Hugging
+    Face's module names, and whether the head is tied to the embedding.  Rows of fused layers are
+    views of these."""
+    tensors: dict[str, torch.Tensor] = {}
+    specs: dict[str, dict] = {}
+    wanted, tied = model.hf_tensors(), False
+    if isinstance(model, Decoder) and model.config.tied:
+        head, embedding = model.lm_head, model.embed_tokens
+        if isinstance(head, Linear) and isinstance(embedding, Embedding):
+            tied = memory_of(head.codes) == memory_of(embedding.codes)
+        else:
+            tied = _tied_head(model)
+        if not tied:
+            wanted["lm_head.weight"] = {"lm_head.weight": model.config.vocab_size}
+    for name, sources in wanted.items():
+        module, _, kind = name.rpartition(".")
+        layer = model.get_submodule(module)
+        if isinstance(layer, Stacked):
+            layers = [(one, {source: sources[source]}) for one, source in zip(layer.layers, sources)]
+        else:
+            layers = [(layer, sources)]
+        for layer, sources in layers:
+            _add(tensors, specs, layer, kind, sources)
+    if tied and isinstance(model.lm_head, Linear):
+        (embedding,) = wanted["embed_tokens.weight"]
+        owner = embedding.removesuffix(".weight")
+        specs["lm_head"] = {**spec_of(model.lm_head), "tied_to": owner}
+    return tensors, specs, tied
+
+
+def _add(tensors: dict, specs: dict, layer: nn.Module, kind: str, sources: dict[str, int]) -> None:
+    """Adds one tensor of a layer, under the names of ``sources``, their rows one below the other."""
+    rows = list(sources.values())
+    if kind != "weight" or not isinstance(layer, PackedModule):
+        tensors |= zip(sources, getattr(layer, kind).detach().split(rows))
         return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder}: exists, and is no folder")
-    if not any(folder.iterdir()):
-        return
-    config = folder / CONFIG_FILE
-    quantization = read_json(config).get("quantization_config") if config.is_file() else None
-    if not _is_packed(quantization):
-        raise FileExistsError(f"{folder}: holds something else than a packed memlm model")
+    for source, packed in zip(sources, split_rows(layer.packed, rows)):
+        module = source.removesuffix(".weight")
+        tensors |= file_tensors(module, packed, layer.order)
+        specs[module] = {**spec_of(layer), "n": packed.n}

@@ -2,6 +2,7 @@
 // Prints the instruction set in use and all that run here, then how many results of each operation
 // were compared; stops at the first wrong one.
 // usage: check [isas]      isas: the first line only
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -455,6 +456,86 @@ void check_rows() {
     }
 }
 
+// Float weights of all kinds, as quantize_weight should round them, bit for bit, padding included.
+void check_quantize_weight() {
+  int turn = 0;
+  std::vector<std::pair<Format, bool>> formats;
+  for (const Format& format : kFormats) formats.emplace_back(format, false);
+  formats.emplace_back(Format{Kind::kSymmetric, 2, 64}, true);
+  for (const auto& [format, ternary] : formats)
+    for (const auto& [n, k] : kShapes) {
+      const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
+      const double size = scale_dtype == MEMLM_F32 && dtype != MEMLM_F16 ? std::pow(10, turn % 76 - 39) : 0.1;
+      const int64_t stride = k + turn % 3;
+      ++turn;
+      Values numbers(n * stride, NAN);  // between rows
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t c = 0; c < k; ++c)
+          numbers[r * stride + c] = r % 5 == 1 ? (c % 50 < 40 ? -0.0 : 0.0)        // zeros
+                                    : r % 5 == 2 ? size * (1 + c / 32)             // constants
+                                    : r % 5 == 3 ? size * integer(-9, 9) / 4       // ties
+                                    : c == k / 2 ? 20 * size                       // an outlier
+                                                 : size * normal();
+      const Array w(dtype, numbers);
+      const Weights expected = quantized(format, ternary, scale_dtype, n, k, w, stride);
+      on_every_isa([&] {
+        for (int threads : {1, 3}) {
+          std::vector<uint8_t> codes(expected.codes.size(), 0xff);
+          std::vector<uint8_t> scales(expected.scales.bytes.size(), 0xff);
+          std::vector<uint8_t> offsets(expected.offsets.bytes.size(), 0xff);
+          const int64_t element = Float(scale_dtype).bytes;
+          memlm_quantize_args args{};
+          args.n = n, args.k = k;
+          args.w = w.data();
+          args.w_stride = stride;
+          args.dtype = dtype;
+          args.bits = format.bits;
+          args.ternary = ternary;
+          args.group = format.group;
+          args.levels = format.kind == Kind::kTable ? memlm_nf4_levels : nullptr;
+          args.scale_dtype = scale_dtype;
+          args.codes = codes.data() + 1;
+          args.scales = scales.data() + element;
+          args.offsets = format.offsets() ? offsets.data() + element : nullptr;
+          args.threads = threads;
+          require(memlm_quantize_weight(&args));
+          const auto same = [](const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, int64_t from) {
+            return std::equal(a.begin() + from, a.end(), b.begin() + from, b.end());
+          };
+          if (!same(codes, expected.codes, 1) || !same(scales, expected.scales.bytes, element) ||
+              !same(offsets, expected.offsets.bytes, element))
+            fail("quantize_weight: %s, dtype %d, size %g: other bits", describe(expected).c_str(),
+                 dtype, size);
+        }
+        count("quantize_weight", n * k);
+      });
+    }
+}
+
+// The largest magnitude is found wherever it stands.
+void check_largest_magnitude() {
+  for (memlm_dtype dtype : kDtypes)
+    for (const auto& [n, k] : kShapes) {
+      const int64_t stride = k + 1;
+      Values numbers(n * stride, INFINITY);  // between rows
+      for (int64_t i = 0; i < n * k; ++i) numbers[i / k * stride + i % k] = uniform(-1, 1);
+      const int64_t row = integer(0, static_cast<int>(n) - 1), column = integer(0, static_cast<int>(k) - 1);
+      for (double value : {-2.0, 3.0, static_cast<double>(INFINITY), static_cast<double>(NAN)}) {
+        numbers[row * stride + column] = value;
+        const Array w(dtype, numbers);
+        on_every_isa([&] {
+          float largest = -1;
+          const memlm_status status = memlm_largest_magnitude(n, k, w.data(), stride, dtype, &largest, 3);
+          if (std::isfinite(value) ? status != MEMLM_OK || largest != std::fabs(static_cast<float>(value))
+                                   : status != MEMLM_INVALID)
+            fail("largest_magnitude: %s, dtype %d: status %d, got %g, should be %g", memlm_isa(), dtype,
+                 status, largest, value);
+          count("largest_magnitude", n * k);
+        });
+      }
+    }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -468,6 +549,8 @@ int main(int argc, char**) {
   check_tiny();
   check_gates();
   check_rows();
+  check_quantize_weight();
+  check_largest_magnitude();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
     std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));

@@ -75,6 +75,21 @@ void one_case() {
   const int64_t row = pick(0, n), some = pick(0, n - row);
   const Bytes floats = zeros(some * k * size);
   require(memlm_dequantize(&w, bits, row, some, dtype, floats.get(), 2));
+
+  if (m == 0) return;
+  // x [m, k] to a packed matrix; not all of it finite.
+  const int64_t x_tiles = memlm::div_up(m, memlm::kTileRows);
+  const Bytes x_codes = zeros(x_tiles * memlm::tile_bytes(bits, padded));
+  const int64_t x_scale_bytes = scale_bytes / tiles * x_tiles;
+  const Bytes x_scales = zeros(x_scale_bytes), x_offsets = zeros(x_scale_bytes);
+  const bool table = bits == 4 && !has_offsets && pick(0, 1);
+  const memlm_quantize_args quantize = {
+      m, k, x.get(), x_stride, dtype, bits, 0, group, table ? memlm_nf4_levels : nullptr, scale_dtype,
+      x_codes.get(), x_scales.get(), has_offsets ? x_offsets.get() : nullptr,
+      static_cast<int>(pick(1, 3))};
+  require(memlm_quantize_weight(&quantize));
+  float largest;
+  memlm_largest_magnitude(m, k, x.get(), x_stride, dtype, &largest, 2);
 }
 
 }  // namespace

@@ -176,6 +176,146 @@ inline void quantize(const double* x, int64_t k, int64_t span, int8_t* codes, fl
   }
 }
 
+// One group of weights as memlm/_rounding.py rounds it, with f32 arithmetic in its order, so that
+// codes, scale and offset come out the same.
+struct RoundedGroup {
+  std::vector<int> codes;
+  double scale, offset;
+};
+
+class GroupRounding {
+ public:
+  GroupRounding(const Format& format, bool ternary, memlm_dtype scale_dtype)
+      : format_(format), stored_(scale_dtype) {
+    const int count = ternary ? 3 : format.bits == 8 ? 255 : 1 << format.bits;
+    for (int code = 0; code < count; ++code)
+      levels_.push_back(static_cast<float>(format.bits == 8 ? code - 127 : format.value(code, false)));
+    reach_ = levels_.back();
+    if (format.offsets()) reach_ /= 2;
+    else if (std::fabs(levels_[0]) >= reach_) reach_ = levels_[0];
+  }
+
+  RoundedGroup operator()(std::vector<float> w) {
+    for (float& x : w) x += 0.0f;  // -0.0 becomes 0.0
+    float low = w[0], high = w[0];
+    for (float x : w) {
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    }
+    float top = -low > high ? low : high;
+    middle_ = 0;
+    if (format_.offsets()) {
+      top = high * 0.5f - low * 0.5f;
+      middle_ = low * 0.5f + high * 0.5f;
+    }
+    int exponent = top == 0 ? -126 : std::ilogb(top);
+    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+    unit_ = std::ldexp(1.0f, exponent);
+    top /= unit_;
+    for (float& x : w) x = (x - middle_) / unit_;
+    if (format_.bits == 8) {
+      best_ = stored({std::fabs(top) / 127, 0});
+    } else {
+      search(w, top);
+    }
+    RoundedGroup result{{}, best_.s, best_.o};
+    const Affine a = loaded(best_);
+    for (float x : w) {
+      const int code = nearest((x - a.o) * inverse(a.s));
+      result.codes.push_back(format_.bits == 8 ? code - 127 : code);
+    }
+    return result;
+  }
+
+ private:
+  struct Affine { float s, o; };
+
+  Format format_;
+  Float stored_;
+  std::vector<float> levels_;
+  double reach_;
+  float middle_ = 0, unit_ = 1, least_ = 0;
+  Affine best_ = {0, 0};
+
+  static float inverse(float s) { return std::fabs(s) < 0x1p-126f ? 0 : 1 / s; }
+  float as_stored(float x) const {
+    return static_cast<float>(stored_.decode(stored_.encode(x)));
+  }
+  Affine stored(Affine a) const {
+    return {as_stored(a.s * unit_), format_.offsets() ? as_stored(a.o * unit_ + middle_) : 0};
+  }
+  Affine loaded(Affine a) const {
+    return {a.s / unit_, format_.offsets() ? (a.o - middle_) / unit_ : 0};
+  }
+  // The code of the nearest level; of two, of the even number, or from a table of the lower.
+  int nearest(float x) const {
+    const int last = static_cast<int>(levels_.size()) - 1;
+    if (format_.kind != Kind::kTable) {
+      const float number = std::nearbyint(x) - levels_[0];
+      return number > 0 ? number < static_cast<float>(last) ? static_cast<int>(number) : last : 0;
+    }
+    int code = 0;
+    while (code < last && (levels_[code] + levels_[code + 1]) / 2 < x) ++code;
+    return code;
+  }
+  void consider(const std::vector<float>& w, Affine found) {
+    const Affine a = loaded(found);
+    float sum = 0;
+    for (float v : w) {
+      const float x = v - a.o, error = levels_[nearest(x * inverse(a.s))] * a.s - x;
+      sum += error * error;
+    }
+    if (sum < least_) least_ = sum, best_ = found;
+  }
+  void search(const std::vector<float>& w, float top) {
+    const double shrink_step = levels_.size() == 16 ? 0.05 : 0.1;
+    const float share = 1 / static_cast<float>(w.size());
+    float total = 0;
+    for (float x : w) total += x;
+    best_ = stored({top * static_cast<float>(1 / reach_), -top});
+    least_ = INFINITY;
+    consider(w, best_);
+    for (int i = 0; i < 7; ++i) {
+      const double shrink = std::round(100 * (1 - i * shrink_step)) / 100;
+      const float s = top * static_cast<float>(shrink / reach_);
+      const float o = format_.offsets() ? top * static_cast<float>(-shrink) : 0;
+      float dot = 0, squares = 0, count = 0;
+      for (float x : w) {
+        const float level = levels_[nearest((x - o) * inverse(s))];
+        dot += x * level;
+        squares += level * level;
+        count += level;
+      }
+      const float mean = format_.offsets() ? count * share : 0;
+      dot -= total * mean;
+      squares -= count * mean;
+      const float best_s = dot * inverse(squares);
+      consider(w, stored({best_s, total * share - best_s * mean}));
+    }
+  }
+};
+
+// The first n rows of w [n, stride], rounded.
+inline Weights quantized(const Format& format, bool ternary, memlm_dtype scale_dtype, int64_t n,
+                         int64_t k, const Array& w, int64_t stride) {
+  const int64_t groups = format.groups(k), span = format.group ? format.group : k;
+  GroupRounding round(format, ternary, scale_dtype);
+  std::vector<int> codes(n * k);
+  Values scales(n * groups), offsets(n * groups);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * span, count = k - first < span ? k - first : span;
+      const double* row = &w.values[r * stride + first];
+      std::vector<float> group(row, row + count);
+      group.resize(span, format.offsets() ? group.back() : 0);
+      const RoundedGroup rounded = round(group);
+      for (int64_t i = 0; i < count; ++i) codes[r * k + first + i] = rounded.codes[i];
+      scales[r * groups + g] = rounded.scale;
+      offsets[r * groups + g] = rounded.offset;
+    }
+  return Weights(format, n, k, codes, scale_dtype, scales, offsets);
+}
+
 // What a kernel makes of activations, and of the weights with them.
 enum class Rounding { kNone, kInt8Per32, kInt8PerRow, kBf16 };
 

@@ -1,0 +1,111 @@
+"""From any checkpoint that memlm reads to files of other programs, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memlm.io import safetensors
+from memlm.io.checkpoint import Checkpoint, open_checkpoint
+from memlm.io.files import temporary_folder
+from memlm.io.packed_folder import CONFIG_FILE, WEIGHTS_FILE, copy_others, move_model
+from memlm.models.load import build, check_names, read_tensor
+
+FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+KINDS = (*FLOATS, "gguf", "compressed-tensors")
+
+Progress = Callable[[int, int, str], None]
+
+
+def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progress | None = None) -> dict:
+    """Writes the model at ``src`` (anything that :func:`memlm.load` reads) to ``dst``, which must not
+    exist yet.
+
+    to: ``"f32"``, ``"bf16"``, ``"f16"``: a Hugging Face folder with plain safetensors, codes
+        dequantised (bf16 and f16 round).  ``"gguf"``: a file that llama.cpp runs.
+        ``"compressed-tensors"``: a folder that transformers and vLLM load.  Packed matrices keep
+        their codes wherever the target has a type that holds them exactly.
+    progress: called with (done, total, name) after each tensor.
+
+    Returns ``{"files": file name -> bytes, "rounded": names of tensors that the target's types do
+    not hold exactly}``.
+
+    Raises what :func:`memlm.load` raises, FileExistsError, ValueError for another ``to`` or what the
+    target cannot hold.
+    """
+    src, dst = Path(src), Path(dst)
+    if to not in KINDS:
+        raise ValueError(f"to: got {to!r}, accepted are {', '.join(KINDS)}")
+    if dst.exists():
+        raise FileExistsError(f"{dst}: exists already")
+    checkpoint = open_checkpoint(src)
+    shapes, prefix = shapes_of(checkpoint)
+    if to == "gguf":
+        from memlm.io.gguf_writer import write_gguf
+
+        return write_gguf(checkpoint, shapes, prefix, dst, progress)
+    if to == "compressed-tensors":
+        return _compressed_tensors(checkpoint, shapes, prefix, dst, progress)
+    return _floats(checkpoint, shapes, prefix, dst, FLOATS[to], progress)
+
+
+def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Hugging Face's name -> shape of every tensor of the model, and the prefix that the checkpoint's
+    names have before these."""
+    model = build(checkpoint.config)
+    prefix = check_names(model, checkpoint)
+    shapes = {}
+    for name, sources in model.hf_tensors().items():
+        columns = tuple(model.get_parameter(name).shape[1:])
+        shapes |= {source: (rows, *columns) for source, rows in sources.items()}
+    return shapes, prefix
+
+
+def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progress) -> dict:
+    done, rounded = 0, []
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal done
+        tensor = read_tensor(checkpoint, prefix + name, shapes[name], dequantize=True)
+        made = tensor.to(dtype)
+        if made is not tensor and not torch.equal(made.to(tensor.dtype), tensor):
+            rounded.append(name)
+        checkpoint.release(prefix + name)
+        done += 1
+        if progress:
+            progress(done, len(shapes), name)
+        return made
+
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "torch_dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(dst.parent) as temporary:
+        kinds = {name: (dtype, shape) for name, shape in shapes.items()}
+        safetensors.write_each(temporary / WEIGHTS_FILE, kinds, read, {"format": "pt"})
+        copy_others(checkpoint, temporary)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
+        files = move_model(temporary, dst)
+    return {"files": files, "rounded": rounded}
+
+
+def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, progress) -> dict:
+    from memlm.io import compressed_tensors
+
+    model = build(checkpoint.config)
+    embeddings = {
+        source.removesuffix(".weight")
+        for name, sources in model.hf_tensors().items()
+        for source in sources
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    }
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(dst.parent) as temporary:
+        copy_others(checkpoint, temporary)
+        rounded = compressed_tensors.write(
+            temporary, checkpoint, shapes, prefix, embeddings, progress=progress
+        )
+        return {"files": move_model(temporary, dst), "rounded": rounded}

@@ -1,0 +1,227 @@
+"""From a model's files to a packed folder, tensor by tensor: memory holds the largest tensor, never
+the model.
+
+Each finished tensor is a small file in ``DST/.partial``; what a killed run has finished is found
+there by the next one.  At the end they are joined into one file, which takes its place in the folder
+when it is complete.  While one tensor is rounded the kernel reads the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import memlm
+from memlm.convert import QuantConfig, spec_of
+from memlm.errors import FormatError
+from memlm.formats import Format
+from memlm.io import pages, safetensors
+from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
+from memlm.io.files import replacing
+from memlm.io.packed_folder import (
+    CONFIG_FILE, WEIGHTS_FILE, check_target, copy_others, file_sizes, file_tensors, in_file_order, metadata,
+    replacing_model, write_config,
+)  # fmt: skip
+from memlm.layers import Embedding, Linear
+from memlm.models.decoder import Decoder
+from memlm.models.load import FLOATS, build, check_names, read_tensor
+from memlm.ops import mode_for
+from memlm.quantize import quantize_weight
+
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor of the result: ``module`` is Hugging Face's name of the layer that it is the weight
+    of, or None where it is stored as it is; ``shape`` as the config wants it."""
+
+    name: str
+    shape: tuple[int, ...]
+    module: str | None
+    kind: type[nn.Module]
+    format: Format | None
+    bias: bool
+
+
+def quantize_files(
+    src: str | Path,
+    dst: str | Path,
+    config: QuantConfig | str | Format = QuantConfig(embedding="int8"),
+    requantize: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, int]:
+    """Quantises the model at ``src`` (anything that :func:`memlm.load` reads) into the packed folder
+    ``dst``.  Returns file name -> bytes of what was written.
+
+    config: as for :func:`memlm.quantize_`; its patterns match Hugging Face's names of layers.
+    requantize: round what the file holds in codes anew; otherwise such matrices keep them, to the
+        bit, wherever a format of memlm holds them exactly (``memlm.io``), and ``config`` concerns
+        the rest.
+    progress: called with (done, total, name) after each tensor.
+
+    A run that was killed is taken up where it stopped by the next one with the same arguments and
+    unchanged files; another one starts afresh.
+
+    Raises what :func:`memlm.load` raises, FileExistsError for a ``dst`` that holds something else
+    than a packed model, ValueError naming the tensor for weights with NaN or Inf.
+    """
+    src, dst = Path(src), Path(dst)
+    if isinstance(config, (str, Format)):
+        config = QuantConfig(config)
+    if src.resolve() in dst.resolve().parents:
+        raise ValueError(f"dst: {dst} lies inside src, {src}")
+    check_target(dst)
+    checkpoint = open_checkpoint(src)
+    jobs, prefix, tied = _plan(checkpoint, config)
+    existed = dst.exists()
+    dst.mkdir(parents=True, exist_ok=True)
+    partial = _Partial(dst / _PARTIAL, _fingerprint(src, config, requantize))
+    try:
+        specs, dtypes = {}, set()
+        for i, job in enumerate(jobs):
+            ahead = jobs[i + 1] if i + 1 < len(jobs) else None
+            done = partial.take(i)
+            if done is None:
+                done = _make(checkpoint, prefix, job, config, requantize, ahead)
+                partial.put(i, *done)
+                checkpoint.release(prefix + job.name)
+            spec, float_dtype = done[1]["spec"], done[1]["dtype"]
+            if spec:
+                specs[job.module] = spec
+            else:
+                dtypes.add(float_dtype)
+            if progress:
+                progress(i + 1, len(jobs), job.name)
+        # As memlm.load has it: f32 where a file mixes several.
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        dtype = dtype if dtype in _NAMES else "float32"
+        for spec in specs.values():
+            spec["dtype"] = dtype
+        if tied in specs:
+            mode = mode_for(Format.parse(specs[tied]["format"]), config.mode)
+            head = {**specs[tied], "type": "Linear", "bias": False, "mode": mode, "tied_to": tied}
+            specs["lm_head"] = head
+        with replacing_model(dst) as temporary:
+            safetensors.join(
+                temporary / WEIGHTS_FILE,
+                [partial.file(i) for i in range(len(jobs))],
+                lambda names: in_file_order(names, specs),
+                metadata(),
+            )
+            copy_others(checkpoint, temporary)
+            plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+            write_config(temporary / CONFIG_FILE, plain, specs, _NAMES[dtype])
+            files = file_sizes(temporary)
+        partial.remove()
+        return files
+    except (ValueError, TypeError):  # what another run would meet again
+        partial.remove()
+        if not existed:
+            shutil.rmtree(dst, ignore_errors=True)
+        raise
+
+
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+
+
+def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str, str | None]:
+    """What to write, the prefix of the checkpoint's names, and the module of an embedding that the
+    head is tied to."""
+    model = build(checkpoint.config)
+    prefix = check_names(model, checkpoint)
+    jobs, layers, tied = [], [], None
+    for name, sources in model.hf_tensors().items():
+        own, _, leaf = name.rpartition(".")
+        layer, columns = model.get_submodule(own), tuple(model.get_parameter(name).shape[1:])
+        packable = leaf == "weight" and isinstance(layer, (nn.Linear, nn.Embedding))
+        role = "embedding" if isinstance(layer, nn.Embedding) else "head" if own == "lm_head" else "linear"
+        for source, rows in sources.items():
+            module, format = source.removesuffix(".weight") if packable else None, None
+            if packable:
+                layers.append((module, type(layer).__name__))
+                format = config.format_of(module, type(layer).__name__, role)
+            bias = packable and getattr(layer, "bias", None) is not None
+            jobs.append(_Job(source, (rows, *columns), module, type(layer), format, bias))
+            if own == "embed_tokens" and isinstance(model, Decoder) and model.config.tied:
+                tied = module
+    if tied is not None:
+        layers.append(("lm_head", "Linear"))
+    config.check_patterns(layers)
+    return jobs, prefix, tied
+
+
+def _make(
+    checkpoint: Checkpoint, prefix: str, job: _Job, config: QuantConfig, requantize: bool, ahead
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """One job's tensors as the file names them, and what is to be known of them."""
+    source = read_tensor(checkpoint, prefix + job.name, job.shape, dequantize=requantize)
+    if ahead is not None:
+        checkpoint.read_ahead(prefix + ahead.name)
+    stored = source if isinstance(source, PackedTensor) else None
+    if stored is None and job.format is not None:
+        try:
+            stored = PackedTensor(quantize_weight(source, job.format))
+        except ValueError as error:
+            raise ValueError(f"{prefix + job.name}: {error}") from None
+    if stored is None:
+        tensors = {job.name: source}
+        spec = None
+    else:
+        mode = config.mode or stored.mode
+        if issubclass(job.kind, nn.Embedding):
+            if stored.order is not None:
+                raise FormatError(f"{job.name}: an embedding whose columns have an order")
+            spec = spec_of(Embedding(stored.packed))
+        else:
+            spec = spec_of(Linear(stored.packed, mode=mode, order=stored.order)) | {"bias": job.bias}
+        tensors = file_tensors(job.module, stored.packed, stored.order)
+    dtype = None if stored is not None else str(source.dtype).removeprefix("torch.")
+    return tensors, {"spec": spec, "dtype": dtype}
+
+
+class _Partial:
+    """The finished tensors of a run, on disk; those of a run with another ``fingerprint`` are
+    thrown away."""
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self._folder = folder
+        job = folder / "job"
+        if not job.is_file() or job.read_text() != fingerprint:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            with replacing(job) as file:
+                file.write(fingerprint.encode())
+
+    def file(self, i: int) -> Path:
+        return self._folder / f"{i:05}.safetensors"
+
+    def take(self, i: int) -> tuple[None, dict] | None:
+        """What is known of the tensors that are there, or None."""
+        try:
+            safetensors.verify(self.file(i))
+            return None, json.loads(safetensors.read_header(self.file(i))[1]["memlm"])
+        except (FileNotFoundError, FormatError, KeyError):
+            return None
+
+    def put(self, i: int, tensors: dict[str, torch.Tensor], known: dict) -> None:
+        # Not synced: a kill loses nothing that was written, and what a loss of power leaves
+        # incomplete its checksum tells.
+        safetensors.write(self.file(i), tensors, {"memlm": json.dumps(known)}, sync=False)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _fingerprint(src: Path, config: QuantConfig, requantize: bool) -> str:
+    """Of everything that the result depends on."""
+    files = sorted(src.rglob("*")) if src.is_dir() else [src]
+    stats = [(str(f.relative_to(src.parent)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr((memlm.__version__, stats, config, requantize)).encode()).hexdigest()
