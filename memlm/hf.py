@@ -28,7 +28,7 @@ from memlm import convert
 from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
-from memlm.io.packed_folder import QUANT_METHOD
+from memlm.io.packed_folder import QUANT_METHOD, check_order
 from memlm.layers import PackedModule
 from memlm.quantize import quantize_weight
 
@@ -55,7 +55,9 @@ class MemlmConfig(QuantizationConfigMixin):
         **settings,
     ):
         if version != FOLDER_VERSION:
-            raise FormatError(f"quantization_config: version {version!r}; known is {FOLDER_VERSION}")
+            raise FormatError(
+                f"quantization_config: version {version!r}; known is {FOLDER_VERSION}"
+            )
         layers = {} if layers is None else layers
         if not isinstance(layers, dict) or not all(isinstance(s, dict) for s in layers.values()):
             raise FormatError("quantization_config: layers is malformed")
@@ -251,7 +253,9 @@ def _check(name: str, layer: PackedModule) -> None:
             raise FormatError(f"{name}: the file has no {FILE_PARTS.get(part, part)} for it")
     try:
         layer.packed
-    except FormatError as error:
+        if layer.order is not None:
+            check_order(layer.order, layer.k)
+    except ValueError as error:
         raise FormatError(f"{name}: {error}") from None
 
 

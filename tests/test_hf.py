@@ -107,6 +107,32 @@ def test_other_architectures_biases_and_formats(tmp_path):
     assert torch.equal(tiny.logits(back, IDS), tiny.logits(gpt2, IDS))
 
 
+def test_columns_in_an_order_of_their_own(llama, tmp_path):
+    model, _ = llama
+    mlp = model.model.layers[0].mlp
+    order = torch.randperm(64, generator=torch.manual_seed(0)).int()
+    mlp.up_proj = Linear(mlp.up_proj.packed, order=order)
+    model.save_pretrained(tmp_path / "ordered")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ordered")
+    assert torch.equal(back.model.layers[0].mlp.up_proj.order, order)
+    assert torch.equal(tiny.logits(back, IDS), tiny.logits(model, IDS))
+    edit(tmp_path / "ordered", lambda t: t["model.layers.0.mlp.up_proj.order"].fill_(3))
+    with pytest.raises(FormatError, match="up_proj: order"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ordered")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memlm_and_transformers_read_each_others_folders(tmp_path, tied):
+    tiny.llama(tmp_path / "float", tie_word_embeddings=tied)
+    ours = memlm.quantize_(memlm.load(tmp_path / "float"), CONFIG)
+    memlm.save(ours, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert memlm.layer_specs(theirs).keys() >= {"lm_head", "model.layers.1.mlp.down_proj"}
+    torch.testing.assert_close(tiny.logits(theirs, IDS), ours(IDS), rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(memlm.load(tmp_path / "theirs")(IDS), ours(IDS))
+
+
 def test_the_base_model_of_a_folder_and_a_head_on_one(tmp_path, llama):
     model, folder = llama
     base = AutoModel.from_pretrained(folder)
