@@ -29,6 +29,7 @@ from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
 from memlm.io.packed_folder import QUANT_METHOD, check_order
+from memlm.io.pages import release
 from memlm.layers import PackedModule
 from memlm.quantize import quantize_weight
 
@@ -78,6 +79,7 @@ class MemlmQuantizer(HfQuantizer):
         self._names: dict[str, str] = {}  # packed layers: name in the file -> in the model
         self._groups: dict[str, convert._Group] = {}  # weight to quantise -> layers that hold it
         self._places = {}
+        self._in_files = False  # whether weights to quantise are mapped, and this reader's alone
         self._ties: dict[str, str] = {}
 
     # Before loading: the model is on the meta device.
@@ -86,6 +88,8 @@ class MemlmQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._build(model)
         else:
+            files = kwargs.get("checkpoint_files") or ()
+            self._in_files = any(files) and all(str(f).endswith(".safetensors") for f in files)
             self._plan(model)
 
     def _build(self, model) -> None:
@@ -225,6 +229,8 @@ class _Quantize:
         mode = quantizer.quantization_config.settings.mode
         for _ in convert._replace(group, mode, quantizer._places):
             pass
+        if quantizer._in_files:
+            release(tensor)
         convert._tell_parents(model)
         quantizer._hide_ties(model)
 

@@ -208,6 +208,26 @@ def test_no_float_weight_waits_while_others_are_quantised(tmp_path, monkeypatch)
     assert waiting == [0] * (2 * 7 + 1)
 
 
+def test_pages_of_weights_that_were_quantised_are_given_back(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    tiny.llama(tmp_path, tie_word_embeddings=True, **sizes)
+    config = memlm.hf.MemlmConfig(**SETTINGS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    mapping = file_mapping(tmp_path / "model.safetensors")  # the norms are still used there
+    assert model.model.norm.weight.numel() == 512 and mapping.resident < mapping.size / 4
+
+
+def test_a_state_dict_to_quantise_stays_as_it_is(tmp_path):
+    model = tiny.llama(tmp_path, hidden_size=256)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded = LlamaForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=state,
+        quantization_config=memlm.hf.MemlmConfig(**SETTINGS),
+    )  # fmt: skip
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(tiny.logits(loaded, IDS), tiny.logits(memlm.quantize_(model, CONFIG), IDS))
+
+
 def test_what_is_not_to_be_quantised_stays_while_loading(tmp_path):
     tiny.bert(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
