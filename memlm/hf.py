@@ -22,15 +22,19 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.versions import require_version
 
 from memlm import convert
-from memlm._format import FILE_PARTS
-from memlm._format import FOLDER_VERSION as VERSION
+from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
-from memlm.io.packed_folder import QUANT_METHOD
+from memlm.io.packed_folder import QUANT_METHOD, check_order
+from memlm.io.pages import release
 from memlm.layers import PackedModule
 from memlm.quantize import quantize_weight
+
+# Earlier ones do not compare shapes where a quantizer is at work.
+require_version("transformers>=5.23", "memlm loads nothing into earlier ones")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,12 +51,14 @@ class MemlmConfig(QuantizationConfigMixin):
     def __init__(
         self,
         quant_method: str = QUANT_METHOD,
-        version: int = VERSION,
+        version: int = FOLDER_VERSION,
         layers: dict[str, dict] | None = None,
         **settings,
     ):
-        if version != VERSION:
-            raise FormatError(f"quantization_config: version {version!r}; known is {VERSION}")
+        if version != FOLDER_VERSION:
+            raise FormatError(
+                f"quantization_config: version {version!r}; known is {FOLDER_VERSION}"
+            )
         layers = {} if layers is None else layers
         if not isinstance(layers, dict) or not all(isinstance(s, dict) for s in layers.values()):
             raise FormatError("quantization_config: layers is malformed")
@@ -73,6 +79,7 @@ class MemlmQuantizer(HfQuantizer):
         self._names: dict[str, str] = {}  # packed layers: name in the file -> in the model
         self._groups: dict[str, convert._Group] = {}  # weight to quantise -> layers that hold it
         self._places = {}
+        self._in_files = False  # whether weights to quantise are mapped, and this reader's alone
         self._ties: dict[str, str] = {}
 
     # Before loading: the model is on the meta device.
@@ -81,6 +88,8 @@ class MemlmQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._build(model)
         else:
+            files = kwargs.get("checkpoint_files") or ()
+            self._in_files = any(files) and all(str(f).endswith(".safetensors") for f in files)
             self._plan(model)
 
     def _build(self, model) -> None:
@@ -220,6 +229,8 @@ class _Quantize:
         mode = quantizer.quantization_config.settings.mode
         for _ in convert._replace(group, mode, quantizer._places):
             pass
+        if quantizer._in_files:
+            release(tensor)
         convert._tell_parents(model)
         quantizer._hide_ties(model)
 
@@ -248,7 +259,9 @@ def _check(name: str, layer: PackedModule) -> None:
             raise FormatError(f"{name}: the file has no {FILE_PARTS.get(part, part)} for it")
     try:
         layer.packed
-    except FormatError as error:
+        if layer.order is not None:
+            check_order(layer.order, layer.k)
+    except ValueError as error:
         raise FormatError(f"{name}: {error}") from None
 
 

@@ -3,16 +3,23 @@
 Imported by itself as soon as PEFT's LoRA is.  From then on ``get_peft_model(model, LoraConfig(...))``
 wraps memlm's layers as it does torch's: gradients flow through them to the adapters, which train and
 are saved as always; the packed weights stay as they are.
+
+``target_modules`` names layers: PEFT's ``"all-linear"`` looks for torch's own classes only.
 """
 
 from __future__ import annotations
 
+import peft
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.config import LoraConfig
 
 from memlm.layers import Embedding, Linear, PackedModule
+
+if Version(peft.__version__) < Version("0.20"):  # earlier ones pass an adapter's settings otherwise
+    raise ImportError(f"peft>=0.20 is needed, found {peft.__version__}")
 
 # Values of LoraConfig.init_lora_weights that leave the base layer's weight as it is.
 INITS = (True, False, "gaussian", "orthogonal", "eva")

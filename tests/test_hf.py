@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, GPT2Config,
-    GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertModel,
+    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
 )  # fmt: skip
 
 import memlm
@@ -30,7 +31,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def packed_parts(model) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in model.state_dict().items() if name.endswith((".codes", ".scales"))}
+    return {
+        name: t for name, t in model.state_dict().items() if name.endswith((".codes", ".scales"))
+    }
 
 
 def edit(folder: Path, change) -> None:
@@ -104,6 +107,32 @@ def test_other_architectures_biases_and_formats(tmp_path):
     assert torch.equal(tiny.logits(back, IDS), tiny.logits(gpt2, IDS))
 
 
+def test_columns_in_an_order_of_their_own(llama, tmp_path):
+    model, _ = llama
+    mlp = model.model.layers[0].mlp
+    order = torch.randperm(64, generator=torch.manual_seed(0)).int()
+    mlp.up_proj = Linear(mlp.up_proj.packed, order=order)
+    model.save_pretrained(tmp_path / "ordered")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ordered")
+    assert torch.equal(back.model.layers[0].mlp.up_proj.order, order)
+    assert torch.equal(tiny.logits(back, IDS), tiny.logits(model, IDS))
+    edit(tmp_path / "ordered", lambda t: t["model.layers.0.mlp.up_proj.order"].fill_(3))
+    with pytest.raises(FormatError, match="up_proj: order"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ordered")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memlm_and_transformers_read_each_others_folders(tmp_path, tied):
+    tiny.llama(tmp_path / "float", tie_word_embeddings=tied)
+    ours = memlm.quantize_(memlm.load(tmp_path / "float"), CONFIG)
+    memlm.save(ours, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert memlm.layer_specs(theirs).keys() >= {"lm_head", "model.layers.1.mlp.down_proj"}
+    torch.testing.assert_close(tiny.logits(theirs, IDS), ours(IDS), rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(memlm.load(tmp_path / "theirs")(IDS), ours(IDS))
+
+
 def test_the_base_model_of_a_folder_and_a_head_on_one(tmp_path, llama):
     model, folder = llama
     base = AutoModel.from_pretrained(folder)
@@ -113,7 +142,7 @@ def test_the_base_model_of_a_folder_and_a_head_on_one(tmp_path, llama):
     memlm.quantize_(tiny.bert(tmp_path / "bert"), CONFIG).save_pretrained(tmp_path / "base")
     bert = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     assert isinstance(bert.bert.encoder.layer[0].attention.self.query, Linear)
-    assert type(bert.classifier) is torch.nn.Linear and torch.isfinite(bert.classifier.weight).all()
+    assert type(bert.classifier) is nn.Linear and torch.isfinite(bert.classifier.weight).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto", None])
@@ -162,14 +191,51 @@ def test_a_float_folder_is_quantised_while_it_loads(tmp_path, tied):
     assert files(tmp_path / "loaded") == files(tmp_path / "packed")
 
 
+def test_no_float_weight_waits_while_others_are_quantised(tmp_path, monkeypatch):
+    tiny.llama(tmp_path, tie_word_embeddings=True)
+    waiting = []
+
+    class Counting(memlm.hf._Quantize):
+        def convert(self, input_dict, model=None, **kwargs):
+            rest = super().convert(input_dict, model=model, **kwargs)
+            layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]
+            waiting.append(sum(not m.weight.is_meta for m in layers))
+            return rest
+
+    monkeypatch.setattr(memlm.hf, "_Quantize", Counting)
+    config = memlm.hf.MemlmConfig(**SETTINGS)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert waiting == [0] * (2 * 7 + 1)
+
+
+def test_pages_of_weights_that_were_quantised_are_given_back(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    tiny.llama(tmp_path, tie_word_embeddings=True, **sizes)
+    config = memlm.hf.MemlmConfig(**SETTINGS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    mapping = file_mapping(tmp_path / "model.safetensors")  # the norms are still used there
+    assert model.model.norm.weight.numel() == 512 and mapping.resident < mapping.size / 4
+
+
+def test_a_state_dict_to_quantise_stays_as_it_is(tmp_path):
+    model = tiny.llama(tmp_path, hidden_size=256)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded = LlamaForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=state,
+        quantization_config=memlm.hf.MemlmConfig(**SETTINGS),
+    )  # fmt: skip
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(tiny.logits(loaded, IDS), tiny.logits(memlm.quantize_(model, CONFIG), IDS))
+
+
 def test_what_is_not_to_be_quantised_stays_while_loading(tmp_path):
     tiny.bert(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=3, quantization_config={"quant_method": "memlm", "linear": "int8"}
     )
     assert isinstance(model.bert.encoder.layer[0].output.dense, Linear)
-    assert type(model.bert.embeddings.word_embeddings) is torch.nn.Embedding
-    assert type(model.classifier) is torch.nn.Linear  # new: there was no weight to quantise
+    assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
+    assert type(model.classifier) is nn.Linear  # new: there was no weight to quantise
     assert "embedding=None" in str(memlm.explain(model))
 
 
@@ -186,7 +252,9 @@ def test_bad_weights_are_refused_while_loading(tmp_path):
             tmp_path, quantization_config=config, ignore_mismatched_sizes=True
         )
     edit(tmp_path, lambda t: t.update({name: torch.ones(112, 64)}))
-    same = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]}
+    same = {
+        "lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    }
     edit(tmp_path, lambda t: t.update(same))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert model.lm_head.codes is model.model.embed_tokens.codes
@@ -239,10 +307,21 @@ def test_a_layer_left_out_of_the_config_does_not_load(llama):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_model_may_be_saved_where_it_is_mapped_from(llama):
+    model, folder = llama
+    before = files(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.save_pretrained(folder)
+    assert files(folder) == before
+    assert torch.equal(tiny.logits(loaded, IDS), tiny.logits(model, IDS))
+
+
 def test_dequantised_models_are_transformers_own_again(llama, tmp_path):
     model, folder = llama
     expected = memlm.dequantize_(model)
-    assert not hasattr(expected, "hf_quantizer") and not hasattr(expected.config, "quantization_config")
+    assert not hasattr(expected, "hf_quantizer") and not hasattr(
+        expected.config, "quantization_config"
+    )
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.dequantize()
     assert not any(isinstance(module, PackedModule) for module in loaded.modules())
@@ -275,6 +354,50 @@ assert known["memlm"] is sys.modules["memlm.hf"].MemlmQuantizer
 """
     done = run(script)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_version_that_is_too_old_goes_on_by_itself(tmp_path):
+    package = tmp_path / "peft"
+    (package / "tuners" / "lora").mkdir(parents=True)
+    for folder in (package, package / "tuners", package / "tuners" / "lora"):
+        (folder / "__init__.py").touch()
+    (package / "tuners" / "lora" / "model.py").write_text("LoraModel = 1")
+    script = """
+import sys; sys.path.insert(0, sys.argv[1])
+import memlm
+from peft.tuners.lora.model import LoraModel
+"""
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memlm does not know this version of peft" in done.stderr
+
+
+@pytest.mark.models
+def test_sentence_transformers(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = ["Call me Ishmael.", "The sea was calm, and the ship lay still.", "A recipe for soup."]
+
+    def encode(folder, **options):
+        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", **options)
+        return model, model.encode(texts, convert_to_tensor=True, batch_size=3)
+
+    model, original = encode(memlm.data.minilm())  # bare: takes mean pooling by default
+    model.save(str(tmp_path / "float"))
+    memlm.quantize_(model, QuantConfig("int8", embedding="int8")).save(str(tmp_path / "packed"))
+    loaded, embeddings = encode(tmp_path / "packed")
+    assert sum(isinstance(module, PackedModule) for module in loaded.modules()) == 40
+    config = memlm.hf.MemlmConfig(linear="int8", embedding="int8")
+    _, quantised = encode(tmp_path / "float", model_kwargs={"quantization_config": config})
+    assert torch.equal(embeddings, quantised)
+
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "packed")(
+        texts, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(tmp_path / "packed")(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    torch.testing.assert_close(embeddings, (states * mask).sum(1) / mask.sum(1))
+    assert torch.cosine_similarity(embeddings, original).min() > 0.999
 
 
 WITHOUT_MEMLM = """
