@@ -138,13 +138,29 @@ def quantize(
 
 @app.command()
 def info(model: Model, json_file: Json = None) -> None:
-    """List a model's layers: kernel, instruction set, bytes, and what is not packed and why."""
+    """List a model's layers: kernel, instruction set, bytes, and what is not packed and why; and
+    what memory this process takes with the model loaded."""
     import memlm
+    from memlm import memory
 
-    explanation = memlm.explain(memlm.load(resolve(model)))
+    explain, load = memlm.explain, memlm.load  # imported now: the baseline holds their memory
+    base = memory.baseline()
+    memory.reset_peak()
+    loaded = load(resolve(model))
+    explanation, account = explain(loaded), memory.account(base, loaded)
     if str(json_file) != "-":
         out.print(str(explanation), soft_wrap=True, highlight=False, markup=False)
-    write_json(explanation.to_dict(), json_file)
+        out.print(memory_table(account.to_dict()))
+    write_json({**explanation.to_dict(), "memory": account.to_dict()}, json_file)
+
+
+def memory_table(parts: dict[str, int]) -> Table:
+    """Resident bytes by part, as memlm.memory.Account says."""
+    table = Table("memory", "resident")
+    for name, count in parts.items():
+        table.add_row(name.replace("_", " "), megabytes(count))
+    table.add_row("peak", megabytes(sum(parts.values())))
+    return table
 
 
 @app.command()
@@ -243,7 +259,7 @@ def evaluate(
 
 @app.command()
 def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None:
-    """Time a model: loading, prefill, decoding; and its resident memory."""
+    """Time a model: loading, prefill, decoding; and its resident memory by part."""
     from memlm.measure import measure
 
     _set_threads(threads)
@@ -251,8 +267,10 @@ def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None
     if str(json_file) != "-":
         table = Table("measure", "value")
         for name, value in result.items():
-            table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value}")
+            if name != "memory":
+                table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value}")
         out.print(table)
+        out.print(memory_table(result["memory"]))
     write_json(result, json_file)
 
 
