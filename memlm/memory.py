@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ _CLEAR_REFS, _PAGEMAP = Path("/proc/self/clear_refs"), Path("/proc/self/pagemap"
 _FIELDS = {"Rss:": "resident", "Anonymous:": "private"}
 _PRESENT = 63  # the bit of a pagemap entry that says: this page is in RAM
 _ENTRY = 8  # bytes of an entry
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+RETURNED = 128 * 1024  # where glibc's own limit starts
 
 
 @dataclass
@@ -87,6 +90,22 @@ def peak_bytes() -> int:
 def reset_peak() -> None:
     """Lets :func:`peak_bytes` begin anew from what is resident now (proc(5), clear_refs)."""
     _CLEAR_REFS.write_text("5")
+
+
+def return_freed() -> bool:
+    """From now on malloc gives every block of RETURNED bytes or more back to the kernel when it is
+    freed (mallopt(3), M_MMAP_THRESHOLD).  Whether this C library's malloc can (glibc's).
+
+    By default glibc raises that limit to the largest block freed so far, up to 32 MB, and keeps
+    what is freed below it: the holes that tensors of different sizes and lifetimes leave there add
+    tens of percent to a process's memory.  The price is that the kernel clears each new block's
+    pages again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return mallopt(_MMAP_THRESHOLD, RETURNED) == 1
 
 
 def baseline() -> int:
