@@ -133,6 +133,11 @@ def account(base: int, model: nn.Module | None = None, cache: KVCache | None = N
     return Account(**parts, rest=rest, temporary=max(0, peak - resident))
 
 
+def resident_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each once, whose pages are in RAM."""
+    return _present(_split(tensors, [])[0])
+
+
 def file_mapping(path: str | Path) -> Mapping:
     """What /proc/self/smaps says of all mappings of ``path``."""
     wanted, found = str(Path(path).resolve()), Mapping()

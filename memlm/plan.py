@@ -38,10 +38,7 @@ from memlm.models.load import build
 from memlm.ops import mode_for
 from memlm.ops._matmul import GRAD_ROWS
 
-DTYPES = {
-    "float32": torch.float32, "f32": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAIN = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 PARTS = (
@@ -58,7 +55,9 @@ class Settings:
 
     format: of linear layers: ``"float32"``, ``"bfloat16"`` or a packed format (memlm.formats).
     embedding: of embeddings and the head, where linear layers are packed: a packed format, or
-        ``"float32"`` or ``"bfloat16"``, which is then also that of the activations.
+        ``"float"``.
+    dtype: of activations and float tensors, where linear layers are packed: ``"float32"`` or
+        ``"bfloat16"``.
     context: tokens of each of ``batch`` sequences.
     prompt: how many of them are computed at once when a decoder infers, before the others follow
         one by one (None: all).
@@ -72,6 +71,7 @@ class Settings:
     batch: int = 1
     format: str = "float32"
     embedding: str = "int8"
+    dtype: str = "float32"
     prompt: int | None = None
     train: str | None = None
     optimizer: str = "adamw"
@@ -87,16 +87,22 @@ class Settings:
         for name, known in (("train", (None, *TRAIN)), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {known}")
-        for name in ("format", "embedding"):
-            if getattr(self, name) not in DTYPES:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(DTYPES)}")
+        for name, floats in (("format", DTYPES), ("embedding", ("float",))):
+            if getattr(self, name) not in floats:
                 Format.parse(getattr(self, name))
-        if self.train == "full" and self.format not in DTYPES:
+        if self.train == "full" and self.packed:
             raise ValueError(f"format: got {self.format!r}, packed weights are frozen: train lora")
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of activations and of the tensors that are not packed."""
-        return DTYPES.get(self.format) or DTYPES.get(self.embedding) or torch.float32
+    def packed(self) -> bool:
+        return self.format not in DTYPES
+
+    @property
+    def floats(self) -> torch.dtype:
+        """The type of activations and of the tensors that are not packed."""
+        return DTYPES[self.dtype if self.packed else self.format]
 
 
 @dataclass(frozen=True)
@@ -269,17 +275,17 @@ class _Memory:
 
     def __init__(self, model: nn.Module, settings: Settings):
         self.model, self.config, self.settings = model, model.config, settings
-        self.e = settings.dtype.itemsize
+        self.e = settings.floats.itemsize
         self.rows = settings.batch * settings.context
         self.lora = settings.train == "lora"
 
     def _format(self, name: str, module: nn.Module) -> Format | None:
         """The packed format of a layer, as memlm.quantize_ gives it, or None."""
-        if self.settings.format in DTYPES or not isinstance(module, (nn.Linear, nn.Embedding)):
+        if not self.settings.packed or not isinstance(module, (nn.Linear, nn.Embedding)):
             return None
         inner = isinstance(module, nn.Linear) and name != "lm_head"
         spec = self.settings.format if inner else self.settings.embedding
-        return None if spec in DTYPES else Format.parse(spec)
+        return None if spec == "float" else Format.parse(spec)
 
     @cached_property
     def parameters(self) -> list[tuple[int, ...]]:
@@ -451,7 +457,7 @@ class _DecoderMemory(_Memory):
         s, e = self.settings, self.e
         prompt = s.prompt or s.context
         rows = s.batch * prompt
-        packed = s.format not in DTYPES
+        packed = s.packed
         ws = self.layer_workspaces(rows)
         tables = self.rotary(prompt)
         cache = {"kv_cache": self.kv_cache(prompt)}

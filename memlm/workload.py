@@ -18,7 +18,7 @@ from memlm.layers import Linear
 from memlm.models.decoder import Decoder, KVCache
 from memlm.models.encoder import Encoder
 from memlm.models.load import build
-from memlm.plan import DTYPES, Settings
+from memlm.plan import Settings
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -108,7 +108,7 @@ def train(
 def prepare_(model: nn.Module, settings: Settings) -> nn.Module:
     """Adapters and checkpointing as the settings have them."""
     if settings.train == "lora":
-        add_adapters_(model, settings.rank, settings.dtype)
+        add_adapters_(model, settings.rank, settings.floats)
     if settings.train and settings.checkpoint:
         checkpoint_(model)
     return model
@@ -135,18 +135,23 @@ SIZES = {
 FULL = 1024
 
 
+def quantization(settings: Settings) -> QuantConfig:
+    """How the settings pack a model."""
+    embedding = None if settings.embedding == "float" else settings.embedding
+    return QuantConfig(settings.format, embedding, embedding)
+
+
 def warm_up(kind: str, settings: Settings) -> None:
     """The same work on a tiny model of the same ``kind`` (of TINY), of which nothing stays but what
     the libraries keep: pages of code that were read, buffers, imported modules."""
     model = build({**SIZES, **TINY[kind]}).to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    model = model.to(settings.dtype)
-    if settings.format not in DTYPES:
-        embedding = None if settings.embedding in DTYPES else settings.embedding
-        quantize_(model, QuantConfig(settings.format, embedding, embedding))
+    model = model.to(settings.floats)
+    if settings.packed:
+        quantize_(model, quantization(settings))
     run(prepare_(model, settings), replace(settings, batch=2, context=64, prompt=None))
-    square = torch.ones(FULL, FULL, dtype=settings.dtype)
+    square = torch.ones(FULL, FULL, dtype=settings.floats)
     F.linear(square, square)
 
 
