@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_plan [--folder WORK]
 
-Every measurement is a process of its own: it warms up (memlm.workload.warm_up), notes what it takes,
-maps a model, reads all of its weights once, runs the work, and asks the kernel for the peak.
+Every measurement is a process of its own: it warms up (memlm.workload.warm_up), notes what it
+takes, maps a model, reads all of its weights once, runs the work, and asks the kernel for the peak.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def row(case: Case, predicted: plan.Prediction, found: dict, default: dict) -> s
 
     grown = found["peak"] - found["base"]
     kept = default["peak"] - default["base"]
-    cells = [case.model, describe(case), *map(pair, ("weights", "kv_cache", "gradients", "optimizer"))]
+    parts = map(pair, ("weights", "kv_cache", "gradients", "optimizer"))
+    cells = [case.model, describe(case), *parts]
     cells += [predicted.peak, f"{predicted.total / 1e6:,.0f}", f"{grown / 1e6:,.0f}"]
     cells += [f"{predicted.total / grown - 1:+.1%}", f"{found['base'] / 1e6:,.0f}"]
     return "| " + " | ".join([*cells, f"{kept / 1e6:,.0f}"]) + " |"
@@ -228,14 +229,15 @@ def main() -> None:
             default = measure(make(case, work), case.settings, default_malloc=True)
             rows.append(row(case, predicted, found, default))
             print(rows[-1], flush=True)
-    where = f"{limits.cpu_name()} ({cpu.isa()}), torch {torch.__version__}, one thread, MB of 10^6 bytes."
+    where = f"{limits.cpu_name()} ({cpu.isa()}), torch {torch.__version__}, one thread; MB (10^6)."
     page = ROOT / "docs" / "memory.md"
     before, _, rest = page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text(f"{before}{BEGIN}{where}\n\n{HEAD}" + "\n".join(rows) + f"\n{END}{after}")
     config = plan.read_config(data.smollm2_gguf())
     asked = Settings(1024, 4, train="full")
-    advice = plan.recommend(config, asked, 4 * 10**9, ("float32", "bfloat16"), plan.base(config, asked))
+    base = plan.base(config, asked)
+    advice = plan.recommend(config, asked, 4 * 10**9, base=base)
     title = "SmolLM2-135M, full training with AdamW, context 1,024, batch 4"
     picture.draw(advice, title, ROOT / "docs" / "memory.png")
 

@@ -77,8 +77,9 @@ def table(advice: Advice) -> Table:
 
 def conclusion(advice: Advice) -> str:
     if advice.chosen is None:
-        short = size(advice.smallest.total - advice.ram)
-        return f"nothing fits {size(advice.ram)}: the least is {describe(advice.smallest)}, {short} too much"
+        over = size(advice.smallest.total - advice.ram)
+        least = f"the least is {describe(advice.smallest)}, {over} too much"
+        return f"nothing fits {size(advice.ram)}: {least}"
     return f"recommended: {describe(advice.chosen)}"
 
 

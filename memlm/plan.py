@@ -61,8 +61,8 @@ class Settings:
     context: tokens of each of ``batch`` sequences.
     prompt: how many of them are computed at once when a decoder infers, before the others follow
         one by one (None: all).
-    train: None to infer, ``"full"`` to train all weights, ``"lora"`` for adapters of ``rank`` around
-        the frozen linear layers.
+    train: None to infer, ``"full"`` to train all weights, ``"lora"`` for adapters of ``rank``
+        around the frozen linear layers.
     optimizer: ``"adamw"``, ``"sgd"`` (without momentum), ``"adafactor"``, as in torch.optim.
     checkpoint: whether each layer keeps only its input and is computed again for its gradient.
     """
@@ -337,10 +337,10 @@ class _Memory:
 
     @property
     def step(self) -> int:
-        """Temporary tensors of one parameter's step, for the largest: AdamW's and Adafactor's
-        square root and the quotient made of it, which torch computes out of place."""
+        """Temporary tensors of one parameter's step, for the largest: AdamW's square root of the
+        average and the quotient made of it; Adafactor's estimate of the squares."""
         largest = max(math.prod(shape) for shape in self.trained)
-        return {"adamw": 2, "adafactor": 2, "sgd": 0}[self.settings.optimizer] * largest * self.e
+        return {"adamw": 2, "adafactor": 1, "sgd": 0}[self.settings.optimizer] * largest * self.e
 
     def workspace(self, layer: str, module: nn.Module, rows: int) -> int:
         """What a packed layer's kernel copies x to (csrc/cpu/*-inl.h, row_bytes): per number of
@@ -366,38 +366,34 @@ class _Memory:
         """The moments of a step after the first.  Gradients are dropped before it
         (``zero_grad``); from the last layer to the first, activations go and gradients come, so
         what the two take together is largest at one of the ends."""
-        s, layers, e = self.settings, self.config.layers, self.e
-        kept, one = self.saved_outside(), self.saved_by_layer()
-        inputs = self.rows * self.config.hidden_size * e  # what a checkpointed layer keeps
-        each = inputs if s.checkpoint else one
-        again = one if s.checkpoint else 0  # the layer at hand, computed again
-        states = {"optimizer": self.optimizer}
-        inner = sum(_numbers([p.shape]) for p in self.model.layers.parameters()) * e
-        outer = 0 if self.lora else self.gradients - inner
+        layers, one = self.config.layers, self.saved_by_layer()
+        inputs = self.rows * self.config.hidden_size * self.e
+        # A checkpointed layer keeps its input; the one at hand is there in full, computed again.
+        each, again = (inputs, one) if self.settings.checkpoint else (one, 0)
+        head = self.head_gradients()
+        inner = _numbers([p.shape for p in self.model.layers.parameters()]) * self.e
         inner = self.gradients if self.lora else inner
+        activations = layers * each + self.saved_outside()
         moments = {
-            f"loss: {name}": {**states, "activations": layers * each + kept, "logits": logits}
+            f"loss: {name}": {"activations": activations, "logits": logits}
             for name, logits in self.loss_moments().items()
         }
         moments["backward: last layer"] = {
-            **states,
             "activations": layers * each + again,
-            "gradients": self.head_gradients(),
+            "gradients": head,
             "temporary": self.layer_backward(),
         }
         moments["backward: first layer"] = {
-            **states,
             "activations": each + again,
-            "gradients": self.head_gradients() + inner * (layers - 1) // layers,
+            "gradients": head + inner * (layers - 1) // layers,
             "temporary": self.layer_backward(),
         }
         moments["backward: embedding"] = {
-            **states,
-            "gradients": inner + outer,
+            "gradients": self.gradients,
             "temporary": inputs + (0 if self.lora else self.embedding_backward()),
         }
-        moments["step"] = {**states, "gradients": inner + outer, "temporary": self.step}
-        return moments
+        moments["step"] = {"gradients": self.gradients, "temporary": self.step}
+        return {name: {"optimizer": self.optimizer, **parts} for name, parts in moments.items()}
 
     def down_backward(self) -> int:
         """Around a frozen down_proj: the gradients of its input by way of the adapter and of the
@@ -473,8 +469,9 @@ class _DecoderMemory(_Memory):
         # Each head's log-sum-exp (f32), which flash attention returns.
         attention += self.config.heads * rows * F32
         # x and the attention's result.  Packed: the gated numbers, in the second product with
-        # its result.  Float: the normalised x, gate and up, silu(gate), and its product with up.
-        if packed:
+        # its result.  Float, or of a width that decoder.linear does not fuse: the normalised x,
+        # gate and up, silu(gate), and its product with up.
+        if packed and self.inner % formats.TILE_ROWS == 0:
             gating = (2 * self.hidden + self.inner) * rows * e
             mlp = max(gating + ws["gate_up_proj"],
                       gating + self.hidden * rows * e + ws["down_proj"])  # fmt: skip

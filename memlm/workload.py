@@ -130,8 +130,8 @@ SIZES = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-# Rows and columns of a product large enough for MKL's and oneDNN's packing buffers, which they keep,
-# to reach their size.
+# Rows and columns of a product large enough for the packing buffers that MKL and oneDNN keep to
+# reach their size.
 FULL = 1024
 
 
