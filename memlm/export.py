@@ -13,7 +13,7 @@ from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, open_checkpoint
 from memlm.io.files import temporary_folder
 from memlm.io.packed_folder import CONFIG_FILE, WEIGHTS_FILE, copy_others, move_model
-from memlm.models.load import build, check_names, read_tensor
+from memlm.models.load import build_for, check_names, read_tensor
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KINDS = (*FLOATS, "gguf", "compressed-tensors")
@@ -56,7 +56,7 @@ def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progres
 def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
     """Hugging Face's name -> shape of every tensor of the model, and the prefix that the checkpoint's
     names have before these."""
-    model = build(checkpoint.config)
+    model = build_for(checkpoint)
     prefix = check_names(model, checkpoint)
     shapes = {}
     for name, sources in model.hf_tensors().items():
@@ -95,7 +95,7 @@ def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progr
 def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, progress) -> dict:
     from memlm.io import compressed_tensors
 
-    model = build(checkpoint.config)
+    model = build_for(checkpoint)
     embeddings = {
         source.removesuffix(".weight")
         for name, sources in model.hf_tensors().items()

@@ -31,7 +31,7 @@ from memlm.io.packed_folder import (
 )  # fmt: skip
 from memlm.layers import Embedding, Linear
 from memlm.models.decoder import Decoder
-from memlm.models.load import FLOATS, build, check_names, read_tensor
+from memlm.models.load import FLOATS, build_for, check_names, read_tensor
 from memlm.ops import mode_for
 from memlm.quantize import quantize_weight
 
@@ -135,7 +135,7 @@ _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str, str | None]:
     """What to write, the prefix of the checkpoint's names, and the module of an embedding that the
     head is tied to."""
-    model = build(checkpoint.config)
+    model = build_for(checkpoint)
     prefix = check_names(model, checkpoint)
     jobs, layers, tied = [], [], None
     for name, sources in model.hf_tensors().items():

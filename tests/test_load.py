@@ -120,6 +120,12 @@ def test_progress(source):
     assert "layers.0.attention.qkv_proj.weight" in {name for _, _, name in seen}
 
 
+def test_more_layers_than_tensors_are_not_built(source):
+    tiny.edit_config(source, num_hidden_layers=4000)
+    with pytest.raises(memlm.FormatError, match="4000 layers, but 21 tensors"):
+        memlm.load(source)
+
+
 def swap_rows(tensors):
     """q with v's rows and v with q's: together they have the right number."""
     q, v = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight"

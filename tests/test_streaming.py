@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import memlm
-from memlm import streaming
+from memlm import data, streaming
 from memlm.io import safetensors
 
 from . import tiny, tiny_gguf
@@ -127,6 +127,49 @@ def test_a_packed_folder_keeps_its_codes(source, tmp_path):
     memlm.quantize_files(source, tmp_path / "a")
     memlm.quantize_files(tmp_path / "a", tmp_path / "b", "int8")
     assert files_of(tmp_path / "a")[WEIGHTS] == files_of(tmp_path / "b")[WEIGHTS]
+
+
+PEAK = """
+import resource, sys, torch, memlm
+from memlm import quantize_files
+torch.set_num_threads(1)
+memlm.quantize_weight(torch.ones(32, 32), "int4")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize_files(sys.argv[1], sys.argv[2], memlm.QuantConfig("int4", "int8"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def grown(source, target):
+    """By how many bytes the peak of a process grows that quantises."""
+    command = [sys.executable, "-c", PEAK, str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024
+
+
+def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
+    """Four times the layers take no more of it; what is mapped counts."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16384}
+    peaks = []
+    for layers in (4, 16):
+        folder = tmp_path / str(layers)
+        tiny.llama(folder, tie_word_embeddings=True, num_hidden_layers=layers, **sizes)
+        peaks.append(grown(folder, tmp_path / f"packed-{layers}"))
+    largest, model = 16384 * 512 * 4, (tmp_path / "16" / WEIGHTS).stat().st_size
+    assert model > 250e6
+    assert max(peaks) < 2 * largest + 16e6 and peaks[1] < peaks[0] + 16e6
+
+
+@pytest.mark.models
+def test_smollm2_gguf(tmp_path):
+    """All of the file's codes, in little memory."""
+    assert grown(data.smollm2_gguf(), tmp_path / "packed") < 125e6
+    model = memlm.load(tmp_path / "packed")
+    formats = [str(m.format) for m in model.modules() if hasattr(m, "format")]
+    assert sorted(set(formats)) == ["int4a-g32", "int8-g32"] and len(formats) == 122
+    exact, stored = memlm.load(data.smollm2_gguf(), dequantize=True), memlm.load(tmp_path / "packed", dequantize=True)
+    for name, parameter in exact.named_parameters():
+        assert torch.equal(parameter, stored.get_parameter(name)), name
 
 
 KILLED = """

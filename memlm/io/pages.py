@@ -7,7 +7,7 @@
     huge        a copy in this process's own memory, in pages of 2 MB: fewer address translations,
                 prefetching that runs on where a 4 KB page ends; private memory, and a copy to wait for
 
-docs/memory-mapping.md has what each costs and gives.
+docs/files.md has what each costs and gives.
 """
 
 from __future__ import annotations

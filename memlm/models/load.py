@@ -106,6 +106,15 @@ def load(
     return model.eval()
 
 
+def build_for(checkpoint: Checkpoint) -> Decoder | Encoder:
+    """As :func:`build`, for the checkpoint's config.  A config of more layers than the checkpoint has
+    tensors is refused before they are built."""
+    layers, tensors = checkpoint.config.get("num_hidden_layers"), len(checkpoint.names())
+    if isinstance(layers, int) and layers > tensors:
+        raise FormatError(f"{checkpoint.path}: {layers} layers, but {tensors} tensors")
+    return build(checkpoint.config)
+
+
 def check_names(model: Decoder | Encoder, checkpoint: Checkpoint) -> str:
     """The prefix that the checkpoint's tensor names have before those of ``model.hf_tensors()``.
 
@@ -145,7 +154,7 @@ def read_tensor(
 
 
 def _assemble(checkpoint: Checkpoint, dtype, dequantize: bool, progress) -> Decoder | Encoder:
-    model = build(checkpoint.config)
+    model = build_for(checkpoint)
     prefix, wanted = check_names(model, checkpoint), model.hf_tensors()
     state: dict[str, torch.Tensor] = {}
     packed: dict[str, list[torch.Tensor | PackedTensor]] = {}  # by module
