@@ -179,13 +179,29 @@ def export(
 
 @app.command()
 def info(model: Model, json_file: Json = None) -> None:
-    """List a model's layers: kernel, instruction set, bytes, and what is not packed and why."""
+    """List a model's layers: kernel, instruction set, bytes, and what is not packed and why; and
+    what memory this process takes with the model loaded."""
     import memlm
+    from memlm import memory
 
-    explanation = memlm.explain(memlm.load(resolve(model)))
+    explain, load = memlm.explain, memlm.load  # imported now: the baseline holds their memory
+    base = memory.baseline()
+    memory.reset_peak()
+    loaded = load(resolve(model))
+    explanation, account = explain(loaded), memory.account(base, loaded)
     if str(json_file) != "-":
         out.print(str(explanation), soft_wrap=True, highlight=False, markup=False)
-    write_json(explanation.to_dict(), json_file)
+        out.print(memory_table(account.to_dict()))
+    write_json({**explanation.to_dict(), "memory": account.to_dict()}, json_file)
+
+
+def memory_table(parts: dict[str, int]) -> Table:
+    """Resident bytes by part, as memlm.memory.Account says."""
+    table = Table("memory", "resident")
+    for name, count in parts.items():
+        table.add_row(name.replace("_", " "), megabytes(count))
+    table.add_row("peak", megabytes(sum(parts.values())))
+    return table
 
 
 @app.command()
@@ -284,7 +300,7 @@ def evaluate(
 
 @app.command()
 def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None:
-    """Time a model: loading, prefill, decoding; and its resident memory."""
+    """Time a model: loading, prefill, decoding; and its resident memory by part."""
     from memlm.measure import measure
 
     _set_threads(threads)
@@ -292,9 +308,68 @@ def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None
     if str(json_file) != "-":
         table = Table("measure", "value")
         for name, value in result.items():
-            table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value}")
+            if name != "memory":
+                table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value}")
         out.print(table)
+        out.print(memory_table(result["memory"]))
     write_json(result, json_file)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model folder, a config.json, a GGUF file, 'smollm2' / 'minilm', or numbers "
+            "under Hugging Face's names: hidden_size=2048,num_hidden_layers=22,..."
+        ),
+    ],
+    ram: Annotated[str, typer.Option(help="What must suffice: 8GB, 512MB, 16GiB.")] = "8GB",
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[
+        Optional[int], typer.Option(help="Tokens computed at once, of the context (default: all).")
+    ] = None,
+    formats: Annotated[
+        Optional[list[str]],
+        typer.Option("--format", help="Considered, the most wanted first; several times."),
+    ] = None,
+    embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
+    dtype: Annotated[
+        str, typer.Option(help="Of packed models' activations: float32, bfloat16.")
+    ] = "float32",
+    train: Annotated[
+        Optional[str], typer.Option(help="'full' or 'lora' (default: inference).")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd, adafactor.")] = "adamw",
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 16,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw it to this image.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Predict a model's peak memory by part, before anything is loaded, and recommend settings."""
+    from memlm import picture
+    from memlm import plan as planner
+
+    known = model in ("smollm2", "minilm") and not Path(model).exists()
+    config = planner.read_config(resolve(model) if known else model)
+    packable = [f for f in planner.FORMATS if train != "full" or f in planner.DTYPES]
+    formats = formats or packable
+    settings = planner.Settings(
+        context, batch, formats[0], embedding, dtype, prompt, train, optimizer, rank=rank
+    )
+    limit = planner.parse_bytes(ram)
+    planner.recommend(config, settings, limit, formats)  # refuses before anything is measured
+    base = planner.base(config, settings)
+    advice = planner.recommend(config, settings, limit, formats, base)
+    work = f"{train} training with {optimizer}" if train else "inference"
+    title = f"{model}: {work}, context {context:,}, batch {batch}"
+    if str(json_file) != "-":
+        out.print(title, highlight=False)
+        out.print(picture.table(advice))
+        out.print(picture.conclusion(advice), highlight=False)
+    if plot:
+        picture.draw(advice, title, plot)
+    write_json(advice.to_dict(), json_file)
 
 
 @app.command()

@@ -61,8 +61,8 @@ from memlm.errors import FormatError
 
 __all__ = [
     "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
-    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "layout", "pack",
-    "split_rows", "stack_rows", "unpack", "values",
+    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "joined", "layout",
+    "pack", "split_rows", "stack_rows", "unpack", "values",
 ]  # fmt: skip
 
 SCALE_DTYPES = (torch.float16, torch.float32)
@@ -232,11 +232,11 @@ def stack_rows(parts: Sequence[Packed]) -> Packed:
         columns = zip(*(unpack(part) for part in parts))
         q, scales, offsets = (None if c[0] is None else torch.cat(c) for c in columns)
         return pack(q, scales, offsets, first.format)
-    joined = {name: _joined([part.tensors()[name] for part in parts]) for name in first.tensors()}
-    return Packed(first.format, n, first.k, **joined)
+    whole = {name: joined([part.tensors()[name] for part in parts]) for name in first.tensors()}
+    return Packed(first.format, n, first.k, **whole)
 
 
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Along the first dimension: a view where they are neighbours in memory."""
     first, ends = tensors[0], [t.data_ptr() + t.nbytes for t in tensors]
     storages = {t.untyped_storage().data_ptr() for t in tensors}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import memlm
-from memlm.memory import resident_bytes
+from memlm import memory
 from memlm.models.decoder import Decoder
 from memlm.models.generate import generate
 
@@ -21,11 +21,13 @@ PREFILL_TOKENS, DECODE_TOKENS, DECODE_PROMPT, REPEATS = 512, 64, 32, 3
 class Speed:
     """``load_s``: seconds until the model is ready (files in the page cache); ``resident_bytes``:
     by how much this process's resident memory grew from before loading to after running (mapped
-    weights, KV cache, temporary buffers); tokens per second of ``prefill_tokens`` at once and of
-    decoding one by one, each the median."""
+    weights, KV cache, what malloc holds back); ``memory``: all of it by part, at the end, with the
+    KV cache of ``prefill_tokens`` tokens (:class:`memlm.memory.Account`); tokens per second of
+    ``prefill_tokens`` at once and of decoding one by one, each the median."""
 
     load_s: float
     resident_bytes: int
+    memory: dict[str, int]
     prefill_tokens: int
     prefill_tps: float
     decode_tps: float
@@ -41,7 +43,8 @@ def measure(path: str | Path, dtype: torch.dtype | None = None) -> Speed:
 
     Raises TypeError for a model that is no decoder.
     """
-    before = resident_bytes()
+    before, base = memory.resident_bytes(), memory.baseline()
+    memory.reset_peak()
     start = time.perf_counter()
     model = memlm.load(path, dtype)
     load_s = time.perf_counter() - start
@@ -61,9 +64,14 @@ def measure(path: str | Path, dtype: torch.dtype | None = None) -> Speed:
         for _ in generate(model, ids[0, :DECODE_PROMPT].tolist(), DECODE_TOKENS + 1)
     ]
     steps = [b - a for a, b in zip(stamps, stamps[1:])]
+    resident = memory.resident_bytes() - before
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(ids, cache, last_only=True)
     return Speed(
         load_s=load_s,
-        resident_bytes=resident_bytes() - before,
+        resident_bytes=resident,
+        memory=memory.account(base, model, cache).to_dict(),
         prefill_tokens=length,
         prefill_tps=length / statistics.median(prefill[1:]),
         decode_tps=1 / statistics.median(steps),

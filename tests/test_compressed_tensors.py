@@ -163,6 +163,17 @@ def test_tails(tmp_path, bits, group, n, k, symmetric):
         assert_exact(folder.packed("m.weight"), codes, scales, zeros, g_idx)
 
 
+def test_zero_points_as_they_are(tmp_path):
+    """int8, as the library's versions before 0.9.4 have them."""
+    codes, scales, zeros = matrix(4, 24, 64, 2, symmetric=False)
+    tensors = stored(4, codes, scales)
+    tensors["m.weight_zero_point"] = zeros.view(torch.int8) - 8
+    folder = open_folder(tmp_path, config(scheme(symmetric=False)), tensors)
+    g_idx = torch.arange(64) // 32
+    assert_dequantised(folder.tensor("m.weight"), codes, scales, zeros, g_idx)
+    assert_exact(folder.packed("m.weight"), codes, scales, zeros, g_idx)
+
+
 def test_chunks(tmp_path, monkeypatch):
     """Rows are unpacked some at a time: here 16, the last 5."""
     monkeypatch.setattr("memlm.io.quantized._CHUNK", 1)
@@ -256,8 +267,6 @@ def test_several_schemes_are_told_apart_by_shape(tmp_path):
         ({"quant_method": ["gptq"]}, "quant_method .* is not read"),
         ({"format": "float-quantized"}, "format is 'float-quantized'"),
         ({"format": None}, "format is None"),
-        ({"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
-        ({"quantization_status": None}, "quantization_status is None"),
         ({"ignore": "lm_head"}, "ignore is 'lm_head'"),
         ({"ignore": [["lm_head"]]}, "ignore is"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
@@ -268,6 +277,8 @@ def test_several_schemes_are_told_apart_by_shape(tmp_path):
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, "weights is None"),
         ({"config_groups": {"a": {"targets": [7], "weights": {}}}}, "targets is"),
         ({"config_groups": {"a": {"format": "dense", "weights": {}}}}, "format is 'dense'"),
+        ({"config_groups": {f"{g}": {"weights": {"group_size": g}} for g in range(1, 102)}},
+         "101 different schemes"),
     ],
 )  # fmt: skip
 def test_configs_that_are_refused(tmp_path, changes, message):
@@ -316,6 +327,7 @@ SMALL = {
         ("weight_scale", torch.tensor([[1.0, float("-inf")]] * 8)),
         ("weight_zero_point", None),
         ("weight_zero_point", torch.zeros(1, 2, dtype=torch.int8)),
+        ("weight_zero_point", torch.zeros(8, 2, dtype=torch.uint8)),
         ("weight_zero_point", torch.zeros(8, 2, dtype=torch.int32)),
         ("weight_shape", None),
         ("weight_shape", torch.tensor([8, 64, 1])),
@@ -498,6 +510,27 @@ def test_transformers_loads_what_is_written(tmp_path, tied, kinds):
             layer.mode = "accurate"
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_transformers_dequantises_what_is_written(tmp_path):
+    """Asymmetric matrices of one scheme, as every version of the library can load them."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = tiny.llama(tmp_path / "float", intermediate_size=128)
+    stored = {
+        name: PackedTensor(packed_matrix("int4a-g32", *t.shape)) if "proj" in name else t
+        for name, t in model.state_dict().items()
+    }
+    memory = Memory(json.loads((tmp_path / "float" / "config.json").read_text()), stored)
+    compressed_tensors.write(tmp_path, memory)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    ids = torch.randint(256, (2, 20), generator=torch.manual_seed(1))
+    model.load_state_dict({name: memory.tensor(name) for name in stored})
+    assert torch.equal(tiny.logits(theirs, ids), tiny.logits(model, ids))
 
 
 def test_offsets_that_are_no_zero_points_are_refused(tmp_path):

@@ -297,6 +297,9 @@ def test_fused_layers_are_mapped_as_one(tmp_path):
     model = memlm.load(tmp_path / "packed")
     storages = {b.untyped_storage().data_ptr() for n, b in model.named_buffers() if "codes" in n}
     assert len(storages) == 1
+    memlm.save(memlm.load(tmp_path / "source"), tmp_path / "float")
+    floats = memlm.load(tmp_path / "float").parameters()
+    assert len({p.untyped_storage().data_ptr() for p in floats}) == 1
     rewritten = tmp_path / "again"
     memlm.save(model, rewritten)
     assert (rewritten / WEIGHTS).read_bytes() == (tmp_path / "packed" / WEIGHTS).read_bytes()

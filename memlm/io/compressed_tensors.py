@@ -7,7 +7,7 @@ A quantised module has, in place of ``weight [n, k]``,
                         the first in the lowest bits (:mod:`memlm.io.bits`)
     weight_scale        [n, groups] in f16, bf16 or f32; [n, 1] per channel, [1] per tensor
     weight_zero_point   int32 [n / (32 / bits), groups], rounded up: zero points like codes, along
-                        n; asymmetric only
+                        n; or int8 [n, groups], as they are; asymmetric only
     weight_shape        int [2]: n, k
     weight_g_idx        int32 [k]: the group of each column, where they were ordered by activation;
                         -1 throughout: they were not
@@ -83,7 +83,6 @@ class CompressedTensors(QuantizedFolder):
         super().__init__(folder)
         config = folder.config["quantization_config"]
         # What would change the weights, or what they are multiplied by, if it went unnoticed.
-        self._setting(config, "quantization_status", ("compressed",))
         for key in ("sparsity_config", "transform_config"):
             value = config.get(key)
             if value and not (isinstance(value, dict) and value.get("format") == "dense"):
@@ -94,7 +93,7 @@ class CompressedTensors(QuantizedFolder):
             raise self._error(
                 f"quantization_config: config_groups is {groups!r:.80}; expected objects by name"
             )
-        self._schemes = {self._scheme(config, group) for group in groups.values()}
+        self._schemes = self._few({self._scheme(config, group) for group in groups.values()})
 
     def _strings(self, config: dict, key: str) -> None:
         value = config.get(key)
@@ -157,9 +156,11 @@ class CompressedTensors(QuantizedFolder):
             scales = scales.expand(n, 1)
         zeros = torch.tensor(1 << bits - 1).expand(n, groups)
         if not scheme.symmetric:
-            zeros = self._part(module, "weight_zero_point", 2, torch.int32)
-            self._check_shape(module, "weight_zero_point", zeros, words.words(n, bits), groups)
-            zeros = words.unpack(zeros.T, bits, n).T
+            stored = self._part(module, "weight_zero_point", 2, torch.int32, torch.int8)
+            packs = stored.dtype == torch.int32  # since version 0.9.4
+            rows = words.words(n, bits) if packs else n
+            self._check_shape(module, "weight_zero_point", stored, rows, groups)
+            zeros = words.unpack(stored.T, bits, n).T if packs else stored + zeros
         g_idx = None
         if "weight_g_idx" in has:
             g_idx = self._part(module, "weight_g_idx", 1, torch.int32, torch.int64)
@@ -167,10 +168,10 @@ class CompressedTensors(QuantizedFolder):
         elif scheme.ordered:
             raise self._error(f"{module}.weight_g_idx: is missing, and actorder is set")
 
-        def rows(start: int, stop: int) -> torch.Tensor:
+        def codes(start: int, stop: int) -> torch.Tensor:
             return words.unpack(packed[start:stop], bits, k)
 
-        return Matrix(n, k, bits, group, rows, scales, zeros, g_idx)
+        return Matrix(n, k, bits, group, codes, scales, zeros, g_idx)
 
     def _scheme_of(
         self, module: str, n: int, k: int, packed: torch.Tensor, scales: torch.Tensor
@@ -210,7 +211,9 @@ def write(
 
     Matrices that the checkpoint holds in codes keep them, and their scales; one tensor is in memory
     at a time.  transformers turns scales into the config's ``dtype`` when it loads them: what it
-    computes with is to the bit this library's for ``float32``.
+    computes with is to the bit this library's for ``float32``.  With compressed-tensors 0.18 to
+    0.20 it loads asymmetric matrices with ``CompressedTensorsConfig(dequantize=True)`` only, and
+    that where all are of one scheme; with 0.16 and 0.17 any.
 
     names, prefix: the tensors to write; the checkpoint has ``prefix`` before each.  None: all.
     floats: modules whose weight is dequantised, to the config's ``dtype``: embeddings must be,

@@ -54,12 +54,13 @@ class GPTQ(QuantizedFolder):
             raise self._error(
                 f"quantization_config: dynamic is {dynamic!r:.80}; expected objects by pattern"
             )
-        self._schemes = set()
+        schemes = set()
         for overrides in ({}, *dynamic.values()):
             settings = {**config, **overrides}
             self._setting(settings, "pack_dtype", ("int32",), "int32")
             bits = self._setting(settings, "bits", _BITS)
-            self._schemes.add((bits, self._group_size(settings, DEFAULT_GROUP)))
+            schemes.add((bits, self._group_size(settings, DEFAULT_GROUP)))
+        self._schemes = self._few(schemes)
 
     def _matrix(self, module: str) -> Matrix:
         qweight = self._part(module, "qweight", 2, torch.int32)

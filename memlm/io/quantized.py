@@ -21,6 +21,7 @@ from memlm.io.huggingface import Folder
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEFAULT_GROUP = 128  # of GPTQ and AWQ configs that name none, as transformers has it
+_MAX_SCHEMES = 100
 _CHUNK = 1 << 22  # weights unpacked at a time: 4 MB of codes, and a few such temporaries
 
 
@@ -253,6 +254,15 @@ class QuantizedFolder:
                 "and -1"
             )
         return None if value == -1 else value
+
+    def _few(self, schemes: set) -> set:
+        """Each module is compared with all of them."""
+        if len(schemes) > _MAX_SCHEMES:
+            raise self._error(
+                f"quantization_config: {len(schemes)} different schemes; at most {_MAX_SCHEMES} "
+                "are read"
+            )
+        return schemes
 
     def _part(
         self, module: str, part: str, dims: int | None, *dtypes: torch.dtype

@@ -149,11 +149,14 @@ class KVCache:
         """Counts the tokens that every layer has appended."""
         self.length += tokens
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The storage: keys and values of all layers so far, filled or not."""
+        return [t for t in (*self._keys, *self._values) if t is not None]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the storage, filled or not."""
-        stores = [t for t in (*self._keys, *self._values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in stores)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
 class Rotary(nn.Module):

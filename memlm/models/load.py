@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from memlm.convert import memory_of, spec_of
 from memlm.errors import FormatError
-from memlm.formats import split_rows, stack_rows
+from memlm.formats import joined, split_rows, stack_rows
 from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.packed_folder import (
@@ -158,7 +158,7 @@ def _assemble(checkpoint: Checkpoint, dtype, dequantize: bool, progress) -> Deco
         if any(isinstance(part, PackedTensor) for part in parts):
             packed[name.removesuffix(".weight")] = parts
         else:
-            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+            tensor = joined(parts)
             state[name] = tensor.to(dtype) if dtype else tensor
         if progress:
             progress(done, len(wanted), name)

@@ -111,3 +111,5 @@ inline float reduce_add_ps(__m512 x) {
 #define _mm512_reduce_max_epi32 halves::reduce_max_epi32
 #define _mm512_reduce_add_ps halves::reduce_add_ps
 #define _mm512_cvtne2ps_pbh halves::cvtne2ps_pbh
+#define _mm512_shuffle_f32x4(x, y, quarters) \
+  _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(x), _mm512_castps_si512(y), quarters))
