@@ -107,6 +107,15 @@ def test_other_architectures_biases_and_formats(tmp_path):
     assert torch.equal(tiny.logits(back, IDS), tiny.logits(gpt2, IDS))
 
 
+def test_shards(llama, tmp_path):
+    model, _ = llama
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.equal(tiny.logits(back, IDS), tiny.logits(model, IDS))
+    assert torch.equal(memlm.load(tmp_path / "shards").lm_head.codes, model.lm_head.codes)
+
+
 def test_columns_in_an_order_of_their_own(llama, tmp_path):
     model, _ = llama
     mlp = model.model.layers[0].mlp
@@ -175,16 +184,19 @@ def _range_of(file: Path) -> tuple[int, int]:
     return min(ends), max(ends)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, {"linear": "int8", "targets": {"re:.*up": "int2"}}])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_float_folder_is_quantised_while_it_loads(tmp_path, tied):
+def test_a_float_folder_is_quantised_while_it_loads(tmp_path, tied, settings):
     model = tiny.llama(tmp_path / "float", tie_word_embeddings=tied)
-    config = memlm.hf.MemlmConfig(**SETTINGS)
+    config = memlm.hf.MemlmConfig(**settings)
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", quantization_config=config, output_loading_info=True
     )
     assert not any(info.values())
-    memlm.quantize_(model, CONFIG)
-    assert (loaded.lm_head.codes is loaded.model.embed_tokens.codes) is tied
+    memlm.quantize_(model, QuantConfig(**settings))
+    part = "codes" if isinstance(loaded.lm_head, Linear) else "weight"
+    head, embedding = loaded.lm_head, loaded.model.embed_tokens
+    assert (getattr(head, part) is getattr(embedding, part)) is tied
     assert torch.equal(tiny.logits(loaded, IDS), tiny.logits(model, IDS))
     loaded.save_pretrained(tmp_path / "loaded")
     model.save_pretrained(tmp_path / "packed")
