@@ -178,6 +178,19 @@ def export(
 
 
 @app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A packed memlm folder.")]) -> None:
+    """Compare the bytes of a folder's weights with the checksums that were written with them."""
+    from memlm.io import safetensors
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: has no safetensors files")
+    for file in files:
+        state = "as written" if safetensors.verify(file) else "has no checksum"
+        out.print(f"{file}: {state}", highlight=False)
+
+
+@app.command()
 def info(model: Model, json_file: Json = None) -> None:
     """List a model's layers: kernel, instruction set, bytes, and what is not packed and why; and
     what memory this process takes with the model loaded."""

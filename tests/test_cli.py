@@ -66,6 +66,25 @@ def test_quantize_layers_that_differ(source, tmp_path):
         run("quantize", source, tmp_path / "x", "--target", "int8")
 
 
+def test_export(packed, source, tmp_path):
+    result = run_json("export", packed, tmp_path / "out", "--to", "f32")
+    assert result["files"]["model.safetensors"] > (packed / "model.safetensors").stat().st_size
+    assert "MB" in run("export", packed, tmp_path / "half", "--to", "bf16")
+    assert memlm.load(tmp_path / "half").norm.weight.dtype == torch.bfloat16
+
+
+def test_verify(packed, source, tmp_path):
+    assert "as written" in run("verify", packed)
+    assert "has no checksum" in run("verify", source)
+    data = bytearray((packed / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(memlm.FormatError, match="damaged"):
+        run("verify", tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no safetensors files"):
+        run("verify", tmp_path.parent)
+
+
 def test_info(source, packed):
     text = run("info", packed)
     assert "layers.0.attention.qkv_proj" in text and "int4a-g32" in text and memlm.isa() in text
