@@ -13,7 +13,7 @@ from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, open_checkpoint
 from memlm.io.files import temporary_folder
 from memlm.io.packed_folder import CONFIG_FILE, WEIGHTS_FILE, copy_others, move_model
-from memlm.models.load import build_for, check_names, read_tensor
+from memlm.models.load import build_for, check_names, other_tensors, read_tensor
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KINDS = (*FLOATS, "gguf", "compressed-tensors")
@@ -43,38 +43,37 @@ def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progres
     if dst.exists():
         raise FileExistsError(f"{dst}: exists already")
     checkpoint = open_checkpoint(src)
-    shapes, prefix = shapes_of(checkpoint)
+    shapes = shapes_of(checkpoint)
     if to == "gguf":
         from memlm.io.gguf_writer import write_gguf
 
-        return write_gguf(checkpoint, shapes, prefix, dst, progress)
+        return write_gguf(checkpoint, shapes, dst, progress)
     if to == "compressed-tensors":
-        return _compressed_tensors(checkpoint, shapes, prefix, dst, progress)
-    return _floats(checkpoint, shapes, prefix, dst, FLOATS[to], progress)
+        return _compressed_tensors(checkpoint, shapes, dst, progress)
+    return _floats(checkpoint, shapes, dst, FLOATS[to], progress)
 
 
-def shapes_of(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Hugging Face's name -> shape of every tensor of the model, and the prefix that the checkpoint's
-    names have before these."""
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's name -> shape of every tensor of the model."""
     model = build_for(checkpoint)
     prefix = check_names(model, checkpoint)
     shapes = {}
     for name, sources in model.hf_tensors().items():
         columns = tuple(model.get_parameter(name).shape[1:])
-        shapes |= {source: (rows, *columns) for source, rows in sources.items()}
-    return shapes, prefix
+        shapes |= {prefix + source: (rows, *columns) for source, rows in sources.items()}
+    return shapes | other_tensors(model, checkpoint, prefix)
 
 
-def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progress) -> dict:
+def _floats(checkpoint: Checkpoint, shapes, dst: Path, dtype, progress) -> dict:
     done, rounded = 0, []
 
     def read(name: str) -> torch.Tensor:
         nonlocal done
-        tensor = read_tensor(checkpoint, prefix + name, shapes[name], dequantize=True)
+        tensor = read_tensor(checkpoint, name, shapes[name], dequantize=True)
         made = tensor.to(dtype)
         if made is not tensor and not torch.equal(made.to(tensor.dtype), tensor):
             rounded.append(name)
-        checkpoint.release(prefix + name)
+        checkpoint.release(name)
         done += 1
         if progress:
             progress(done, len(shapes), name)
@@ -92,12 +91,13 @@ def _floats(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, dtype, progr
     return {"files": files, "rounded": rounded}
 
 
-def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, progress) -> dict:
+def _compressed_tensors(checkpoint: Checkpoint, shapes, dst: Path, progress) -> dict:
     from memlm.io import compressed_tensors
 
     model = build_for(checkpoint)
+    prefix = check_names(model, checkpoint)
     embeddings = {
-        source.removesuffix(".weight")
+        prefix + source.removesuffix(".weight")
         for name, sources in model.hf_tensors().items()
         for source in sources
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
@@ -106,6 +106,6 @@ def _compressed_tensors(checkpoint: Checkpoint, shapes, prefix: str, dst: Path, 
     with temporary_folder(dst.parent) as temporary:
         copy_others(checkpoint, temporary)
         rounded = compressed_tensors.write(
-            temporary, checkpoint, shapes, prefix, embeddings, progress=progress
+            temporary, checkpoint, shapes, floats=embeddings, progress=progress
         )
         return {"files": move_model(temporary, dst), "rounded": rounded}

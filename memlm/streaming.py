@@ -31,7 +31,7 @@ from memlm.io.packed_folder import (
 )  # fmt: skip
 from memlm.layers import Embedding, Linear
 from memlm.models.decoder import Decoder
-from memlm.models.load import FLOATS, build_for, check_names, read_tensor
+from memlm.models.load import FLOATS, build_for, check_names, other_tensors, read_tensor
 from memlm.ops import mode_for
 from memlm.quantize import quantize_weight
 
@@ -80,7 +80,7 @@ def quantize_files(
         raise ValueError(f"dst: {dst} lies inside src, {src}")
     check_target(dst)
     checkpoint = open_checkpoint(src)
-    jobs, prefix, tied = _plan(checkpoint, config)
+    jobs, tied = _plan(checkpoint, config)
     existed = dst.exists()
     dst.mkdir(parents=True, exist_ok=True)
     partial = _Partial(dst / _PARTIAL, _fingerprint(src, config, requantize))
@@ -90,9 +90,9 @@ def quantize_files(
             ahead = jobs[i + 1] if i + 1 < len(jobs) else None
             done = partial.take(i)
             if done is None:
-                done = _make(checkpoint, prefix, job, config, requantize, ahead)
+                done = _make(checkpoint, job, config, requantize, ahead)
                 partial.put(i, *done)
-                checkpoint.release(prefix + job.name)
+                checkpoint.release(job.name)
             spec, float_dtype = done[1]["spec"], done[1]["dtype"]
             if spec:
                 specs[job.module] = spec
@@ -132,9 +132,8 @@ def quantize_files(
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
-def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str, str | None]:
-    """What to write, the prefix of the checkpoint's names, and the module of an embedding that the
-    head is tied to."""
+def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str | None]:
+    """What to write, and the module of an embedding that the head is tied to."""
     model = build_for(checkpoint)
     prefix = check_names(model, checkpoint)
     jobs, layers, tied = [], [], None
@@ -144,6 +143,7 @@ def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str,
         packable = leaf == "weight" and isinstance(layer, (nn.Linear, nn.Embedding))
         role = "embedding" if isinstance(layer, nn.Embedding) else "head" if own == "lm_head" else "linear"
         for source, rows in sources.items():
+            source = prefix + source
             module, format = source.removesuffix(".weight") if packable else None, None
             if packable:
                 layers.append((module, type(layer).__name__))
@@ -155,22 +155,24 @@ def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str,
     if tied is not None:
         layers.append(("lm_head", "Linear"))
     config.check_patterns(layers)
-    return jobs, prefix, tied
+    for name, shape in other_tensors(model, checkpoint, prefix).items():
+        jobs.append(_Job(name, shape, None, nn.Module, None, False))
+    return jobs, tied
 
 
 def _make(
-    checkpoint: Checkpoint, prefix: str, job: _Job, config: QuantConfig, requantize: bool, ahead
+    checkpoint: Checkpoint, job: _Job, config: QuantConfig, requantize: bool, ahead
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """One job's tensors as the file names them, and what is to be known of them."""
-    source = read_tensor(checkpoint, prefix + job.name, job.shape, dequantize=requantize)
+    source = read_tensor(checkpoint, job.name, job.shape, dequantize=requantize)
     if ahead is not None:
-        checkpoint.read_ahead(prefix + ahead.name)
+        checkpoint.read_ahead(ahead.name)
     stored = source if isinstance(source, PackedTensor) else None
     if stored is None and job.format is not None:
         try:
             stored = PackedTensor(quantize_weight(source, job.format))
         except ValueError as error:
-            raise ValueError(f"{prefix + job.name}: {error}") from None
+            raise ValueError(f"{job.name}: {error}") from None
     if stored is None:
         tensors = {job.name: source}
         spec = None

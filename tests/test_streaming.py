@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 import memlm
 from memlm import data, streaming
@@ -81,10 +81,21 @@ def test_sharded_bf16_and_other_files(tmp_path):
     assert torch.equal(run(packed), run(memlm.load(expected)))
 
 
-def test_bert(tmp_path):
-    tiny.bert(tmp_path / "source")
+@pytest.mark.parametrize("cls", [BertModel, BertForSequenceClassification])
+def test_bert(tmp_path, cls):
+    """With what the encoder here does not use: transformers finds its pooler and head."""
+    theirs = tiny.bert(tmp_path / "source", cls)
     config = memlm.QuantConfig("int8", "int8")
     memlm.quantize_files(tmp_path / "source", tmp_path / "packed", config)
+    names = set(safetensors.open_mapped(tmp_path / "packed" / WEIGHTS)[0])
+    assert names >= set(theirs.state_dict()) - {"embeddings.position_ids"}
+    back, report = cls.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.inference_mode():
+        first, second = back(IDS)[-1], memlm.quantize_(theirs, config)(IDS)[-1]
+    rest = [name for name, _ in theirs.named_parameters() if "pooler" in name or "classifier" in name]
+    assert rest and all(type(back.get_submodule(n.rpartition(".")[0])) is torch.nn.Linear for n in rest)
+    torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
     expected = in_memory(tmp_path / "source", config, tmp_path / "memory")
     assert torch.equal(run(memlm.load(tmp_path / "packed")), run(memlm.load(expected)))
 
@@ -192,7 +203,7 @@ def test_killed_and_taken_up(source, tmp_path, monkeypatch):
     (target / ".partial" / "00002.safetensors").write_bytes(b"torn")  # as a loss of power may
     made = []
     make = streaming._make
-    monkeypatch.setattr(streaming, "_make", lambda *a: made.append(a[2].name) or make(*a))
+    monkeypatch.setattr(streaming, "_make", lambda *a: made.append(a[1].name) or make(*a))
     seen = []
     memlm.quantize_files(source, target, progress=lambda done, total, name: seen.append(done))
     assert seen == list(range(1, len(seen) + 1)) and len(made) == len(seen) - 6
@@ -211,7 +222,7 @@ def test_changed_sources_or_settings_start_afresh(source, tmp_path, monkeypatch)
 
     made = []
     make = streaming._make
-    monkeypatch.setattr(streaming, "_make", lambda *a: made.append(a[2].name) or make(*a))
+    monkeypatch.setattr(streaming, "_make", lambda *a: made.append(a[1].name) or make(*a))
     stopped()
     stopped("int8")
     assert len(made) == 10

@@ -28,7 +28,6 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 def write_gguf(
     checkpoint: Checkpoint,
     shapes: dict[str, tuple[int, ...]],
-    prefix: str,
     dst: Path,
     progress: Callable[[int, int, str], None] | None,
 ) -> dict:
@@ -53,8 +52,8 @@ def write_gguf(
     names = {name: _gguf_name(name) for name in shapes}
     kinds, rounded = {}, []
     for name, shape in shapes.items():
-        kinds[name], exact = _kind_of(read_tensor(checkpoint, prefix + name, shape))
-        checkpoint.release(prefix + name)
+        kinds[name], exact = _kind_of(read_tensor(checkpoint, name, shape))
+        checkpoint.release(name)
         if not exact:
             rounded.append(name)
 
@@ -74,13 +73,13 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, (name, kind) in enumerate(kinds.items(), 1):
-            source = read_tensor(checkpoint, prefix + name, shapes[name])
-            data = _encode(checkpoint, prefix + name, source, kind)
+            source = read_tensor(checkpoint, name, shapes[name])
+            data = _encode(checkpoint, name, source, kind)
             heads = next((config[key] for part, key in ROTATED.items() if f".{part}." in name), None)
             if heads is not None:
                 data = _interleaved(data, heads)
             writer.write_tensor_data(data.view(np.uint8).reshape(*shapes[name][:-1], -1))
-            checkpoint.release(prefix + name)
+            checkpoint.release(name)
             if progress:
                 progress(done, len(kinds), name)
         writer.close()

@@ -134,6 +134,18 @@ def check_names(model: Decoder | Encoder, checkpoint: Checkpoint) -> str:
     return prefix
 
 
+def other_tensors(model: Decoder | Encoder, checkpoint: Checkpoint, prefix: str) -> dict[str, tuple]:
+    """Name -> shape of the float tensors that the checkpoint holds beyond what ``model`` uses: heads
+    of encoders.  Other programs look for them."""
+    found = {}
+    for name in checkpoint.names():
+        if model.hf_ignored.fullmatch(name.removeprefix(prefix)):
+            tensor = checkpoint.tensor(name)
+            if tensor.is_floating_point():
+                found[name] = tuple(tensor.shape)
+    return found
+
+
 def read_tensor(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dequantize: bool = False
 ) -> torch.Tensor | PackedTensor:
