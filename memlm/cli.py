@@ -380,6 +380,7 @@ def plan(
         out.print(title, highlight=False)
         out.print(picture.table(advice))
         out.print(picture.conclusion(advice), highlight=False)
+        out.print(picture.NOTE, highlight=False)
     if plot:
         picture.draw(advice, title, plot)
     write_json(advice.to_dict(), json_file)

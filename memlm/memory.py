@@ -99,7 +99,7 @@ def return_freed() -> bool:
     By default glibc raises that limit to the largest block freed so far, up to 32 MB, and keeps
     what is freed below it: the holes that tensors of different sizes and lifetimes leave there add
     tens of percent to a process's memory.  The price is that the kernel clears each new block's
-    pages again.
+    pages again (docs/memory.md has figures).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

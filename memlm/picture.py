@@ -20,6 +20,10 @@ COLOURS = {  # of the terminal, of the image
     "temporary": ("white", "#d9c27e"),
 }
 LABELS = {"base": "torch, Python", "kv_cache": "KV cache"}
+NOTE = (
+    "for a process that calls memlm.memory.return_freed(); malloc's default keeps freed blocks, up to "
+    "half as much again (docs/memory.md)"
+)
 BAR = 36  # characters of the longest bar
 
 

@@ -145,6 +145,20 @@ def test_peak_of_a_run():
     assert abs(total - peak) < TOLERANCE
 
 
+def test_freed_blocks_are_returned():
+    """Blocks of 1 MB freed below one that lives on: glibc keeps them, once it has seen a larger one
+    freed, unless told otherwise."""
+    code = (
+        "returned = memory.return_freed() if sys.argv[1] == 'return' else False\n"
+        "torch.ones(30 * MB // 4); before = memory.resident_bytes()\n"
+        "blocks = [torch.ones(MB // 4) for _ in range(60)]; last = blocks.pop(); blocks.clear()\n"
+        "print(json.dumps([returned, memory.resident_bytes() - before]))"
+    )
+    _, kept = measured(code, "keep")
+    returned, left = measured(code, "return")
+    assert returned and kept > 50 * MB and left < 3 * MB
+
+
 def test_info_and_bench_report_it(packed):
     code = "from memlm.cli import main; main()"
     for command in (("info",), ("bench", "--threads", "1")):
