@@ -116,7 +116,10 @@ class MemoryGroup:
     or 2); needs root."""
 
     def __init__(self, limit: int):
-        for root, name in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        for root, name in (
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ):
             self.path = Path(root) / "memlm-bench"
             if Path(root, "cgroup.procs").exists():
                 self.path.mkdir(exist_ok=True)

@@ -98,7 +98,9 @@ def surroundings(name: str, folder: Path) -> None:
     if name in ("config", "packed", "index"):
         tiny.llama(folder, **sizes)
     if name == "packed":
-        memlm.quantize_files(folder, folder.parent / "packed", memlm.QuantConfig("int4", "int8", "int8"))
+        memlm.quantize_files(
+            folder, folder.parent / "packed", memlm.QuantConfig("int4", "int8", "int8")
+        )
         for file in (folder.parent / "packed").iterdir():
             file.replace(folder / file.name)
     if name == "index":
@@ -123,7 +125,9 @@ def seeds(name: str) -> list[bytes]:
             model = tiny.llama(
                 folder, hidden_size=64, intermediate_size=32, vocab_size=260, num_hidden_layers=1
             )
-            kinds = [tiny_gguf.Type[kind] for kind in ("Q4_0", "Q4_1", "Q8_0", "F16", "Q5_0", "Q5_1")]
+            kinds = [
+                tiny_gguf.Type[kind] for kind in ("Q4_0", "Q4_1", "Q8_0", "F16", "Q5_0", "Q5_1")
+            ]
             tiny_gguf.write_llama(folder / "model.gguf", model, kinds)
             return [(folder / "model.gguf").read_bytes(), tiny_gguf.raw()]
         if name == "safetensors":
@@ -131,5 +135,8 @@ def seeds(name: str) -> list[bytes]:
             safetensors.write(folder / "x", tensors, {"format": "pt"})
             return [(folder / "x").read_bytes()]
         tiny.tokenizer(folder)
-        settings = {"bos_token": "a", "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+        settings = {
+            "bos_token": "a",
+            "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        }
         return [(folder / "tokenizer.json").read_bytes() + b"\0" + json.dumps(settings).encode()]

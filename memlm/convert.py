@@ -54,7 +54,9 @@ class QuantConfig:
 
     def __post_init__(self):
         if not isinstance(self.targets, Mapping):
-            raise TypeError(f"targets: got {type(self.targets).__name__}, expected pattern -> format")
+            raise TypeError(
+                f"targets: got {type(self.targets).__name__}, expected pattern -> format"
+            )
         if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
             raise TypeError(f"ignore: got {self.ignore!r}, expected a list of patterns")
         for name in ("linear", "embedding", "head"):

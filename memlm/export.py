@@ -21,7 +21,9 @@ KINDS = (*FLOATS, "gguf", "compressed-tensors")
 Progress = Callable[[int, int, str], None]
 
 
-def export(src: str | Path, dst: str | Path, to: str = "bf16", progress: Progress | None = None) -> dict:
+def export(
+    src: str | Path, dst: str | Path, to: str = "bf16", progress: Progress | None = None
+) -> dict:
     """Writes the model at ``src`` (anything that :func:`memlm.load` reads) to ``dst``, which must not
     exist yet.
 
@@ -79,14 +81,20 @@ def _floats(checkpoint: Checkpoint, shapes, dst: Path, dtype, progress) -> dict:
             progress(done, len(shapes), name)
         return made
 
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "torch_dtype")}
+    config = {
+        k: v
+        for k, v in checkpoint.config.items()
+        if k not in ("quantization_config", "torch_dtype")
+    }
     config["dtype"] = str(dtype).removeprefix("torch.")
     dst.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(dst.parent) as temporary:
         kinds = {name: (dtype, shape) for name, shape in shapes.items()}
         safetensors.write_each(temporary / WEIGHTS_FILE, kinds, read, {"format": "pt"})
         copy_others(checkpoint, temporary)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
+        (temporary / CONFIG_FILE).write_text(
+            json.dumps(config, indent=1, ensure_ascii=False), "utf-8"
+        )
         files = move_model(temporary, dst)
     return {"files": files, "rounded": rounded}
 

@@ -164,7 +164,9 @@ def pack(
     if q.dtype != code_dtype:
         raise TypeError(f"q: got {q.dtype}, expected {code_dtype} for {format}")
     if format.bits < 8 and int(q.max()) not in format.codes:
-        raise ValueError(f"q: got codes up to {int(q.max())}, those of {format} are 0..{format.codes[-1]}")
+        raise ValueError(
+            f"q: got codes up to {int(q.max())}, those of {format} are 0..{format.codes[-1]}"
+        )
     if (offsets is None) != format.symmetric:
         raise ValueError(
             f"offsets: got {'none' if offsets is None else 'a tensor'}, {format} has "

@@ -22,12 +22,20 @@ import memlm
 from memlm.convert import QuantConfig, spec_of
 from memlm.errors import FormatError
 from memlm.formats import Format
-from memlm.io import pages, safetensors
+from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.files import replacing
 from memlm.io.packed_folder import (
-    CONFIG_FILE, WEIGHTS_FILE, check_target, copy_others, file_sizes, file_tensors, in_file_order, metadata,
-    replacing_model, write_config,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_target,
+    copy_others,
+    file_sizes,
+    file_tensors,
+    in_file_order,
+    metadata,
+    replacing_model,
+    write_config,
 )  # fmt: skip
 from memlm.layers import Embedding, Linear
 from memlm.models.decoder import Decoder
@@ -141,7 +149,13 @@ def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str 
         own, _, leaf = name.rpartition(".")
         layer, columns = model.get_submodule(own), tuple(model.get_parameter(name).shape[1:])
         packable = leaf == "weight" and isinstance(layer, (nn.Linear, nn.Embedding))
-        role = "embedding" if isinstance(layer, nn.Embedding) else "head" if own == "lm_head" else "linear"
+        role = (
+            "embedding"
+            if isinstance(layer, nn.Embedding)
+            else "head"
+            if own == "lm_head"
+            else "linear"
+        )
         for source, rows in sources.items():
             source = prefix + source
             module, format = source.removesuffix(".weight") if packable else None, None
@@ -183,7 +197,9 @@ def _make(
                 raise FormatError(f"{job.name}: an embedding whose columns have an order")
             spec = spec_of(Embedding(stored.packed))
         else:
-            spec = spec_of(Linear(stored.packed, mode=mode, order=stored.order)) | {"bias": job.bias}
+            spec = spec_of(Linear(stored.packed, mode=mode, order=stored.order)) | {
+                "bias": job.bias
+            }
         tensors = file_tensors(job.module, stored.packed, stored.order)
     dtype = None if stored is not None else str(source.dtype).removeprefix("torch.")
     return tensors, {"spec": spec, "dtype": dtype}
@@ -225,5 +241,7 @@ class _Partial:
 def _fingerprint(src: Path, config: QuantConfig, requantize: bool) -> str:
     """Of everything that the result depends on."""
     files = sorted(src.rglob("*")) if src.is_dir() else [src]
-    stats = [(str(f.relative_to(src.parent)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stats = [
+        (str(f.relative_to(src.parent)), f.stat().st_size, f.stat().st_mtime_ns) for f in files
+    ]
     return hashlib.sha256(repr((memlm.__version__, stats, config, requantize)).encode()).hexdigest()

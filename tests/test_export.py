@@ -52,7 +52,9 @@ def test_floats(source, tmp_path, to, dtype):
 
 def test_bert(tmp_path):
     tiny.bert(tmp_path / "source")
-    memlm.quantize_files(tmp_path / "source", tmp_path / "packed", memlm.QuantConfig("int8", "int8"))
+    memlm.quantize_files(
+        tmp_path / "source", tmp_path / "packed", memlm.QuantConfig("int8", "int8")
+    )
     export(tmp_path / "packed", tmp_path / "out", "f32")
     with torch.inference_mode():
         theirs = AutoModel.from_pretrained(tmp_path / "out")(IDS).last_hidden_state
@@ -130,7 +132,9 @@ def test_compressed_tensors(source, tmp_path):
     for ours, again in pairs:
         for name in ("attention.qkv_proj.layers.0", "attention.qkv_proj.layers.2", "mlp.down_proj"):
             a, b = ours.get_submodule(name), again.get_submodule(name)
-            assert a.format.bits == b.format.bits and torch.equal(a.weight.clone(), b.weight.clone())
+            assert a.format.bits == b.format.bits and torch.equal(
+                a.weight.clone(), b.weight.clone()
+            )
     folder = packed(source, tmp_path / "asymmetric", "int4")
     with pytest.raises(ValueError, match="offsets that are no integer zero points"):
         export(folder, tmp_path / "no", "compressed-tensors")

@@ -40,7 +40,9 @@ def changed(data: bytes, random: random.Random) -> bytes:
         elif kind == 2:
             del made[at : at + length]
         elif kind == 3:
-            made[at:at] = random.choice([b"-", b"9" * 12, b"[" * 30, b"null", b"{}", b"1e999", b"\\ud800"])
+            made[at:at] = random.choice(
+                [b"-", b"9" * 12, b"[" * 30, b"null", b"{}", b"1e999", b"\\ud800"]
+            )
         else:
             start = random.randrange(len(made) or 1)
             made[at : at + length] = made[start : start + length]

@@ -59,7 +59,9 @@ def random_file(path, kind, rows=37, k=512):
     return raw
 
 
-every_type = pytest.mark.parametrize("kind", [Type[t.name] for t in TYPES.values()], ids=lambda k: k.name)
+every_type = pytest.mark.parametrize(
+    "kind", [Type[t.name] for t in TYPES.values()], ids=lambda k: k.name
+)
 
 
 @every_type

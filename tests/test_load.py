@@ -287,9 +287,7 @@ def test_other_tools_can_read_the_file(source, tmp_path):
         assert {**file.metadata(), "sha256": ""} == {
             "format": "memlm", "version": "2", "layout": "1", "sha256": ""}  # fmt: skip
         assert torch.equal(file.get_tensor("model.norm.weight"), model.norm.weight)
-        codes = [
-            file.get_tensor(f"model.layers.1.self_attn.{part}_proj.weight") for part in "qkv"
-        ]
+        codes = [file.get_tensor(f"model.layers.1.self_attn.{part}_proj.weight") for part in "qkv"]
         assert torch.equal(torch.cat(codes), model.layers[1].attention.qkv_proj.codes)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["dtype"] == "float32"
@@ -347,7 +345,10 @@ def test_pages(tmp_path, pages):
     folder = tmp_path / "packed"
     memlm.quantize_files(tmp_path / "source", folder, memlm.QuantConfig("int8", "int8", "int8"))
     done = subprocess.run(
-        [sys.executable, "-c", PAGES, str(folder), pages], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PAGES, str(folder), pages],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     mapped, resident, private, total = map(float, done.stdout.split())
     size = (folder / WEIGHTS).stat().st_size

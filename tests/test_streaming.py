@@ -93,8 +93,12 @@ def test_bert(tmp_path, cls):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.inference_mode():
         first, second = back(IDS)[-1], memlm.quantize_(theirs, config)(IDS)[-1]
-    rest = [name for name, _ in theirs.named_parameters() if "pooler" in name or "classifier" in name]
-    assert rest and all(type(back.get_submodule(n.rpartition(".")[0])) is torch.nn.Linear for n in rest)
+    rest = [
+        name for name, _ in theirs.named_parameters() if "pooler" in name or "classifier" in name
+    ]
+    assert rest and all(
+        type(back.get_submodule(n.rpartition(".")[0])) is torch.nn.Linear for n in rest
+    )
     torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
     expected = in_memory(tmp_path / "source", config, tmp_path / "memory")
     assert torch.equal(run(memlm.load(tmp_path / "packed")), run(memlm.load(expected)))
@@ -107,7 +111,9 @@ def test_patterns_are_those_of_hugging_face(source, tmp_path):
     )  # fmt: skip
     memlm.quantize_files(source, tmp_path / "packed", config)
     model = memlm.load(tmp_path / "packed")
-    assert str(model.lm_head.format) == "int8-g64" and model.lm_head.codes is model.embed_tokens.codes
+    assert (
+        str(model.lm_head.format) == "int8-g64" and model.lm_head.codes is model.embed_tokens.codes
+    )
     assert [str(m.format) for m in model.layers[0].attention.qkv_proj.layers] == [
         "int4a-g32", "int4a-g32", "int8-g32"]  # fmt: skip
     assert type(model.layers[1].mlp.gate_up_proj) is torch.nn.Linear
@@ -124,7 +130,9 @@ def test_gguf_keeps_its_codes(tmp_path):
     tiny_gguf.write_llama(tmp_path / "model.gguf", theirs, kinds)
     memlm.quantize_files(tmp_path / "model.gguf", tmp_path / "kept", "int4-g64")
     model = memlm.load(tmp_path / "kept")
-    assert torch.equal(run(model), run(memlm.quantize_(memlm.load(tmp_path / "model.gguf"), "int4-g64")))
+    assert torch.equal(
+        run(model), run(memlm.quantize_(memlm.load(tmp_path / "model.gguf"), "int4-g64"))
+    )
     formats = {str(m.format) for m in model.modules() if hasattr(m, "format")}
     assert formats == {"int4a-g32", "int8-g32", "int4-g32", "int4-g64"}  # Q5_1 fits none
     assert model.tokenizer.encode("th")
@@ -178,7 +186,10 @@ def test_smollm2_gguf(tmp_path):
     model = memlm.load(tmp_path / "packed")
     formats = [str(m.format) for m in model.modules() if hasattr(m, "format")]
     assert sorted(set(formats)) == ["int4a-g32", "int8-g32"] and len(formats) == 122
-    exact, stored = memlm.load(data.smollm2_gguf(), dequantize=True), memlm.load(tmp_path / "packed", dequantize=True)
+    exact, stored = (
+        memlm.load(data.smollm2_gguf(), dequantize=True),
+        memlm.load(tmp_path / "packed", dequantize=True),
+    )
     for name, parameter in exact.named_parameters():
         assert torch.equal(parameter, stored.get_parameter(name)), name
 

@@ -90,7 +90,9 @@ def _entry(value, data: int) -> tuple[str | None, Entry | None]:
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         return f"dtype {dtype!r:.40}; known are {', '.join(ITEM_BYTES)}", None
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
             return f"{numbers!r:.80} is no list of sizes", None
     if len(offsets) != 2 or len(shape) > 64:
         return f"{len(offsets)} data_offsets, {len(shape)} dimensions", None

@@ -130,7 +130,9 @@ TYPES = {
     6: TensorType("Q5_0", _block(_D, ("h", "u1", 4), ("q", "u1", 16)), 32, _q5_0, "int8-g32"),
     7: TensorType("Q5_1", _block(_D, _M, ("h", "u1", 4), ("q", "u1", 16)), 32, _q5_1),
     20: TensorType("IQ4_NL", _block(_D, ("q", "u1", 16)), 32, _iq4_nl, "int8-g32"),
-    12: TensorType("Q4_K", _block(_D, _M, ("s", "u1", 12), ("q", "u1", 128)), 256, _q4_k, "int4a-g32"),
+    12: TensorType(
+        "Q4_K", _block(_D, _M, ("s", "u1", 12), ("q", "u1", 128)), 256, _q4_k, "int4a-g32"
+    ),
     13: TensorType(
         "Q5_K", _block(_D, _M, ("s", "u1", 12), ("h", "u1", 32), ("q", "u1", 128)), 256, _q5_k
     ),

@@ -76,7 +76,9 @@ class _Cursor:
         try:
             text = str(data[start:end], "utf-8")
         except UnicodeDecodeError:
-            raise self.error(f"a string that is not UTF-8: {bytes(data[start:end][:40])!r}") from None
+            raise self.error(
+                f"a string that is not UTF-8: {bytes(data[start:end][:40])!r}"
+            ) from None
         self.at = end
         return text
 

@@ -48,7 +48,9 @@ def write_gguf(
     if config.get("model_type") not in ("llama", "mistral"):
         kind = config.get("model_type")
         raise FormatError(f"{checkpoint.path}: model_type {kind!r}; written are llama and mistral")
-    tokenizer = from_gguf(checkpoint) if isinstance(checkpoint, GGUF) else load_tokenizer(checkpoint.path)
+    tokenizer = (
+        from_gguf(checkpoint) if isinstance(checkpoint, GGUF) else load_tokenizer(checkpoint.path)
+    )
     names = {name: _gguf_name(name) for name in shapes}
     kinds, rounded = {}, []
     for name, shape in shapes.items():
@@ -68,14 +70,18 @@ def write_gguf(
             size = type.block.itemsize
             stored = (*rows, columns // type.values * size)
             raw = GGMLQuantizationType(number)
-            writer.add_tensor_info(names[name], stored, np.dtype(np.uint8), int(np.prod(stored)), raw)
+            writer.add_tensor_info(
+                names[name], stored, np.dtype(np.uint8), int(np.prod(stored)), raw
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, (name, kind) in enumerate(kinds.items(), 1):
             source = read_tensor(checkpoint, name, shapes[name])
             data = _encode(checkpoint, name, source, kind)
-            heads = next((config[key] for part, key in ROTATED.items() if f".{part}." in name), None)
+            heads = next(
+                (config[key] for part, key in ROTATED.items() if f".{part}." in name), None
+            )
             if heads is not None:
                 data = _interleaved(data, heads)
             writer.write_tensor_data(data.view(np.uint8).reshape(*shapes[name][:-1], -1))
@@ -127,7 +133,9 @@ def _blocks(packed: Packed, block: np.dtype) -> np.ndarray:
     blocks = np.empty((packed.n, packed.k // _BLOCK), block)
     for field, values in (("d", scales), ("m", offsets)):
         if values is not None:
-            each = values.half().repeat_interleave((packed.format.group or packed.k) // _BLOCK, dim=1)
+            each = values.half().repeat_interleave(
+                (packed.format.group or packed.k) // _BLOCK, dim=1
+            )
             blocks[field] = each[:, : blocks.shape[1]].numpy()
     q = q.numpy().reshape(*blocks.shape, _BLOCK)
     if packed.format.bits == 8:
@@ -149,7 +157,9 @@ def _add_metadata(writer, config: dict, name: str) -> None:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type") or "default") != "default":
-        raise FormatError(f"config: rope_type {rope!r:.80}: GGUF is written for plain rotary positions")
+        raise FormatError(
+            f"config: rope_type {rope!r:.80}: GGUF is written for plain rotary positions"
+        )
     writer.add_name(name)
     writer.add_quantization_version(2)  # of ggml's block types
     writer.add_vocab_size(config["vocab_size"])

@@ -77,7 +77,9 @@ class PackedFolder:
             raise FormatError(f"{where}: quant_method {method!r:.80} is not read here")
         if quantization.get("version") != FOLDER_VERSION:
             given = quantization.get("version")
-            raise FormatError(f"{where}: version {given!r:.80}; known is {FOLDER_VERSION}: quantise it again")
+            raise FormatError(
+                f"{where}: version {given!r:.80}; known is {FOLDER_VERSION}: quantise it again"
+            )
         specs = quantization.get("layers")
         if not isinstance(specs, dict) or not all(isinstance(s, dict) for s in specs.values()):
             raise FormatError(f"{where}: layers is missing or malformed")
@@ -85,7 +87,9 @@ class PackedFolder:
             owner = spec.get("tied_to", module)
             known = isinstance(owner, str) and owner in specs
             if "tied_to" in spec and (not known or "tied_to" in specs[owner]):
-                raise FormatError(f"{where}: layers: {module}: tied to {owner!r:.80}, no layer stored")
+                raise FormatError(
+                    f"{where}: layers: {module}: tied to {owner!r:.80}, no layer stored"
+                )
         self.specs: dict[str, dict] = specs
         self._stored = set(folder.names())
         parts = {f"{module}.{part}" for module in specs for part in FILE_PARTS.values()}
@@ -126,7 +130,9 @@ class PackedFolder:
                 mode_for(format, mode)
             packed = Packed(format, n, k, **parts)
             if f"torch.{spec['scale_dtype']}" != str(packed.scales.dtype):
-                raise ValueError(f"scale_dtype {spec['scale_dtype']!r:.80}, but {packed.scales.dtype}")
+                raise ValueError(
+                    f"scale_dtype {spec['scale_dtype']!r:.80}, but {packed.scales.dtype}"
+                )
             for what, there in has.items():
                 if bool(spec.get(what)) is not there:
                     raise ValueError(f"{what} {spec.get(what)!r:.80}, but the file has it: {there}")
@@ -138,7 +144,9 @@ class PackedFolder:
 
     def _parts(self, name: str) -> list[str]:
         module = name.removesuffix(".weight")
-        parts = [f"{module}.{part}" for part in FILE_PARTS.values()] if module in self.specs else [name]
+        parts = (
+            [f"{module}.{part}" for part in FILE_PARTS.values()] if module in self.specs else [name]
+        )
         return [part for part in parts if part in self._stored]
 
     def read_ahead(self, name: str) -> None:
@@ -154,10 +162,14 @@ def check_order(order: torch.Tensor, k: int) -> None:
     """Raises ValueError unless ``order`` is a permutation of 0 .. k - 1, int32."""
     right = order.dtype == torch.int32 and order.shape == (k,)
     if not right or not torch.equal(order.sort().values, torch.arange(k, dtype=torch.int32)):
-        raise ValueError(f"order: {order.dtype} {list(order.shape)} is no permutation of {k} columns")
+        raise ValueError(
+            f"order: {order.dtype} {list(order.shape)} is no permutation of {k} columns"
+        )
 
 
-def file_tensors(module: str, packed: Packed, order: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def file_tensors(
+    module: str, packed: Packed, order: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """What the file holds of a packed layer, by its names there."""
     parts = packed.tensors() | ({} if order is None else {"order": order})
     return {f"{module}.{FILE_PARTS[part]}": tensor for part, tensor in parts.items()}

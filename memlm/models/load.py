@@ -130,11 +130,15 @@ def check_names(model: Decoder | Encoder, checkpoint: Checkpoint) -> str:
     for name in sorted(names - used):
         if not (model.hf_ignored.fullmatch(name.removeprefix(prefix)) or
                 (tied and name == "lm_head.weight")):  # fmt: skip
-            raise FormatError(f"{checkpoint.path}: tensor {name!r} is not known in this kind of model")
+            raise FormatError(
+                f"{checkpoint.path}: tensor {name!r} is not known in this kind of model"
+            )
     return prefix
 
 
-def other_tensors(model: Decoder | Encoder, checkpoint: Checkpoint, prefix: str) -> dict[str, tuple]:
+def other_tensors(
+    model: Decoder | Encoder, checkpoint: Checkpoint, prefix: str
+) -> dict[str, tuple]:
     """Name -> shape of the float tensors that the checkpoint holds beyond what ``model`` uses: heads
     of encoders.  Other programs look for them."""
     found = {}
@@ -310,7 +314,9 @@ def hf_state(model: Decoder | Encoder) -> tuple[dict[str, torch.Tensor], dict[st
         module, _, kind = name.rpartition(".")
         layer = model.get_submodule(module)
         if isinstance(layer, Stacked):
-            layers = [(one, {source: sources[source]}) for one, source in zip(layer.layers, sources)]
+            layers = [
+                (one, {source: sources[source]}) for one, source in zip(layer.layers, sources)
+            ]
         else:
             layers = [(layer, sources)]
         for layer, sources in layers:
