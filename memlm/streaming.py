@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def quantize_files(
     dst.mkdir(parents=True, exist_ok=True)
     partial = _Partial(dst / _PARTIAL, _fingerprint(src, config, requantize))
     try:
-        specs, dtypes = {}, set()
+        specs, dtypes, anew = {}, set(), []
         for i, job in enumerate(jobs):
             ahead = jobs[i + 1] if i + 1 < len(jobs) else None
             done = partial.take(i)
@@ -102,12 +103,19 @@ def quantize_files(
                 partial.put(i, *done)
                 checkpoint.release(job.name)
             spec, float_dtype = done[1]["spec"], done[1]["dtype"]
+            if done[1]["anew"]:
+                anew.append(job.name)
             if spec:
                 specs[job.module] = spec
             else:
                 dtypes.add(float_dtype)
             if progress:
                 progress(i + 1, len(jobs), job.name)
+        if anew:
+            warnings.warn(
+                f"{len(anew)} tensors, {anew[0]} the first, are stored in codes that no format of "
+                "memlm holds exactly: they were dequantised, and rounded as the config says"
+            )
         # As memlm.load has it: f32 where a file mixes several.
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         dtype = dtype if dtype in _NAMES else "float32"
@@ -149,13 +157,9 @@ def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str 
         own, _, leaf = name.rpartition(".")
         layer, columns = model.get_submodule(own), tuple(model.get_parameter(name).shape[1:])
         packable = leaf == "weight" and isinstance(layer, (nn.Linear, nn.Embedding))
-        role = (
-            "embedding"
-            if isinstance(layer, nn.Embedding)
-            else "head"
-            if own == "lm_head"
-            else "linear"
-        )
+        role = "head" if own == "lm_head" else "linear"
+        if isinstance(layer, nn.Embedding):
+            role = "embedding"
         for source, rows in sources.items():
             source = prefix + source
             module, format = source.removesuffix(".weight") if packable else None, None
@@ -202,7 +206,8 @@ def _make(
             }
         tensors = file_tensors(job.module, stored.packed, stored.order)
     dtype = None if stored is not None else str(source.dtype).removeprefix("torch.")
-    return tensors, {"spec": spec, "dtype": dtype}
+    anew = not requantize and isinstance(source, torch.Tensor) and checkpoint.coded(job.name)
+    return tensors, {"spec": spec, "dtype": dtype, "anew": anew}
 
 
 class _Partial:

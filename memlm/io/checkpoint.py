@@ -47,6 +47,10 @@ class Checkpoint(Protocol):
         codes that none of this library's formats holds exactly.  KeyError for an unknown name."""
         ...
 
+    def coded(self, name: str) -> bool:
+        """Whether the tensor is stored in codes."""
+        ...
+
     def read_ahead(self, name: str) -> None:
         """Has the kernel start reading a tensor's bytes."""
         ...

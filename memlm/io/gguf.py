@@ -218,6 +218,9 @@ class GGUF:
                 raise FormatError(f"{self.path}: tensor {tensor.name:.80}: {error}") from None
         return PackedTensor(stack_rows(parts))
 
+    def coded(self, name: str) -> bool:
+        return self.tensors[self._names[name]].type.decode is not None
+
     def _stored(self, name: str) -> torch.Tensor:
         tensor = self.tensors[self._names[name]]
         return self._bytes[tensor.offset : tensor.end]

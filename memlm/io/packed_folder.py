@@ -142,6 +142,9 @@ class PackedFolder:
             raise FormatError(f"{self.path}: {module}: malformed: {error}") from None
         return PackedTensor(packed, order, mode)
 
+    def coded(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.specs and name.endswith(".weight")
+
     def _parts(self, name: str) -> list[str]:
         module = name.removesuffix(".weight")
         parts = (

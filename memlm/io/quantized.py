@@ -203,6 +203,9 @@ class QuantizedFolder:
             return None
         return matrix.pack()
 
+    def coded(self, name: str) -> bool:
+        return self._find(name) is not None
+
     def read_ahead(self, name: str) -> None:
         for part in self._stored(name):
             self._folder.read_ahead(part)
