@@ -47,6 +47,9 @@ PARTS = (
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # considered, the most precise first
 MIN_CONTEXT = 256  # tokens: a context that was asked for is not halved below
 F32 = 4  # bytes
+# What oneDNN keeps of each shape of bf16 product, once forward, once with the two of its gradients:
+# generated code and buffers.  Found by multiplying (0.5 to 1.0 and 1.6 to 2.6 MB, torch 2.13, AMX).
+PRIMITIVE, PRIMITIVES = 700_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def _predict(model: Decoder | Encoder, settings: Settings, base: int) -> Predict
     memory = kind(model, settings)
     moments = memory.training() if settings.train else memory.inference()
     fixed = {"base": base, "weights": memory.weights}
+    for parts in moments.values():
+        parts["temporary"] = parts.get("temporary", 0) + memory.primitives
     return Prediction(settings, {name: {**fixed, **parts} for name, parts in moments.items()})
 
 
@@ -354,6 +359,15 @@ class _Memory:
         per_number = {(True, False): 40 / 32, (False, False): 4, (True, True): 2, (False, True): 6}
         return int(rows * format.padded_k(module.in_features) * per_number[fast, tiles])
 
+    @property
+    def primitives(self) -> int:
+        """What oneDNN keeps for the shapes of a bf16 model's linear layers."""
+        if self.e == F32 or self.settings.packed:
+            return 0
+        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        shapes = len({(m.out_features, m.in_features) for m in linear})
+        return shapes * (PRIMITIVES if self.settings.train else PRIMITIVE)
+
     def layer_workspaces(self, rows: int) -> dict[str, int]:
         """Those of the linear layers inside one layer, by their own name."""
         return {
@@ -369,7 +383,7 @@ class _Memory:
         layers, one = self.config.layers, self.saved_by_layer()
         inputs = self.rows * self.config.hidden_size * self.e
         # A checkpointed layer keeps its input; the one at hand is there in full, computed again.
-        each, again = (inputs, one) if self.settings.checkpoint else (one, 0)
+        each, again = (inputs, one - self.shared_input()) if self.settings.checkpoint else (one, 0)
         head = self.head_gradients()
         inner = _numbers([p.shape for p in self.model.layers.parameters()]) * self.e
         inner = self.gradients if self.lora else inner
@@ -395,6 +409,12 @@ class _Memory:
         moments["step"] = {"gradients": self.gradients, "temporary": self.step}
         return {name: {"optimizer": self.optimizer, **parts} for name, parts in moments.items()}
 
+    def shared_input(self) -> int:
+        """What a layer keeps of itself that is its very input: not so where RMSNorm takes a bf16 x
+        to f32."""
+        shared = isinstance(self.model, Encoder) or self.e == F32
+        return self.rows * self.config.hidden_size * self.e if shared else 0
+
     def down_backward(self) -> int:
         """Around a frozen down_proj: the gradients of its input by way of the adapter and of the
         layer, and their sum, while the input itself is gone.  Before that, of a packed layer,
@@ -408,8 +428,11 @@ class _Memory:
         )
         if self._format(name, layer) is None:
             return 2 * inner
-        w = min(GRAD_ROWS, layer.out_features) * layer.in_features * self.e
-        return max(2 * inner, w + (1 if layer.out_features <= GRAD_ROWS else 3) * inner)
+        n, row = layer.out_features, layer.in_features * self.e
+        if n <= GRAD_ROWS:
+            return max(2 * inner, n * row + inner)
+        # From the second part on: it, the sum so far, and the new sum.
+        return min(GRAD_ROWS, n - GRAD_ROWS) * row + 3 * inner
 
 
 class _DecoderMemory(_Memory):
