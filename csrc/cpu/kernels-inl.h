@@ -19,8 +19,9 @@ namespace MEMLM_ISA {
 #ifndef MEMLM_TILE_UNIT
 constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
-const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate, w2_matmul, w4_matmul, w8_matmul,
-                         w8a8_matmul, quantize_rows, dequantize_rows, largest_bits, quantize_weight};
+const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate,
+                         w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, quantize_rows,
+                         dequantize_rows, largest_bits, quantize_weight};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 

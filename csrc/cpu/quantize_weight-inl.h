@@ -49,8 +49,8 @@ struct TableLevels {
 };
 
 inline F inverse_or_zero(F s) {
-  return f_if_less(f_max(s, f_negative(s)), f_set1(kMinNormal), f_zero(),
-                   f_div(f_set1(1.0f), s));
+  const F size = f_max(s, f_negative(s));
+  return f_if_less(size, f_set1(kMinNormal), f_zero(), f_div(f_set1(1.0f), s));
 }
 
 // What scales and offsets become where they are stored.
@@ -70,14 +70,41 @@ struct StoredAs {
   }
 };
 
-// The numbers that one group of each row is computed in.
+// What a group w [span][16] reaches to, in each row: top from the middle on.
+struct Range {
+  F top, middle;
+};
+
+template <bool kOffsets>
+inline Range range_of(const float* w, int span) {
+  F low = f_load(w), high = low;
+  for (int j = 1; j < span; ++j) {
+    low = f_min(f_load(w + j * kTileRows), low);
+    high = f_max(f_load(w + j * kTileRows), high);
+  }
+  if (!kOffsets) return {f_if_less(high, f_negative(low), low, high), f_zero()};
+  low = f_mul(low, f_set1(0.5f));
+  high = f_mul(high, f_set1(0.5f));
+  return {f_sub(high, low), f_add(low, high)};
+}
+
+// The numbers that a group is computed in: powers of two, about the middle.
 struct Unit {
   F unit, inverse, middle;
-  explicit Unit(F top, F about = f_zero()) : middle(about) {
-    unit = f_max(f_min(f_power_of_two(top), f_set1(1 / kMinNormal)), f_set1(kMinNormal));
+  explicit Unit(const Range& range) : middle(range.middle) {
+    const F power = f_power_of_two(range.top);
+    unit = f_max(f_min(power, f_set1(1 / kMinNormal)), f_set1(kMinNormal));
     inverse = f_div(f_set1(1.0f), unit);
   }
 };
+
+template <bool kOffsets>
+inline void normalise(float* w, int span, const Unit& u) {
+  for (int j = 0; j < span; ++j) {
+    const F x = f_load(w + j * kTileRows);
+    f_store(w + j * kTileRows, f_mul(kOffsets ? f_sub(x, u.middle) : x, u.inverse));
+  }
+}
 
 // Scale and offset of one group of each row.
 struct Affine {
@@ -236,21 +263,24 @@ inline void round_group(const Levels& levels, const float* w, int span, Affine a
   constexpr int kBlockK = 32 / kBits;
   const Positions<kOffsets> at(a);
   for (int k = 0; k < span; k += kBlockK) {
-    I block = block_of<kBits>([&](int j) { return levels.code(at(f_load(w + (k + j) * kTileRows))); });
+    const auto code = [&](int j) { return levels.code(at(f_load(w + (k + j) * kTileRows))); };
     uint32_t mask = columns - k < kBlockK ? 0 : ~0u;
     for (int j = 0; j < columns - k && ~mask; ++j)
       mask |= ((1u << kBits) - 1) << code_shift<kBits>(j);
-    block = i_and(block, i_and(lanes, i_set1(static_cast<int32_t>(mask))));
+    const I real = i_and(lanes, i_set1(static_cast<int32_t>(mask)));
+    const I block = i_and(block_of<kBits>(code), real);
     memcpy(out, &block, kBlock);
     out += kBlock;
   }
 }
 
+// Rows 16 tile .. 16 tile + 15.
 template <int kBits, bool kOffsets, class Levels>
 inline void quantize_tile(const Levels& levels, const memlm_quantize_args& args, int64_t tile) {
   const int64_t padded = padded_k(args.k, args.group), group = args.group ? args.group : padded;
   const int64_t left = args.n - tile * kTileRows;
-  const TileRows rows = {args, tile * kTileRows, static_cast<int>(left < kTileRows ? left : kTileRows)};
+  const int count = static_cast<int>(left < kTileRows ? left : kTileRows);
+  const TileRows rows = {args, tile * kTileRows, count};
   const F real = rows.real();
   const I lanes = f_round(f_negative(real));
   const StoredAs as = {args.scale_dtype};
@@ -259,39 +289,16 @@ inline void quantize_tile(const Levels& levels, const memlm_quantize_args& args,
   for (int64_t g = 0; g < padded / group; ++g) {
     const int span = static_cast<int>(args.group ? group : kActGroup);
     const int64_t at = (tile * (padded / group) + g) * kTileRows;
-    F low = f_zero(), high = f_zero();
-    if (args.group) {
-      rows.load(g * group, span, kOffsets, w);
-      low = high = f_load(w);
-      for (int j = 1; j < span; ++j) {
-        low = f_min(f_load(w + j * kTileRows), low);
-        high = f_max(f_load(w + j * kTileRows), high);
-      }
-    } else {
-      high = rows.largest();
-    }
-    F top, middle = f_zero();
-    if (kOffsets) {
-      const F half = f_set1(0.5f);
-      top = f_sub(f_mul(high, half), f_mul(low, half));
-      middle = f_add(f_mul(low, half), f_mul(high, half));
-    } else {
-      top = f_if_less(high, f_negative(low), low, high);
-    }
-    const Unit u(top, middle);
-    top = f_mul(top, u.inverse);
-    const auto normalise = [&] {
-      for (int j = 0; j < span; ++j) {
-        const F x = f_load(w + j * kTileRows);
-        f_store(w + j * kTileRows, f_mul(kOffsets ? f_sub(x, u.middle) : x, u.inverse));
-      }
-    };
+    if (args.group) rows.load(g * group, span, kOffsets, w);
+    const Range range = args.group ? range_of<kOffsets>(w, span) : Range{rows.largest(), f_zero()};
+    const Unit u(range);
+    const F top = f_mul(range.top, u.inverse);
     Affine best;
     if constexpr (kBits == 8) {
       const F scale = f_div(f_max(top, f_negative(top)), f_set1(127.0f));
       best = stored<false>(u, as, {scale, f_zero()});
     } else {
-      normalise();
+      normalise<kOffsets>(w, span, u);
       best = search<kOffsets>(levels, w, span, top, u, as, kBits == 4 ? kShrink16 : kShrink4);
     }
     as.store(args.scales, at, f_if_less(f_zero(), real, best.s, f_zero()));
@@ -299,7 +306,7 @@ inline void quantize_tile(const Levels& levels, const memlm_quantize_args& args,
     const Affine a = loaded<kOffsets>(u, best);
     for (int64_t k = g * group; k < (g + 1) * group; k += span) {
       if (!args.group) rows.load(k, span, false, w);
-      if (kBits == 8) normalise();
+      if (kBits == 8) normalise<kOffsets>(w, span, u);
       round_group<kBits, kOffsets>(levels, w, span, a, lanes, args.k - k,
                                    codes + tile_bytes(kBits, k));
     }

@@ -456,60 +456,105 @@ void check_rows() {
     }
 }
 
-// Float weights of all kinds, as quantize_weight should round them, bit for bit, padding included.
+memlm_quantize_args quantize_args(const Weights& like, bool ternary, const Array& w, int64_t stride) {
+  memlm_quantize_args args{};
+  args.n = like.n;
+  args.k = like.k;
+  args.w = w.data();
+  args.w_stride = stride;
+  args.dtype = w.dtype;
+  args.bits = like.format.bits;
+  args.ternary = ternary;
+  args.group = like.format.group;
+  args.levels = like.format.kind == Kind::kTable ? memlm_nf4_levels : nullptr;
+  args.scale_dtype = like.scales.dtype;
+  return args;
+}
+
+// Rounds w as `expected` is, and compares all that is written, padding included, bit for bit.
+void check_quantized(const Weights& expected, bool ternary, const Array& w, int64_t stride) {
+  const int64_t element = Float(expected.scales.dtype).bytes;
+  for (int threads : {1, 3}) {
+    std::vector<uint8_t> codes(expected.codes.size(), 0xff);
+    std::vector<uint8_t> scales(expected.scales.bytes.size(), 0xff);
+    std::vector<uint8_t> offsets(expected.offsets.bytes.size(), 0xff);
+    memlm_quantize_args args = quantize_args(expected, ternary, w, stride);
+    args.codes = codes.data() + 1;
+    args.scales = scales.data() + element;
+    args.offsets = expected.format.offsets() ? offsets.data() + element : nullptr;
+    args.threads = threads;
+    require(memlm_quantize_weight(&args));
+    const auto same = [](const auto& a, const auto& b, int64_t from) {
+      return std::equal(a.begin() + from, a.end(), b.begin() + from, b.end());
+    };
+    if (!same(codes, expected.codes, 1) || !same(scales, expected.scales.bytes, element) ||
+        !same(offsets, expected.offsets.bytes, element))
+      fail("quantize_weight: %s, dtype %d: other bits", describe(expected).c_str(), w.dtype);
+  }
+  count("quantize_weight", expected.n * expected.k);
+}
+
+// Weights of all kinds, in every format and size.
 void check_quantize_weight() {
   int turn = 0;
-  std::vector<std::pair<Format, bool>> formats;
+  std::vector<std::pair<Format, bool>> formats;  // and whether ternary
   for (const Format& format : kFormats) formats.emplace_back(format, false);
   formats.emplace_back(Format{Kind::kSymmetric, 2, 64}, true);
   for (const auto& [format, ternary] : formats)
     for (const auto& [n, k] : kShapes) {
       const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
-      const double size = scale_dtype == MEMLM_F32 && dtype != MEMLM_F16 ? std::pow(10, turn % 76 - 39) : 0.1;
+      const bool wide = scale_dtype == MEMLM_F32 && dtype != MEMLM_F16;
+      const double size = wide ? std::pow(10, turn % 76 - 39) : 0.1;
       const int64_t stride = k + turn % 3;
       ++turn;
       Values numbers(n * stride, NAN);  // between rows
       for (int64_t r = 0; r < n; ++r)
-        for (int64_t c = 0; c < k; ++c)
-          numbers[r * stride + c] = r % 5 == 1 ? (c % 50 < 40 ? -0.0 : 0.0)        // zeros
-                                    : r % 5 == 2 ? size * (1 + c / 32)             // constants
-                                    : r % 5 == 3 ? size * integer(-9, 9) / 4       // ties
-                                    : c == k / 2 ? 20 * size                       // an outlier
-                                                 : size * normal();
+        for (int64_t c = 0; c < k; ++c) {
+          const double kinds[] = {size * normal(), c % 50 < 40 ? -0.0 : 0.0,
+                                  size * static_cast<double>(1 + c / 32),  // constants
+                                  size * integer(-9, 9) / 4};              // ties
+          numbers[r * stride + c] = c == k / 2 && r % 8 == 0 ? 20 * size : kinds[r % 4];
+        }
       const Array w(dtype, numbers);
       const Weights expected = quantized(format, ternary, scale_dtype, n, k, w, stride);
-      on_every_isa([&] {
-        for (int threads : {1, 3}) {
-          std::vector<uint8_t> codes(expected.codes.size(), 0xff);
-          std::vector<uint8_t> scales(expected.scales.bytes.size(), 0xff);
-          std::vector<uint8_t> offsets(expected.offsets.bytes.size(), 0xff);
-          const int64_t element = Float(scale_dtype).bytes;
-          memlm_quantize_args args{};
-          args.n = n, args.k = k;
-          args.w = w.data();
-          args.w_stride = stride;
-          args.dtype = dtype;
-          args.bits = format.bits;
-          args.ternary = ternary;
-          args.group = format.group;
-          args.levels = format.kind == Kind::kTable ? memlm_nf4_levels : nullptr;
-          args.scale_dtype = scale_dtype;
-          args.codes = codes.data() + 1;
-          args.scales = scales.data() + element;
-          args.offsets = format.offsets() ? offsets.data() + element : nullptr;
-          args.threads = threads;
-          require(memlm_quantize_weight(&args));
-          const auto same = [](const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, int64_t from) {
-            return std::equal(a.begin() + from, a.end(), b.begin() + from, b.end());
-          };
-          if (!same(codes, expected.codes, 1) || !same(scales, expected.scales.bytes, element) ||
-              !same(offsets, expected.offsets.bytes, element))
-            fail("quantize_weight: %s, dtype %d, size %g: other bits", describe(expected).c_str(),
-                 dtype, size);
-        }
-        count("quantize_weight", n * k);
-      });
+      on_every_isa([&, ternary = ternary] { check_quantized(expected, ternary, w, stride); });
     }
+}
+
+// What memlm_quantize_weight refuses, by the argument that it names.
+void check_refusals() {
+  const Array w(MEMLM_F32, Values(20 * 40, 1));
+  const Weights like = quantized({Kind::kTable, 4, 32}, false, MEMLM_F16, 20, 40, w, 40);
+  std::vector<uint8_t> untouched(4096, 0xff), memory = untouched;
+  float levels[16] = {};
+  memlm_quantize_args good = quantize_args(like, false, w, 40);
+  good.codes = good.scales = memory.data();
+  good.threads = 1;
+  const auto refuse = [&](const char* name, const auto& change) {
+    memlm_quantize_args args = good;
+    change(args);
+    const std::string start = std::string(name) + ":";
+    const bool refused = memlm_quantize_weight(&args) == MEMLM_INVALID;
+    if (!refused || std::string(memlm_last_error()).compare(0, start.size(), start))
+      fail("quantize_weight: %s: got %s", name, memlm_last_error());
+  };
+  using Args = memlm_quantize_args;
+  refuse("n", [](Args& a) { a.n = 0; });
+  refuse("k", [](Args& a) { a.k = int64_t{1} << 31; });
+  refuse("w", [](Args& a) { a.w = nullptr; });
+  refuse("w_stride", [](Args& a) { a.w_stride = 39; });
+  refuse("dtype", [](Args& a) { a.dtype = static_cast<memlm_dtype>(3); });
+  refuse("bits", [](Args& a) { a.bits = 3; });
+  refuse("group", [](Args& a) { a.group = 0; });
+  refuse("codes", [](Args& a) { a.codes = nullptr; });
+  refuse("scales", [](Args& a) { a.scales = nullptr; });
+  refuse("scale_dtype", [](Args& a) { a.scale_dtype = MEMLM_BF16; });
+  refuse("levels", [&](Args& a) { a.levels = levels; });
+  refuse("levels", [&](Args& a) { a.offsets = memory.data(); });
+  refuse("ternary", [](Args& a) { a.ternary = 1; });
+  refuse("threads", [](Args& a) { a.threads = 0; });
+  if (memlm_quantize_weight(nullptr) != MEMLM_INVALID) fail("quantize_weight: NULL");
+  if (memory != untouched) fail("quantize_weight: wrote before it refused");
 }
 
 // The largest magnitude is found wherever it stands.
@@ -519,17 +564,18 @@ void check_largest_magnitude() {
       const int64_t stride = k + 1;
       Values numbers(n * stride, INFINITY);  // between rows
       for (int64_t i = 0; i < n * k; ++i) numbers[i / k * stride + i % k] = uniform(-1, 1);
-      const int64_t row = integer(0, static_cast<int>(n) - 1), column = integer(0, static_cast<int>(k) - 1);
+      const int64_t at = integer(0, static_cast<int>(n * k) - 1);
       for (double value : {-2.0, 3.0, static_cast<double>(INFINITY), static_cast<double>(NAN)}) {
-        numbers[row * stride + column] = value;
+        numbers[at / k * stride + at % k] = value;
         const Array w(dtype, numbers);
-        on_every_isa([&] {
+        const memlm_status wanted = std::isfinite(value) ? MEMLM_OK : MEMLM_INVALID;
+        on_every_isa([&, n = n, k = k] {
           float largest = -1;
-          const memlm_status status = memlm_largest_magnitude(n, k, w.data(), stride, dtype, &largest, 3);
-          if (std::isfinite(value) ? status != MEMLM_OK || largest != std::fabs(static_cast<float>(value))
-                                   : status != MEMLM_INVALID)
-            fail("largest_magnitude: %s, dtype %d: status %d, got %g, should be %g", memlm_isa(), dtype,
-                 status, largest, value);
+          const memlm_status status =
+              memlm_largest_magnitude(n, k, w.data(), stride, dtype, &largest, 3);
+          if (status != wanted || (status == MEMLM_OK && largest != std::fabs(value)))
+            fail("largest_magnitude: %s, dtype %d: status %d, got %g, should be %g", memlm_isa(),
+                 dtype, status, largest, value);
           count("largest_magnitude", n * k);
         });
       }
@@ -550,6 +596,7 @@ int main(int argc, char**) {
   check_gates();
   check_rows();
   check_quantize_weight();
+  check_refusals();
   check_largest_magnitude();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
