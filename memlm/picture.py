@@ -21,8 +21,8 @@ COLOURS = {  # of the terminal, of the image
 }
 LABELS = {"base": "torch, Python", "kv_cache": "KV cache"}
 NOTE = (
-    "for a process that calls memlm.memory.return_freed(): by default malloc keeps freed blocks, and "
-    "a process may take half as much again or more (docs/memory.md)"
+    "for a process that calls memlm.memory.return_freed(): by default malloc keeps freed blocks, "
+    "and a process may take half as much again or more (docs/memory.md)"
 )
 BAR = 36  # characters of the longest bar
 
