@@ -21,8 +21,8 @@ COLOURS = {  # of the terminal, of the image
 }
 LABELS = {"base": "torch, Python", "kv_cache": "KV cache"}
 NOTE = (
-    "for a process that calls memlm.memory.return_freed(): by default malloc keeps freed blocks, and "
-    "a process may take half as much again or more (docs/memory.md)"
+    "for a process that calls memlm.memory.return_freed(): by default malloc keeps freed blocks, "
+    "and a process may take half as much again or more (docs/memory.md)"
 )
 BAR = 36  # characters of the longest bar
 
@@ -107,8 +107,9 @@ def draw(advice: Advice, title: str, path: Path) -> None:
             axis.barh(range(len(rows)), widths, left=lefts, color=COLOURS[part][1],
                       label=label(part), height=0.65)  # fmt: skip
     for y, p in enumerate(rows):
-        axis.text(p.total / 1e9, y, f" {size(p.total)}", va="center", fontsize=9,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+        axis.annotate(size(p.total), (p.total / 1e9, y), (5, 0), textcoords="offset points",
+                      va="center", fontsize=9,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     names = []
     for p in rows:
         s = p.settings
