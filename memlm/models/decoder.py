@@ -131,8 +131,10 @@ class KVCache:
         for stores, new in ((self._keys, keys), (self._values, values)):
             store = stores[layer]
             if store is None or store.shape[2] < end or store.shape[0] != new.shape[0]:
-                store = stores[layer] = self._grown(store, new, end)
-            store[:, :, self.length : end] = new
+                # All layers at once: one by one, each would take the place that a freed activation
+                # left, and the next activation would find none.
+                stores[:] = [self._grown(store, new, end) for store in stores]
+            stores[layer][:, :, self.length : end] = new
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
     def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
