@@ -72,39 +72,47 @@ def files(folder: Path) -> list[Path]:
     return [folder] if folder.is_file() else list(folder.glob("*.safetensors"))
 
 
+def pieces(source: Path):
+    """The bytes of ``source``'s files, one piece after the other in the same memory."""
+    buffer = memoryview(bytearray(1 << 20))
+    for file in files(source):
+        with open(file, "rb", buffering=0) as f:
+            while got := f.readinto(buffer):
+                yield buffer[:got]
+
+
 def copy_seconds(source: Path, target: Path, count: int) -> float:
     """Reading all of ``source``'s bytes and writing ``count`` of them, to the disk."""
-    buffer, start = memoryview(bytearray(1 << 20)), time.perf_counter()
+    start = time.perf_counter()
     with open(target, "wb", buffering=0) as out:
-        for file in files(source):
-            with open(file, "rb", buffering=0) as f:
-                while got := f.readinto(buffer):
-                    take = min(got, count)
-                    out.write(buffer[:take])
-                    count -= take
+        for piece in pieces(source):
+            out.write(piece[:count])
+            count = max(0, count - len(piece))
         os.fsync(out.fileno())
     target.unlink()
     return time.perf_counter() - start
+
+
+def prepare(source: Path, kind: str) -> None:
+    """Has the page cache hold all of ``source`` (warm) or nothing of it (cold)."""
+    for file in files(source):
+        drop_from_cache(file)
+    if kind == "warm":
+        for _ in pieces(source):
+            pass
 
 
 def quantising(source: Path, target: Path) -> dict:
     """Medians, with the source in the page cache and not, each beside a plain copy."""
     rows = {"warm": [], "cold": []}
     for kind in [k for _ in range(REPEATS) for k in rows]:
-        for step in ("copy", "quantise"):
-            for file in files(source):
-                if kind == "cold":
-                    drop_from_cache(file)
-                else:
-                    file.read_bytes() if file.stat().st_size < 1 << 30 else None
-            if step == "quantise":
-                shutil.rmtree(target, ignore_errors=True)
-                result = run(QUANTIZE, source, target)
-            else:
-                size = (target / "model.safetensors").stat().st_size if target.exists() else 0
-                result = {}
-                copied = copy_seconds(source, target.with_suffix(".copy"), size)
-        rows[kind].append({**result, "copy_s": copied})
+        prepare(source, kind)
+        shutil.rmtree(target, ignore_errors=True)
+        result = run(QUANTIZE, source, target)
+        prepare(source, kind)
+        size = (target / "model.safetensors").stat().st_size
+        result["copy_s"] = copy_seconds(source, target.with_suffix(".copy"), size)
+        rows[kind].append(result)
     return {
         kind: {key: statistics.median(row[key] for row in found) for key in found[0]}
         for kind, found in rows.items()
