@@ -1,8 +1,8 @@
-"""The rounding of weights behind :mod:`memlm.quantize` (torch tensors) and :mod:`memlm.arrays`
-(numpy arrays): one source for both.  ``xp`` is the module, torch or numpy, that arrays belong to.
+"""The rounding of weights: what the kernel (csrc/cpu/quantize_weight-inl.h) computes, bit for bit,
+and what runs where there is none.  ``xp`` is the module, torch or numpy, that arrays belong to.
 
-Both, and the kernel (csrc/cpu/quantize_weight-inl.h), give the same bits: every step is exact or
-rounds once as IEEE 754 says, and sums are taken in order.
+All give the same bits: every step is exact or rounds once as IEEE 754 says, and sums are taken in
+order.
 """
 
 from __future__ import annotations

@@ -362,8 +362,9 @@ memlm_status memlm_largest_magnitude(int64_t n, int64_t k, const void* w, int64_
   std::atomic<int32_t> bits{0};
   parallel_for(n, kTileRows, threads, [&](int64_t begin, int64_t end, int) {
     int32_t most = 0;
-    for (int64_t row = begin; row < end; ++row)
-      most = std::max(most, isa.largest_bits(static_cast<const char*>(w) + row * row_bytes, dtype, k));
+    const char* row = static_cast<const char*>(w) + begin * row_bytes;
+    for (int64_t i = begin; i < end; ++i, row += row_bytes)
+      most = std::max(most, isa.largest_bits(row, dtype, k));
     int32_t before = bits;
     while (before < most && !bits.compare_exchange_weak(before, most)) {
     }

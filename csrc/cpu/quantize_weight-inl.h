@@ -215,8 +215,8 @@ struct TileRows {
     for (int r = 0; r < count; ++r) ones[r] = 1;
     return f_load(ones);
   }
-  // Columns k0 .. k0 + span - 1 as w [span][16], zeros beyond the rows; beyond k the last column, or
-  // zeros.
+  // Columns k0 .. k0 + span - 1 as w [span][16]: zeros beyond the rows, and beyond k, where `repeat`
+  // repeats the last column instead.
   void load(int64_t k0, int span, bool repeat, float* w) const {
     const int given = static_cast<int>(args.k - k0 < span ? args.k - k0 : span);
     for (int j = 0; j < given; j += 16) {

@@ -124,8 +124,8 @@ inline I i_max(I x, I y) {
 }
 inline I i_add_if_less(I x, F a, F b, int32_t y) {
   return quarters<I>([&](int i) {
-    const uint32x4_t some = vandq_u32(vcltq_f32(a.v[i], b.v[i]), vdupq_n_u32(static_cast<uint32_t>(y)));
-    return vaddq_s32(x.v[i], vreinterpretq_s32_u32(some));
+    const int32x4_t less = vreinterpretq_s32_u32(vcltq_f32(a.v[i], b.v[i]));
+    return vaddq_s32(x.v[i], vandq_s32(less, vdupq_n_s32(y)));
   });
 }
 inline int32_t i_reduce_max(I x) {

@@ -11,7 +11,7 @@ from memlm.ops._registry import define
 
 
 def _check(w, bits, codebook, group, has_offsets, scale_dtype):
-    """The format and :func:`formats.layout`, or TypeError or ValueError naming what does not fit."""
+    """The format and its layout, or TypeError or ValueError naming what does not fit."""
     if not isinstance(w, torch.Tensor) or w.dtype not in X_DTYPES:
         got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
         raise TypeError(f"w: got {got}, accepted are tensors of {X_DTYPES}")

@@ -188,8 +188,10 @@ class GroupRounding {
   GroupRounding(const Format& format, bool ternary, memlm_dtype scale_dtype)
       : format_(format), stored_(scale_dtype) {
     const int count = ternary ? 3 : format.bits == 8 ? 255 : 1 << format.bits;
-    for (int code = 0; code < count; ++code)
-      levels_.push_back(static_cast<float>(format.bits == 8 ? code - 127 : format.value(code, false)));
+    for (int code = 0; code < count; ++code) {
+      const double level = format.bits == 8 ? code - 127 : format.value(code, false);
+      levels_.push_back(static_cast<float>(level));
+    }
     reach_ = levels_.back();
     if (format.offsets()) reach_ /= 2;
     else if (std::fabs(levels_[0]) >= reach_) reach_ = levels_[0];
