@@ -1,18 +1,21 @@
 """From a model's files to a packed folder, tensor by tensor: memory holds the largest tensor, never
 the model.
 
-Each finished tensor is a small file in ``DST/.partial``; what a killed run has finished is found
-there by the next one.  At the end they are joined into one file, which takes its place in the folder
-when it is complete.  While one tensor is rounded the kernel reads the next.
+Finished tensors are small files in ``DST/.partial``; what a killed run has finished is found there by
+the next one.  At the end they are joined into one file, which takes its place in the folder
+when it is complete.  While one tensor is rounded the one before is written and those behind are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +48,9 @@ from memlm.ops import mode_for
 from memlm.quantize import quantize_weight
 
 _PARTIAL = ".partial"
+_PART = (
+    1 << 22
+)  # weights in one of its files, or one tensor: fewer files than tensors, a few MB each
 
 
 @dataclass(frozen=True)
@@ -95,20 +101,13 @@ def quantize_files(
     partial = _Partial(dst / _PARTIAL, _fingerprint(src, config, requantize))
     try:
         specs, dtypes, anew = {}, set(), []
-        for i, job in enumerate(jobs):
-            ahead = jobs[i + 1] if i + 1 < len(jobs) else None
-            done = partial.take(i)
-            if done is None:
-                done = _make(checkpoint, job, config, requantize, ahead)
-                partial.put(i, *done)
-                checkpoint.release(job.name)
-            spec, float_dtype = done[1]["spec"], done[1]["dtype"]
-            if done[1]["anew"]:
-                anew.append(job.name)
-            if spec:
-                specs[job.module] = spec
+        for i, (job, known) in enumerate(_results(checkpoint, jobs, config, requantize, partial)):
+            if known["spec"]:
+                specs[job.module] = known["spec"]
             else:
-                dtypes.add(float_dtype)
+                dtypes.add(known["dtype"])
+            if known["anew"]:
+                anew.append(job.name)
             if progress:
                 progress(i + 1, len(jobs), job.name)
         if anew:
@@ -128,7 +127,7 @@ def quantize_files(
         with replacing_model(dst) as temporary:
             safetensors.join(
                 temporary / WEIGHTS_FILE,
-                [partial.file(i) for i in range(len(jobs))],
+                partial.files(),
                 lambda names: in_file_order(names, specs),
                 metadata(),
             )
@@ -178,13 +177,82 @@ def _plan(checkpoint: Checkpoint, config: QuantConfig) -> tuple[list[_Job], str 
     return jobs, tied
 
 
+def _parts(jobs: list[_Job]) -> list[range]:
+    """Consecutive jobs, _PART weights or one job at a time."""
+    parts, start, size = [], 0, 0
+    for i, job in enumerate(jobs):
+        size += math.prod(job.shape)
+        if size >= _PART or i == len(jobs) - 1:
+            parts.append(range(start, i + 1))
+            start, size = i + 1, 0
+    return parts
+
+
+def _results(
+    checkpoint: Checkpoint,
+    jobs: list[_Job],
+    config: QuantConfig,
+    requantize: bool,
+    partial: _Partial,
+) -> Iterator[tuple[_Job, dict]]:
+    """Makes every job's tensors and writes them to ``partial``; yields what is known of each once it
+    is there.  One part is written while the next is rounded, and what follows is read."""
+    ahead, waiting = _ReadAhead(checkpoint, jobs), deque()
+
+    def written() -> Iterator[tuple[_Job, dict]]:
+        while waiting:
+            part, known, future = waiting.popleft()
+            future.result()
+            for i in part:
+                checkpoint.release(jobs[i].name)
+            yield from zip((jobs[i] for i in part), known)
+
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for number, part in enumerate(_parts(jobs)):
+            known, tensors = partial.take(number, len(part)), {}
+            if known is not None:
+                yield from written()
+                yield from zip((jobs[i] for i in part), known)
+                continue
+            known = []
+            for i in part:
+                ahead.before(i)
+                made = _make(checkpoint, jobs[i], config, requantize)
+                tensors |= made[0]
+                known.append(made[1])
+                if made[1]["spec"]:  # floats are written from where they are mapped
+                    checkpoint.release(jobs[i].name)
+            yield from written()  # one part at most: it is in memory
+            waiting.append((part, known, writer.submit(partial.put, number, tensors, known)))
+        yield from written()
+
+
+class _ReadAhead:
+    """Has the kernel read the jobs' sources some way ahead of the one at work."""
+
+    BYTES = 64 << 20  # a tenth of a second of a fast disk
+
+    def __init__(self, checkpoint: Checkpoint, jobs: list[_Job]):
+        self._checkpoint, self._jobs = checkpoint, jobs
+        self._asked, self._bytes = 0, 0  # jobs asked for so far; their bytes beyond the one at work
+
+    def before(self, i: int) -> None:
+        """To be called before job ``i`` is made."""
+        while self._asked < len(self._jobs) and (self._asked <= i or self._bytes < self.BYTES):
+            self._checkpoint.read_ahead(self._jobs[self._asked].name)
+            self._bytes += self._size(self._asked)
+            self._asked += 1
+        self._bytes -= self._size(i)
+
+    def _size(self, i: int) -> int:
+        return 4 * math.prod(self._jobs[i].shape)
+
+
 def _make(
-    checkpoint: Checkpoint, job: _Job, config: QuantConfig, requantize: bool, ahead
+    checkpoint: Checkpoint, job: _Job, config: QuantConfig, requantize: bool
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """One job's tensors as the file names them, and what is to be known of them."""
     source = read_tensor(checkpoint, job.name, job.shape, dequantize=requantize)
-    if ahead is not None:
-        checkpoint.read_ahead(ahead.name)
     stored = source if isinstance(source, PackedTensor) else None
     if stored is None and job.format is not None:
         try:
@@ -220,21 +288,25 @@ class _Partial:
         if not job.is_file() or job.read_text() != fingerprint:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            with replacing(job) as file:
+            with replacing(job, sync=False) as file:
                 file.write(fingerprint.encode())
 
     def file(self, i: int) -> Path:
         return self._folder / f"{i:05}.safetensors"
 
-    def take(self, i: int) -> tuple[None, dict] | None:
-        """What is known of the tensors that are there, or None."""
+    def files(self) -> list[Path]:
+        return sorted(self._folder.glob("*.safetensors"))
+
+    def take(self, i: int, count: int) -> list[dict] | None:
+        """What is known of the ``count`` jobs of a part that is there, or None."""
         try:
             safetensors.verify(self.file(i))
-            return None, json.loads(safetensors.read_header(self.file(i))[1]["memlm"])
+            known = json.loads(safetensors.read_header(self.file(i))[1]["memlm"])
+            return known if len(known) == count else None
         except (FileNotFoundError, FormatError, KeyError):
             return None
 
-    def put(self, i: int, tensors: dict[str, torch.Tensor], known: dict) -> None:
+    def put(self, i: int, tensors: dict[str, torch.Tensor], known: list[dict]) -> None:
         # Not synced: a kill loses nothing that was written, and what a loss of power leaves
         # incomplete its checksum tells.
         safetensors.write(self.file(i), tensors, {"memlm": json.dumps(known)}, sync=False)

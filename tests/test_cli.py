@@ -82,7 +82,7 @@ def test_verify(packed, source, tmp_path):
     with pytest.raises(memlm.FormatError, match="damaged"):
         run("verify", tmp_path)
     with pytest.raises(FileNotFoundError, match="has no safetensors files"):
-        run("verify", tmp_path.parent)
+        run("verify", source.parent / "nowhere")
 
 
 def test_info(source, packed):

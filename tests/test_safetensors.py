@@ -43,21 +43,22 @@ def one(dtype="U8", shape="[64]", offsets="[0,64]"):
 
 
 def test_golden_bytes(tmp_path):
-    """int16 before the 3 bytes, data at 256 = 4 * 64, little-endian; the checksum is that of
-    `printf '\\x02\\x01\\xff\\xff\\x01\\x02\\x03' | sha256sum`."""
+    """int16 before the 3 bytes, data at 320 = 5 * 64, little-endian; the checksums are
+    those of `printf '\\x02\\x01\\xff\\xff' | sha256sum` and of the last three bytes."""
     tensors = {"b": torch.tensor([1, 2, 3], dtype=torch.uint8),
                "a": torch.tensor([[258], [-1]], dtype=torch.int16)}  # fmt: skip
     size = ours.write(tmp_path / FILE, tensors, {"format": "x"})
     text = (
         b'{"__metadata__":{"format":"x","sha256":"'
-        b'67727895a99d5bc647c9b7c63105977a78c3fea63cf7410a5808b955dccc0645"},'
+        b'88927315fe1ddd910708397110d3dc316f8132cb35209bedb2afdd2bd9e7b8d9 '
+        b'039058c6f2c0cb492c533b0a4d14ef77cc0f78abccced5287d84a1a2011cfb81"},'
         b'"a":{"dtype":"I16","shape":[2,1],"data_offsets":[0,4]},'
         b'"b":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}'
     )
     assert (tmp_path / FILE).read_bytes() == (
-        (256 - 8).to_bytes(8, "little") + text.ljust(256 - 8) + b"\x02\x01\xff\xff" + b"\1\2\3"
+        (320 - 8).to_bytes(8, "little") + text.ljust(320 - 8) + b"\x02\x01\xff\xff" + b"\1\2\3"
     )
-    assert size == 263
+    assert size == 327
 
 
 DTYPES = sorted(ours._DTYPES, key=str)
@@ -89,7 +90,7 @@ def test_any_strides_and_metadata(tmp_path):
 
 
 def test_no_tensors(tmp_path):
-    assert ours.write(tmp_path / FILE, {}, {}) == 128
+    assert ours.write(tmp_path / FILE, {}, {}) == 64
     assert ours.open_mapped(tmp_path / FILE)[0] == {} and ours.verify(tmp_path / FILE)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from memlm.errors import FormatError
-from memlm.formats import TILE_ROWS, Format, pack, stack_rows
+from memlm.formats import TILE_ROWS, Format, Packed, layout, pack
 from memlm.io import pages
 from memlm.io.checkpoint import PackedTensor
 from memlm.io.ggml_types import TYPES, TensorType, dequantize
@@ -204,19 +204,32 @@ class GGUF:
         tensor = self.tensors[self._names[name]]
         if tensor.type.format is None or len(tensor.shape) != 2:
             return None
-        format, parts = Format.parse(tensor.type.format), []
-        for _, blocks in self._chunks(tensor, self._row_order(name)):
+        format = Format.parse(tensor.type.format)
+        whole: Packed | None = None
+        for start, blocks in self._chunks(tensor, self._row_order(name)):
             q, scales, offsets = tensor.type.decode(blocks.reshape(-1))
             q = torch.from_numpy(q).reshape(len(blocks), -1)
             if format.bits < 8:
                 q = (q + tensor.type.zero).to(torch.uint8)
-            values = [None if v is None else torch.from_numpy(v).reshape(len(blocks), -1)
-                      for v in (scales, offsets)]  # fmt: skip
+            values = [
+                None if v is None else torch.from_numpy(v).reshape(len(blocks), -1)
+                for v in (scales, offsets)
+            ]
             try:
-                parts.append(pack(q, *values, format))
+                part = pack(q, *values, format)
             except ValueError as error:  # NaN or Inf
                 raise FormatError(f"{self.path}: tensor {tensor.name:.80}: {error}") from None
-        return PackedTensor(stack_rows(parts))
+            if whole is None:
+                shapes = layout(format, *tensor.shape, part.scales.dtype)
+                whole = Packed(
+                    format,
+                    *tensor.shape,
+                    **{p: torch.empty(s, dtype=d) for p, (s, d) in shapes.items()},
+                )
+            tile = start // TILE_ROWS
+            for mine, new in zip(whole.tensors().values(), part.tensors().values()):
+                mine[tile : tile + len(new)] = new
+        return PackedTensor(whole)
 
     def coded(self, name: str) -> bool:
         return self.tensors[self._names[name]].type.decode is not None

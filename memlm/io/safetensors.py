@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-_CHECKSUM = "sha256"
+_CHECKSUMS = "sha256"  # of each tensor's bytes, in the order of the file, spaces between
 _PIECE = 1 << 20  # bytes copied at a time
 _BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
 
@@ -49,7 +49,7 @@ def write(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], sync: bool = True
 ) -> int:
     """Writes ``tensors`` (any device, any strides) and returns the file's size in bytes.  The
-    metadata gain ``sha256``, that of the tensors' bytes, which :func:`verify` compares.
+    metadata gain ``sha256``, those of the tensors' bytes, which :func:`verify` compares.
 
     Atomic: the file appears under its name only when complete, and, with ``sync``, on the disk.
     Memory: one tensor at a time.
@@ -98,34 +98,45 @@ def write_each(
     return _write(path, entries, data, metadata, True)
 
 
-def join(path: str | Path, parts: list[str | Path], order: Callable, metadata: dict[str, str]) -> int:
-    """Writes a file of all tensors of other safetensors files, as :func:`write` does; ``order`` takes
-    their names and returns them in the order wanted."""
-    entries, file_of = {}, {}
+def join(
+    path: str | Path,
+    parts: list[str | Path],
+    order: Callable[[Iterable[str]], Iterable[str]],
+    metadata: dict[str, str],
+) -> int:
+    """Writes a file of all tensors of other files that :func:`write` made, as it does, without
+    computing their checksums again; ``order`` takes their names and returns them in the order
+    wanted."""
+    entries, file_of, digests = {}, {}, {}
     for part in map(Path, parts):
-        found, _ = read_header(part)
+        found, given = read_header(part)
         entries |= found
         file_of |= dict.fromkeys(found, part)
+        digests |= zip(found, given[_CHECKSUMS].split())
     kinds = {name: (e.dtype, e.shape, e.end - e.start) for name, e in entries.items()}
 
     def data(name: str) -> Iterator[memoryview]:
-        yield from _pieces(file_of[name], entries[name].start, entries[name].end)
+        return _pieces(file_of[name], entries[name].start, entries[name].end)
 
-    return _write(path, {name: kinds[name] for name in order(kinds)}, data, metadata, True)
+    return _write(path, {name: kinds[name] for name in order(kinds)}, data, metadata, True, digests)
 
 
 def verify(path: str | Path) -> bool:
-    """Compares a file's bytes with the checksum in its metadata; False where there is none.  Raises
-    FormatError for a file that is damaged."""
+    """Compares a file's bytes with the checksums in its metadata; False where there are none.
+    Raises FormatError naming the tensor for a file that is damaged."""
     path = Path(path)
     entries, metadata = read_header(path)
-    if _CHECKSUM not in metadata:
+    if _CHECKSUMS not in metadata:
         return False
-    digest, size = hashlib.sha256(), path.stat().st_size
-    for piece in _pieces(path, min((e.start for e in entries.values()), default=size), size):
-        digest.update(piece)
-    if digest.hexdigest() != metadata[_CHECKSUM]:
-        raise FormatError(f"{path}: damaged: its bytes are not those of its checksum")
+    given = metadata[_CHECKSUMS].split()
+    if len(given) != len(entries):
+        raise FormatError(f"{path}: damaged: {len(given)} checksums of {len(entries)} tensors")
+    for (name, entry), wanted in zip(entries.items(), given):
+        digest = hashlib.sha256()
+        for piece in _pieces(path, entry.start, entry.end):
+            digest.update(piece)
+        if digest.hexdigest() != wanted:
+            raise FormatError(f"{path}: damaged: {name:.80} is not what its checksum says")
     return True
 
 
@@ -142,8 +153,16 @@ def _pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
             start += count
 
 
-def _write(path, kinds: dict[str, tuple[str, tuple, int]], data, metadata: dict, sync: bool) -> int:
-    """``kinds``: name -> (dtype, shape, bytes); ``data(name)`` yields its bytes."""
+def _write(
+    path: str | Path,
+    kinds: dict[str, tuple[str, tuple[int, ...], int]],
+    data: Callable[[str], Iterator[memoryview]],
+    metadata: dict[str, str],
+    sync: bool,
+    digests: dict[str, str] | None = None,
+) -> int:
+    """``kinds``: name -> (dtype, shape, bytes); ``data(name)`` yields its bytes, ``digests`` has
+    their checksums, if they are known."""
     if METADATA in kinds:
         raise ValueError(f"tensors: the name {METADATA!r} is reserved")
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
@@ -156,33 +175,40 @@ def _write(path, kinds: dict[str, tuple[str, tuple, int]], data, metadata: dict,
     # Sizes fall from multiples of 64 to smaller powers of two, so each tensor starts at a multiple
     # of its own: there are no holes, and every element is aligned.
     order = sorted(kinds, key=divisor, reverse=True)
-    unknown = "0" * hashlib.sha256().digest_size * 2  # as long as the checksum, not known yet
-    header, position = {METADATA: {**metadata, _CHECKSUM: unknown}}, 0
+    unknown = "0" * hashlib.sha256().digest_size * 2  # as long as a checksum, not known yet
+    sums = dict.fromkeys(order, unknown) if digests is None else digests
+    header, position = {METADATA: metadata}, 0
     for name in order:
         dtype, shape, size = kinds[name]
         offsets = [position, position + size]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         position += size
 
-    def text(header: dict) -> bytes:
+    def text() -> bytes:
+        # Readers sort by offset: empty tensors, which share one, keep the header's order.
+        header[METADATA] = {**metadata, _CHECKSUMS: " ".join(sums[name] for name in order)}
         made = json.dumps(header, separators=(",", ":")).encode()
         made += b" " * (-(8 + len(made)) % ALIGNMENT)
         return len(made).to_bytes(8, "little") + made
 
-    head = text(header)
+    head = text()
     if len(head) - 8 > MAX_BYTES:
-        raise ValueError(f"tensors: a header of {len(head) - 8} bytes; at most {MAX_BYTES} are read")
-
-    digest = hashlib.sha256()
+        raise ValueError(
+            f"tensors: a header of {len(head) - 8} bytes; at most {MAX_BYTES} are read"
+        )
     with replacing(path, sync) as file:
         file.write(head)
         for name in order:
+            digest = hashlib.sha256()
             for piece in data(name):
-                digest.update(piece)
+                if digests is None:
+                    digest.update(piece)
                 file.write(piece)
-        header[METADATA][_CHECKSUM] = digest.hexdigest()
-        file.seek(0)
-        file.write(text(header))
+            if digests is None:
+                sums[name] = digest.hexdigest()
+        if digests is None:
+            file.seek(0)
+            file.write(text())
     return len(head) + position
 
 
