@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_files --work DIR [--models smollm2,1.1b,3b]
 
-Every measurement is a process of its own.  Writes docs/files.md.
+Every measurement is a process of its own.  Adds to benchmarks/results/files.json and writes
+docs/files.md from it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from memlm.export import export
 from memlm.io.pages import HOW, drop_from_cache
 
 REPEATS = 3
+RESULTS = Path(__file__).parent / "results" / "files.json"
 PAGE = Path(__file__).parents[1] / "docs" / "files.md"
 
 QUANTIZE = """
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", default="smollm2,1.1b,3b")
     options = parser.parse_args()
-    results = {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.models.split(","):
         if name == "smollm2":
             source = options.work / "smollm2-f32"
@@ -196,6 +198,7 @@ def main() -> None:
             "load": loading(target),
         }
         print(json.dumps(results[name], indent=1), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 

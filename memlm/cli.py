@@ -34,6 +34,12 @@ Json = Annotated[
     Optional[Path], typer.Option("--json", help="Write the result here as JSON ('-': standard output).")
 ]
 Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads (default: torch's).")]
+Pages = Annotated[
+    str,
+    typer.Option(
+        help="Where weights lie: mapped, populated (read at once), or huge (a copy in 2 MB pages)."
+    ),
+]
 Linear = Annotated[str, typer.Option(help="Format of linear layers: int4, int4a-g64, int8, ...")]
 EMBEDDING_HELP = "Format of embeddings and of a head tied to one; 'float' leaves them."
 
@@ -228,13 +234,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Repeatable sampling.")] = None,
     threads: Threads = None,
+    pages: Pages = "mapped",
     json_file: Json = None,
 ) -> None:
     """Continue a text, or answer a question, as it is made."""
     import memlm
 
     _set_threads(threads)
-    loaded = memlm.load(resolve(model))
+    loaded = memlm.load(resolve(model), pages=pages)
     text, tokens, seconds = stream(
         loaded, prompt, chat, max_tokens, temperature, top_k, top_p, seed,
         show=str(json_file) != "-",
@@ -312,12 +319,14 @@ def evaluate(
 
 
 @app.command()
-def bench(model: Model, threads: Threads = None, json_file: Json = None) -> None:
+def bench(
+    model: Model, threads: Threads = None, pages: Pages = "mapped", json_file: Json = None
+) -> None:
     """Time a model: loading, prefill, decoding; and its resident memory by part."""
     from memlm.measure import measure
 
     _set_threads(threads)
-    result = measure(resolve(model)).to_dict()
+    result = measure(resolve(model), pages=pages).to_dict()
     if str(json_file) != "-":
         table = Table("measure", "value")
         for name, value in result.items():

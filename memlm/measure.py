@@ -38,15 +38,16 @@ class Speed:
         return asdict(self)
 
 
-def measure(path: str | Path, dtype: torch.dtype | None = None) -> Speed:
-    """Loads the decoder at ``path`` and times it.  For honest memory call it in a fresh process.
+def measure(path: str | Path, dtype: torch.dtype | None = None, pages: str = "mapped") -> Speed:
+    """Loads the decoder at ``path`` (``dtype`` and ``pages`` as :func:`memlm.load` has them) and times
+    it.  For honest memory call it in a fresh process.
 
     Raises TypeError for a model that is no decoder.
     """
     before, base = memory.resident_bytes(), memory.baseline()
     memory.reset_peak()
     start = time.perf_counter()
-    model = memlm.load(path, dtype)
+    model = memlm.load(path, dtype, pages=pages)
     load_s = time.perf_counter() - start
     if not isinstance(model, Decoder):
         raise TypeError(f"{path}: speed is measured for decoders, this is {type(model).__name__}")

@@ -100,6 +100,7 @@ def test_generate(packed):
     assert 1 <= first["tokens"] <= 5 and first["seconds"] > 0
     assert first["text"] == run_json(*arguments)["text"]
     assert first["text"] in run(*arguments)
+    assert first["text"] == run_json(*arguments, "--pages", "huge")["text"]
     sampled = ("--temperature", "90", "--top-k", "50", "--top-p", "0.9", "--seed")
     texts = {run_json(*arguments, *sampled, seed)["text"] for seed in range(5)}
     assert len(texts) > 1
