@@ -1,6 +1,6 @@
 """Quantising, loading and sharing of whole models: time, and memory by the kernel's account.
 
-    python -m benchmarks.bench_files --work DIR [--models smollm2,1.1b,3b]
+    python -m benchmarks.bench_files --work DIR [--models smollm2,1.1b,3b] [--parts quantise,load]
 
 Every measurement is a process of its own.  Adds to benchmarks/results/files.json and writes
 docs/files.md from it.
@@ -175,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", default="smollm2,1.1b,3b")
+    parser.add_argument("--parts", default="quantise,load")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in options.models.split(","):
@@ -191,13 +192,14 @@ def main() -> None:
             source = synthetic.write(options.work / name, name)
         target = options.work / f"{name}-int4"
         print(name, flush=True)
-        results[name] = {
-            "source": sum(file.stat().st_size for file in files(source)),
-            "quantise": quantising(source, target),
-            "packed": (target / "model.safetensors").stat().st_size,
-            "load": loading(target),
-        }
-        print(json.dumps(results[name], indent=1), flush=True)
+        row = results.setdefault(name, {})
+        row["source"] = sum(file.stat().st_size for file in files(source))
+        if "quantise" in options.parts:
+            row["quantise"] = quantising(source, target)
+        row["packed"] = (target / "model.safetensors").stat().st_size
+        if "load" in options.parts:
+            row["load"] = loading(target)
+        print(json.dumps(row, indent=1), flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 

@@ -9,15 +9,24 @@ codes are chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from memlm import _rounding, ops
-from memlm.formats import Format, Packed
+from memlm.formats import TILE_ROWS, Format, Packed, layout
 from memlm.ops._matmul import X_DTYPES
 
+_CHUNK = 64 << 20  # bytes of a mapped weight in memory at a time, with ``done``
 
-def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
+
+def quantize_weight(
+    w: torch.Tensor, format: str | Format, done: Callable[[torch.Tensor], None] | None = None
+) -> Packed:
     """Quantise ``w [n, k]`` (f32, bf16, f16, f64) and pack it.
+
+    ``done(rows)`` is called with the rows of a large ``w`` that have been looked at, some at a time,
+    all of them twice: :func:`memlm.io.pages.release`, say.
 
     Scales are f16; they are f32 when the largest lies outside f16's normal range (6.1e-5 to
     65,504).  Groups far below the matrix's largest may thus have subnormal f16 scales: their
@@ -32,9 +41,35 @@ def quantize_weight(w: torch.Tensor, format: str | Format) -> Packed:
         raise TypeError(f"w: got {got}, accepted is a floating-point tensor")
     if w.dim() != 2 or w.numel() == 0:
         raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
+    rows = w.shape[0]
+    if done is not None:
+        rows = max(1, _CHUNK // (w.shape[1] * w.element_size() * TILE_ROWS)) * TILE_ROWS
+    chunks = w.detach().split(rows)
     with torch.no_grad():
-        w = w.detach() if w.dtype in X_DTYPES else w.detach().float()
-        largest = max(float(end.abs()) for end in torch.aminmax(w))
-        if not largest < float("inf"):
-            raise ValueError("w: contains NaN or Inf")
-        return ops.quantize_weight(w, format, _rounding.scale_dtype(torch, format, largest))
+        largest = 0.0
+        for chunk in chunks:
+            ends = [float(end.abs()) for end in torch.aminmax(_known(chunk))]
+            if not max(ends) < float("inf"):  # NaN is not
+                raise ValueError("w: contains NaN or Inf")
+            largest = max(largest, *ends)
+            if len(chunks) > 1:
+                done(chunk)
+        scale_dtype = _rounding.scale_dtype(torch, format, largest)
+        if len(chunks) == 1:
+            return ops.quantize_weight(_known(w.detach()), format, scale_dtype)
+        shapes = layout(format, *w.shape, scale_dtype)
+        whole = {part: w.new_empty(shape, dtype=dtype) for part, (shape, dtype) in shapes.items()}
+        for i, chunk in enumerate(chunks):
+            packed, tile = (
+                ops.quantize_weight(_known(chunk), format, scale_dtype),
+                i * rows // TILE_ROWS,
+            )
+            for part, tensor in packed.tensors().items():
+                whole[part][tile : tile + len(tensor)] = tensor
+            done(chunk)
+    return Packed(format, *w.shape, **whole)
+
+
+def _known(w: torch.Tensor) -> torch.Tensor:
+    """In a type that the kernels take."""
+    return w if w.dtype in X_DTYPES else w.float()

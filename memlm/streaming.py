@@ -26,7 +26,7 @@ import memlm
 from memlm.convert import QuantConfig, spec_of
 from memlm.errors import FormatError
 from memlm.formats import Format
-from memlm.io import safetensors
+from memlm.io import pages, safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.files import replacing
 from memlm.io.packed_folder import (
@@ -255,8 +255,9 @@ def _make(
     source = read_tensor(checkpoint, job.name, job.shape, dequantize=requantize)
     stored = source if isinstance(source, PackedTensor) else None
     if stored is None and job.format is not None:
+        done = pages.release if checkpoint.maps(job.name) else None
         try:
-            stored = PackedTensor(quantize_weight(source, job.format))
+            stored = PackedTensor(quantize_weight(source, job.format, done))
         except ValueError as error:
             raise ValueError(f"{job.name}: {error}") from None
     if stored is None:

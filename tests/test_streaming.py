@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import torch
 from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 import memlm
-from memlm import data, streaming
+from memlm import data, quantize, streaming
 from memlm.io import safetensors
+from memlm.models.decoder import Decoder
 
 from . import tiny, tiny_gguf
 
@@ -178,6 +180,48 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
     largest, model = 16384 * 512 * 4, (tmp_path / "16" / WEIGHTS).stat().st_size
     assert model > 250e6
     assert max(peaks) < 2 * largest + 16e6 and peaks[1] < peaks[0] + 16e6
+
+
+def test_tensors_at_odd_places(tmp_path, monkeypatch):
+    """As other writers leave them: such tensors are copies in memory, which nothing may let go."""
+    model = tiny.llama(tmp_path / "source", hidden_size=256)
+    header, data, size = {}, b"", 1
+    for name, tensor in model.state_dict().items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [size, size + len(raw)],
+        }
+        data, size = data + raw, size + len(raw)
+    header["odd"] = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    expected = run(memlm.quantize_(memlm.load(tmp_path / "source"), "int8"))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "source" / WEIGHTS).write_bytes(
+        len(text).to_bytes(8, "little") + text + b"x" + data
+    )
+    with pytest.raises(memlm.FormatError, match="'odd' is not known"):
+        memlm.load(tmp_path / "source")
+    monkeypatch.setattr(Decoder, "hf_ignored", re.compile("odd"))
+    memlm.quantize_files(tmp_path / "source", tmp_path / "packed", "int8")
+    assert torch.equal(run(memlm.load(tmp_path / "packed")), expected)
+
+
+def test_large_weights_go_by_rows(tmp_path, monkeypatch):
+    """Some rows at a time, with the same result."""
+    w = torch.randn(1000, 300, generator=torch.manual_seed(0))
+    w[999, 299] = 1e-3
+    whole = memlm.quantize_weight(w, "int4")
+    monkeypatch.setattr(quantize, "_CHUNK", 100_000)
+    seen = []
+    parts = memlm.quantize_weight(w, "int4", seen.append)
+    assert len(seen) == 2 * 13 and sum(len(rows) for rows in seen) == 2000
+    for part, tensor in whole.tensors().items():
+        assert torch.equal(parts.tensors()[part], tensor)
+    w[999, 299] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        memlm.quantize_weight(w, "int4", seen.append)
 
 
 @pytest.mark.models

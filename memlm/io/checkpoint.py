@@ -51,6 +51,10 @@ class Checkpoint(Protocol):
         """Whether the tensor is stored in codes."""
         ...
 
+    def maps(self, name: str) -> bool:
+        """Whether :meth:`tensor` gives the file's own pages."""
+        ...
+
     def read_ahead(self, name: str) -> None:
         """Has the kernel start reading a tensor's bytes."""
         ...

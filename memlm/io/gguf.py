@@ -234,6 +234,9 @@ class GGUF:
     def coded(self, name: str) -> bool:
         return self.tensors[self._names[name]].type.decode is not None
 
+    def maps(self, name: str) -> bool:
+        return not self.coded(name) and self._row_order(name) is None
+
     def _stored(self, name: str) -> torch.Tensor:
         tensor = self.tensors[self._names[name]]
         return self._bytes[tensor.offset : tensor.end]

@@ -67,8 +67,17 @@ class Folder:
     def coded(self, name: str) -> bool:
         return False
 
+    def maps(self, name: str) -> bool:
+        if self._pages == "huge":
+            return False
+        # What lies at an odd place is a copy, in a storage of its own.
+        size = (self.path / self._file_of[name]).stat().st_size
+        return self.tensor(name).untyped_storage().nbytes() == size
+
     def read_ahead(self, name: str) -> None:
-        pages.read_ahead(self.tensor(name))
+        if self.maps(name):
+            pages.read_ahead(self.tensor(name))
 
     def release(self, name: str) -> None:
-        pages.release(self.tensor(name))
+        if self.maps(name):
+            pages.release(self.tensor(name))

@@ -145,6 +145,9 @@ class PackedFolder:
     def coded(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.specs and name.endswith(".weight")
 
+    def maps(self, name: str) -> bool:
+        return not self.coded(name) and self._folder.maps(name)
+
     def _parts(self, name: str) -> list[str]:
         module = name.removesuffix(".weight")
         parts = (

@@ -76,8 +76,8 @@ def populate(tensor: torch.Tensor) -> None:
 
 def release(tensor: torch.Tensor) -> None:
     """Takes a mapped tensor's pages out of this process's memory; they stay in the page cache, and
-    come back when they are used.  Only for tensors that nobody has written to: a changed page would
-    be the file's again."""
+    come back when they are used.  Only for what is mapped and nobody has written to: a changed page
+    would be the file's again, memory that is no file's would be lost."""
     _advise(tensor, mmap.MADV_DONTNEED)
 
 

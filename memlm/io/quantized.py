@@ -206,6 +206,9 @@ class QuantizedFolder:
     def coded(self, name: str) -> bool:
         return self._find(name) is not None
 
+    def maps(self, name: str) -> bool:
+        return not self.coded(name) and self._folder.maps(name)
+
     def read_ahead(self, name: str) -> None:
         for part in self._stored(name):
             self._folder.read_ahead(part)
