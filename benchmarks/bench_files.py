@@ -200,6 +200,7 @@ def main() -> None:
         if "load" in options.parts:
             row["load"] = loading(target)
         print(json.dumps(row, indent=1), flush=True)
+        results = dict(sorted(results.items(), key=lambda item: item[1]["source"]))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 

@@ -168,7 +168,7 @@ BAD = {
     "nan eps": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     "huge eps": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "many layers": ({"num_hidden_layers": 10**9}, "1000000000 layers, but 21 tensors"),
     "true": ({"vocab_size": True}, "vocab_size is True"),
     "float": ({"hidden_size": 64.0}, "hidden_size is 64.0"),
     "heads": ({"num_attention_heads": 3}, "3 heads over 2"),
