@@ -3,7 +3,8 @@
     python -m fuzz.run gguf CORPUS_DIR -max_total_time=300
 
 Inputs that widen the coverage are added to CORPUS_DIR; a finding is written to the working folder.
-Move it to fuzz/findings/<reader>/, where tests/test_fuzz.py runs it from then on.
+Move it to fuzz/findings/<reader>/, where tests/test_fuzz.py runs it from then on, as it runs
+fuzz/corpus.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 
 from fuzz import readers
 
-FINDINGS = Path(__file__).parents[1] / "fuzz" / "findings"
+FUZZ = Path(__file__).parents[1] / "fuzz"
 
 
 @pytest.fixture(scope="module", params=readers.READERS)
@@ -69,8 +69,11 @@ def test_cut_files(reader):
         assert outcome(name, folder, seed[:end]) is False, end
 
 
-def test_findings(reader):
-    """What fuzzing found once, kept: read or refused, but never again a crash."""
+def test_corpus_and_findings(reader):
+    """Inputs by which fuzzing reached new places in the readers, and what it found once: read or
+    refused, but never again a crash."""
     name, folder = reader
-    for file in sorted((FINDINGS / name).glob("*")):
+    files = [file for kind in ("corpus", "findings") for file in (FUZZ / kind / name).glob("*")]
+    assert files
+    for file in sorted(files):
         outcome(name, folder, file.read_bytes())

@@ -153,6 +153,7 @@ import ctypes
 from memlm.cpu import lib_path
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 counts = []
+small = memlm.quantize_weight(torch.randn(100, 100), "int4")
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int64, TASK, ctypes.c_void_p)
 def run(count, task, context):
@@ -164,7 +165,6 @@ ctypes.CDLL(lib_path()).memlm_set_run(run)
 for threads in (2, 1, 3, 8):
     torch.set_num_threads(threads)
     assert torch.equal(ops.matmul(x[:1], packed), expected[0])
-small = memlm.quantize_weight(torch.randn(100, 100), "int4")
 ops.matmul(torch.randn(1, 100), small)
 print(counts)
 """)

@@ -143,9 +143,10 @@ TYPES = {
 
 
 def dequantize(type: TensorType, blocks: np.ndarray) -> np.ndarray:
-    """f32 [blocks, values]."""
-    q, scales, offsets = type.decode(blocks)
-    grouped = q.reshape(*scales.shape, -1) * scales.astype(np.float32)[..., None]
-    if offsets is not None:
-        grouped += offsets.astype(np.float32)[..., None]
+    """f32 [blocks, values]; NaN where a scale is NaN or Inf."""
+    with np.errstate(invalid="ignore"):
+        q, scales, offsets = type.decode(blocks)
+        grouped = q.reshape(*scales.shape, -1) * scales.astype(np.float32)[..., None]
+        if offsets is not None:
+            grouped += offsets.astype(np.float32)[..., None]
     return grouped.reshape(q.shape)

@@ -60,12 +60,23 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens added; those that stand in the text are recognised."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids, without special tokens added; those that stand in the text are recognised.
+        Raises FormatError where the tokenizer has no token for a part of the text."""
+        return self._run(self.backend.encode, text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that the model expects around it."""
+        return [encoded.ids for encoded in self._run(self.backend.encode_batch, list(texts))]
+
+    def _run(self, method, *arguments, **settings):
+        try:
+            return method(*arguments, **settings)
+        except Exception as error:  # the library raises plain Exception
+            raise FormatError(f"tokenizer: {error}") from None
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        return self._run(self.backend.decode, ids, skip_special_tokens=skip_special)
 
     def apply_chat(self, messages: list[dict[str, str]]) -> str:
         """The model's prompt for ``[{"role": ..., "content": ...}, ...]``, up to where the answer

@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         if self.tokenizer is None:
             raise ValueError("texts: this model was loaded from a folder without tokenizer.json")
         limit = min(max_tokens, self.config.max_positions)
-        rows = [encoded.ids for encoded in self.tokenizer.backend.encode_batch(list(texts))]
+        rows = self.tokenizer.encode_batch(texts)
         rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         device = self.embed_norm.weight.device
