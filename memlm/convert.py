@@ -65,7 +65,7 @@ class QuantConfig:
         object.__setattr__(self, "targets", targets)
         for pattern in (*targets, *self.ignore):
             try:
-                re.compile(pattern.removeprefix("re:"))
+                re.compile(pattern[3:] if pattern.startswith("re:") else "")
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r}: {error}") from None
         for format in (self.linear, self.head, self.embedding, *targets.values()):

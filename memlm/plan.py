@@ -511,7 +511,7 @@ class _DecoderMemory(_Memory):
             cache = {"kv_cache": self.kv_cache(s.context)}
             tables = self.rotary(s.context)
             moments["last token"] = {**cache, "logits": logits, "temporary": tables}
-            *_, before, room = (0, *self.cache_room())
+            *_, before, _ = (0, *self.cache_room())
             # A store of one layer is copied to a larger one: both are there for a moment.
             store = self.kv_cache(before) // (2 * self.config.layers)
             moments["cache growth"] = {"kv_cache": self.kv_cache(before),

@@ -60,10 +60,8 @@ def quantize_weight(
         shapes = layout(format, *w.shape, scale_dtype)
         whole = {part: w.new_empty(shape, dtype=dtype) for part, (shape, dtype) in shapes.items()}
         for i, chunk in enumerate(chunks):
-            packed, tile = (
-                ops.quantize_weight(_known(chunk), format, scale_dtype),
-                i * rows // TILE_ROWS,
-            )
+            packed = ops.quantize_weight(_known(chunk), format, scale_dtype)
+            tile = i * rows // TILE_ROWS
             for part, tensor in packed.tensors().items():
                 whole[part][tile : tile + len(tensor)] = tensor
             done(chunk)

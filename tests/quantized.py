@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 import torch
+from hypothesis import strategies as st
 
 from memlm import formats
+from memlm.errors import FormatError
 from memlm.io import safetensors
 from memlm.io.huggingface import Folder
 from memlm.io.quantized import open_quantized
@@ -17,6 +20,32 @@ def open_folder(path, quantization_config, tensors):
     (path / "config.json").write_text(json.dumps(config))
     safetensors.write(path / "model.safetensors", tensors, {})
     return open_quantized(Folder(path))
+
+
+def assert_refused(path, quantization_config, sound, name, tensor):
+    """That a folder of ``sound`` tensors with another m.<name> (None: without it) is refused for it."""
+    tensors = {**sound, f"m.{name}": tensor}
+    if tensor is None:
+        del tensors[f"m.{name}"]
+    for read in ("tensor", "packed"):
+        with pytest.raises(FormatError, match=rf"m\.{name}: "):
+            getattr(open_folder(path, quantization_config, tensors), read)("m.weight")
+
+
+def read_mutated(path, data):
+    """Changes a few bytes of a sound folder and reads it: nothing but FormatError may escape."""
+    file = path / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at] = data.draw(st.sampled_from(b'0123456789"{}[],:-.eFBIU') | st.integers(0, 255))
+    file.write_bytes(raw)
+    try:
+        folder = open_quantized(Folder(path))
+        for name in folder.names():
+            folder.tensor(name), folder.packed(name)
+    except FormatError:
+        pass
 
 
 def assert_exact(stored, codes, scales, zeros, g_idx):

@@ -8,7 +8,13 @@ import memlm
 from memlm import formats
 from memlm.formats import Format
 
-from .quantized import assert_dequantised, assert_exact, offsets_round, open_folder
+from .quantized import (
+    assert_dequantised,
+    assert_exact,
+    assert_refused,
+    offsets_round,
+    open_folder,
+)
 
 
 def config(group=32, **changes):
@@ -124,10 +130,4 @@ SMALL = stored(*matrix(8, 64, 2))
     ],
 )
 def test_tensors_that_are_refused(tmp_path, name, tensor):
-    tensors = {**SMALL, f"m.{name}": tensor}
-    if tensor is None:
-        del tensors[f"m.{name}"]
-    for read in ("tensor", "packed"):
-        with pytest.raises(memlm.FormatError, match=rf"m\.{name}: "):
-            folder = open_folder(tmp_path, config(), tensors)
-            getattr(folder, read)("m.weight")
+    assert_refused(tmp_path, config(), SMALL, name, tensor)

@@ -19,7 +19,13 @@ from memlm.io.huggingface import Folder
 from memlm.io.quantized import open_quantized
 
 from . import tiny
-from .quantized import assert_dequantised, assert_exact, offsets_round, open_folder
+from .quantized import (
+    assert_dequantised,
+    assert_exact,
+    offsets_round,
+    open_folder,
+    read_mutated,
+)
 
 
 def config(*weights, **changes):
@@ -378,18 +384,7 @@ def test_what_fits_two_schemes_is_refused(tmp_path):
 def test_mutated_folders_are_read_or_raise_format_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "mutated"
     open_folder(path, config(scheme(symmetric=False)), SMALL)
-    file = path / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
-    raw = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at] = data.draw(st.sampled_from(b'0123456789"{}[],:-.eFBIU') | st.integers(0, 255))
-    file.write_bytes(raw)
-    try:
-        folder = open_quantized(Folder(path))
-        for name in folder.names():
-            folder.tensor(name), folder.packed(name)
-    except memlm.FormatError:
-        pass
+    read_mutated(path, data)
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -534,7 +529,6 @@ def test_transformers_dequantises_what_is_written(tmp_path):
 
 
 def test_offsets_that_are_no_zero_points_are_refused(tmp_path):
-    """Unless their rounding is asked for: then by half a step at most."""
     g = torch.Generator().manual_seed(0)
     q = torch.randint(16, (8, 64), generator=g, dtype=torch.uint8)
     scales = torch.rand(8, 2, generator=g) + 1
@@ -545,10 +539,6 @@ def test_offsets_that_are_no_zero_points_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"m: int4a-g32 has offsets .* of a step"):
         compressed_tensors.write(tmp_path, memory)
     assert list(tmp_path.iterdir()) == []
-    assert compressed_tensors.write(tmp_path, memory, round_zeros=True) == ["m.weight"]
-    w, exact = open_checkpoint(tmp_path).tensor("m.weight"), formats.dequantize(packed)
-    steps = (w - exact).abs() / scales.repeat_interleave(32, 1)
-    assert 0.24 < steps.max() < 0.26 and (steps > 0.01).sum() == 32
 
 
 def test_offsets_near_the_middle_are_not_taken_for_symmetric(tmp_path):
@@ -574,13 +564,13 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prefix_and_some_names(tmp_path):
-    """Of what the checkpoint has, these, under their names without the prefix; bf16 rounds."""
+def test_some_names(tmp_path):
+    """Of what the checkpoint has, these; bf16 rounds."""
     packed = PackedTensor(packed_matrix("int8-g32", 8, 64))
-    stored = {"x.a.weight": packed, "x.b.weight": packed, "x.b.bias": torch.ones(8), "y": packed}
+    stored = {"a.weight": packed, "b.weight": packed, "b.bias": torch.ones(8), "y": packed}
     memory = Memory({"torch_dtype": "bfloat16"}, stored)
     names = ["a.weight", "b.weight", "b.bias"]
-    rounded = compressed_tensors.write(tmp_path, memory, names, "x.", floats=["b"])
+    rounded = compressed_tensors.write(tmp_path, memory, names, floats=["b"])
     folder = open_checkpoint(tmp_path)
     assert sorted(folder.names()) == sorted(names) and rounded == ["b.weight"]
     assert folder.config["dtype"] == "bfloat16" and "torch_dtype" not in folder.config

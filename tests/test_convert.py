@@ -338,6 +338,7 @@ def test_patterns_that_are_wrong():
     ]:
         with pytest.raises(error, match=match):
             memlm.QuantConfig(**bad)
+    memlm.QuantConfig(ignore=["blocks[(0"])  # a name, no expression
     model = mlp(8, 8)
     for config in ({"targets": {"1": "int4"}}, {"ignore": ["re:1"]}):
         with pytest.raises(ValueError, match="pattern .* matches no layer"):

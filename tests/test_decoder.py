@@ -1,5 +1,7 @@
 """The decoder against transformers, with and without a cache, and what it refuses."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -100,6 +102,25 @@ def test_growing_doubles():
         cache.advance(1)
         sizes.add(cache.nbytes // 16)
     assert sorted(sizes) == [256, 512, 1024, 2048]
+
+
+def test_growing_keeps_one_old_store_at_a_time():
+    cache, alive = KVCache(4, 4096), []
+    new = torch.ones(1, 2, cache.STEP, 8)
+    for layer in range(4):
+        cache.append(layer, new, new)
+    cache.advance(cache.STEP)
+    assert {t.shape[2] for t in cache.tensors()} == {cache.STEP}
+    old, grown = [weakref.ref(t) for t in cache.tensors()], cache._grown
+
+    def counting(*arguments):
+        alive.append(sum(store() is not None for store in old))
+        return grown(*arguments)
+
+    cache._grown = counting
+    keys, _ = cache.append(0, new[:, :, :1], new[:, :, :1])
+    assert alive == [8, 7, 6, 5, 4, 3, 2, 1] and keys.shape[2] == cache.STEP + 1
+    assert {t.shape[2] for t in cache.tensors()} == {2 * cache.STEP}
 
 
 def test_cache_of_another_batch_is_refused(tmp_path):

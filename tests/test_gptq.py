@@ -10,11 +10,16 @@ import memlm
 from memlm import formats
 from memlm.formats import Format
 from memlm.io import safetensors
-from memlm.io.huggingface import Folder
-from memlm.io.quantized import open_quantized
 
 from . import tiny
-from .quantized import assert_dequantised, assert_exact, offsets_round, open_folder
+from .quantized import (
+    assert_dequantised,
+    assert_exact,
+    assert_refused,
+    offsets_round,
+    open_folder,
+    read_mutated,
+)
 
 
 def config(bits=4, group=32, **changes):
@@ -258,13 +263,7 @@ SMALL = stored(4, *matrix(4, 8, 64, 2), g_idx=torch.arange(64) // 32)
     ],
 )
 def test_tensors_that_are_refused(tmp_path, name, tensor):
-    tensors = {**SMALL, f"m.{name}": tensor}
-    if tensor is None:
-        del tensors[f"m.{name}"]
-    for read in ("tensor", "packed"):
-        with pytest.raises(memlm.FormatError, match=rf"m\.{name}: "):
-            folder = open_folder(tmp_path, config(desc_act=True), tensors)
-            getattr(folder, read)("m.weight")
+    assert_refused(tmp_path, config(desc_act=True), SMALL, name, tensor)
 
 
 @settings(max_examples=200, deadline=None)
@@ -272,15 +271,4 @@ def test_tensors_that_are_refused(tmp_path, name, tensor):
 def test_mutated_folders_are_read_or_raise_format_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "mutated-gptq"
     open_folder(path, config(), SMALL)
-    file = path / data.draw(st.sampled_from(["model.safetensors", "config.json"]))
-    raw = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at] = data.draw(st.sampled_from(b'0123456789"{}[],:-.eFBIU') | st.integers(0, 255))
-    file.write_bytes(raw)
-    try:
-        folder = open_quantized(Folder(path))
-        for name in folder.names():
-            folder.tensor(name), folder.packed(name)
-    except memlm.FormatError:
-        pass
+    read_mutated(path, data)

@@ -93,15 +93,16 @@ def test_bert(tmp_path, cls):
     assert names >= set(theirs.state_dict()) - {"embeddings.position_ids"}
     back, report = cls.from_pretrained(tmp_path / "packed", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    with torch.inference_mode():
-        first, second = back(IDS)[-1], memlm.quantize_(theirs, config)(IDS)[-1]
     rest = [
         name for name, _ in theirs.named_parameters() if "pooler" in name or "classifier" in name
     ]
     assert rest and all(
         type(back.get_submodule(n.rpartition(".")[0])) is torch.nn.Linear for n in rest
     )
-    torch.testing.assert_close(first, second, rtol=0.1, atol=0.05)
+    layers = [name.removesuffix(".weight") for name in rest if name.endswith("weight")]
+    memlm.quantize_(theirs, memlm.QuantConfig("int8", "int8", ignore=layers))
+    with torch.inference_mode():
+        torch.testing.assert_close(back(IDS)[-1], theirs(IDS)[-1], rtol=1e-4, atol=1e-4)
     expected = in_memory(tmp_path / "source", config, tmp_path / "memory")
     assert torch.equal(run(memlm.load(tmp_path / "packed")), run(memlm.load(expected)))
 

@@ -69,7 +69,7 @@ def open_checkpoint(path: str | Path, pages: str = "mapped") -> Checkpoint:
     """A packed memlm folder, another Hugging Face folder (safetensors, sharded or not; in floats,
     compressed-tensors, GPTQ or AWQ), or a GGUF file.
 
-    ``pages``: of the folders' tensors in memory, see :mod:`memlm.io.pages`.
+    ``pages``: of the tensors in memory, see :mod:`memlm.io.pages`.
 
     Raises FileNotFoundError, or FormatError for what is none of them.
     """
@@ -82,7 +82,7 @@ def open_checkpoint(path: str | Path, pages: str = "mapped") -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return GGUF(path)
+        return GGUF(path, pages)
     folder = Folder(path, check_how(pages))
     quantization = folder.config.get("quantization_config")
     if quantization is None:

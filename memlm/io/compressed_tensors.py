@@ -201,9 +201,7 @@ def write(
     folder: str | Path,
     checkpoint: Checkpoint,
     names: Iterable[str] | None = None,
-    prefix: str = "",
     floats: Collection[str] = (),
-    round_zeros: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[str]:
     """Writes ``config.json`` and ``model.safetensors`` of a pack-quantized folder, which
@@ -215,28 +213,26 @@ def write(
     0.20 it loads asymmetric matrices with ``CompressedTensorsConfig(dequantize=True)`` only, and
     that where all are of one scheme; with 0.16 and 0.17 any.
 
-    names, prefix: the tensors to write; the checkpoint has ``prefix`` before each.  None: all.
+    names: the tensors to write.  None: all.
     floats: modules whose weight is dequantised, to the config's ``dtype``: embeddings must be,
         since transformers loads no packed ones.
-    round_zeros: store ``w = s q + o`` also where ``-o / s`` is no integer from 0 to 2 ** bits - 1,
-        which is all that the format has, by rounding it.
     progress: called with (done, total, name) after each tensor of the file.
 
-    Returns the names of what was rounded: such zero points, and dequantised weights that the
-    ``dtype`` does not hold.
+    Returns the names of what was rounded: dequantised weights that the ``dtype`` does not hold.
 
     Raises ValueError naming the module, before anything is written, for what the format does not
-    hold: nf4, an order of columns, and, without ``round_zeros``, such offsets.
+    hold: nf4, an order of columns, and ``w = s q + o`` where ``-o / s`` is no integer from 0 to
+    2 ** bits - 1.
     """
     folder, config = Path(folder), dict(checkpoint.config)
     dtype = _float_dtype(config)
     kinds, sources = {}, {}  # by the tensors' names; what they are made from
     schemes, left, rounded = defaultdict(list), [], []
     for name in list(checkpoint.names() if names is None else names):
-        module, stored = name.removesuffix(".weight"), checkpoint.packed(prefix + name)
+        module, stored = name.removesuffix(".weight"), checkpoint.packed(name)
         if stored is None or module in floats:
             if stored is None:
-                tensor = checkpoint.tensor(prefix + name)
+                tensor = checkpoint.tensor(name)
                 kinds[name] = tensor.dtype, tuple(tensor.shape)
             else:
                 kinds[name] = dtype, (stored.packed.n, stored.packed.k)
@@ -250,11 +246,10 @@ def write(
                 )
             scheme = _scheme_for(module, stored.packed)
             schemes[scheme].append(module)
-            if _check_zeros(module, stored.packed, round_zeros):
-                rounded.append(name)
+            _check_zeros(module, stored.packed)
             for part, kind in _kinds(scheme, stored.packed).items():
                 kinds[f"{module}.{part}"], sources[f"{module}.{part}"] = kind, (name, part)
-        checkpoint.release(prefix + name)
+        checkpoint.release(name)
 
     done, last = 0, None
 
@@ -262,15 +257,15 @@ def write(
         nonlocal done, last
         name, part = sources[tensor_name]
         if last not in (None, name):  # what was read from it is written by now
-            checkpoint.release(prefix + last)
+            checkpoint.release(last)
         last = name
         if part == "weight":
-            tensor = checkpoint.tensor(prefix + name)
+            tensor = checkpoint.tensor(name)
             made = tensor.to(kinds[tensor_name][0])
             if made is not tensor and not torch.equal(made.float(), tensor):
                 rounded.append(name)
         else:
-            made = _make(checkpoint.packed(prefix + name).packed, part)
+            made = _make(checkpoint.packed(name).packed, part)
         done += 1
         if progress:
             progress(done, len(kinds), tensor_name)
@@ -313,22 +308,21 @@ def _scheme_for(module: str, packed: Packed) -> _Scheme:
     return _Scheme(format.bits, group, False, _zeros(packed) is None, False)
 
 
-def _check_zeros(module: str, packed: Packed, round_zeros: bool) -> bool:
-    """Whether zero points have to be rounded; ValueError where that is not wanted."""
+def _check_zeros(module: str, packed: Packed) -> None:
+    """Raises ValueError where offsets are no zero points."""
     if packed.format.symmetric:
-        return False
+        return
     scales, offsets = (_by_row(t, packed.n).double() for t in (packed.scales, packed.offsets))
     zeros = _zeros(packed)
     off = (offsets + scales * (1 << packed.format.bits - 1 if zeros is None else zeros)).abs()
     worst = float(off.max())
-    if worst and not round_zeros:
+    if worst:
         steps = float((off / scales.abs()).nan_to_num(0, posinf=math.inf).max())
         raise ValueError(
             f"{module}: {packed.format} has offsets that are no integer zero points times their "
             f"scales, which is all that compressed-tensors holds; rounding them would move weights "
             f"by up to {worst:.3g}, {steps:.3g} of a step"
         )
-    return worst > 0
 
 
 def _kinds(scheme: _Scheme, packed: Packed) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -110,12 +110,13 @@ class GGUF:
 
     packs = True
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, how: str = "mapped"):
+        """``how`` the file's bytes lie in memory: :mod:`memlm.io.pages`."""
+        self.path, self._how = Path(path), pages.check_how(how)
         with open(self.path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise FormatError(f"{self.path}: not a GGUF file; expected one, or a folder")
-        self._bytes = pages.open_file(self.path)
+        self._bytes = pages.open_file(self.path, how)
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
         self._parse(_Cursor(memoryview(self._bytes.numpy()), self.path))
@@ -235,17 +236,19 @@ class GGUF:
         return self.tensors[self._names[name]].type.decode is not None
 
     def maps(self, name: str) -> bool:
-        return not self.coded(name) and self._row_order(name) is None
+        return self._how != "huge" and not self.coded(name) and self._row_order(name) is None
 
     def _stored(self, name: str) -> torch.Tensor:
         tensor = self.tensors[self._names[name]]
         return self._bytes[tensor.offset : tensor.end]
 
     def read_ahead(self, name: str) -> None:
-        pages.read_ahead(self._stored(name))
+        if self._how != "huge":
+            pages.read_ahead(self._stored(name))
 
     def release(self, name: str) -> None:
-        pages.release(self._stored(name))
+        if self._how != "huge":  # or it would be lost
+            pages.release(self._stored(name))
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """llama.cpp rotates neighbouring pairs (2i, 2i + 1), Hugging Face the halves (i, i + d/2):

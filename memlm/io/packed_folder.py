@@ -60,7 +60,7 @@ def quantization_config(specs: dict[str, dict]) -> dict:
 
 class PackedFolder:
     """A packed model as a checkpoint (see :class:`memlm.io.checkpoint.Checkpoint`), mapped.
-    ``specs`` are those of its layers, by module.
+    ``specs`` are those of its layers, by module.  ``folder`` is one whose config :func:`is_packed`.
 
     Raises FormatError.
     """
@@ -71,10 +71,7 @@ class PackedFolder:
         self.path, self.config = folder.path, folder.config
         self._folder = folder
         where = f"{self.path / CONFIG_FILE}: quantization_config"
-        quantization = self.config.get("quantization_config")
-        if not is_packed(quantization):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise FormatError(f"{where}: quant_method {method!r:.80} is not read here")
+        quantization = self.config["quantization_config"]
         if quantization.get("version") != FOLDER_VERSION:
             given = quantization.get("version")
             raise FormatError(

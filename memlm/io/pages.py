@@ -48,7 +48,8 @@ def open_file(path: str | Path, how: str = "mapped") -> torch.Tensor:
 
 def _copied(path: Path, size: int) -> torch.Tensor:
     # Anonymous memory starts at any 4 KB page: one more huge page leaves room to start at one.
-    whole = torch.frombuffer(mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     data = whole[start : start + size]
     _advise(whole, mmap.MADV_HUGEPAGE)  # a wish: the kernel may have none free

@@ -7,6 +7,7 @@ Each of them stores ``w = s (q - z)``: a code ``q`` for each weight, a scale ``s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class Matrix:
         return format, scales, offsets[0] if offsets else None
 
 
-class QuantizedFolder:
+class QuantizedFolder(ABC):
     """A folder in which a module's ``weight`` is stored as several tensors; the others are as
     Hugging Face has them.  A :class:`memlm.io.checkpoint.Checkpoint`; subclasses say which tensors
     make a matrix, and how.
@@ -233,8 +234,9 @@ class QuantizedFolder:
             raise KeyError(name)
         return self._matrix(module)
 
+    @abstractmethod
     def _matrix(self, module: str) -> Matrix:
-        raise NotImplementedError
+        """The matrix that a quantised module's tensors make."""
 
     # --- what subclasses read and check with ----------------------------------------------------
 

@@ -129,13 +129,17 @@ class KVCache:
         """
         end = self.length + keys.shape[2]
         for stores, new in ((self._keys, keys), (self._values, values)):
-            store = stores[layer]
-            if store is None or store.shape[2] < end or store.shape[0] != new.shape[0]:
-                # All layers at once: one by one, each would take the place that a freed activation
-                # left, and the next activation would find none.
-                stores[:] = [self._grown(store, new, end) for store in stores]
+            if not self._has_room(stores[layer], new, end):
+                # All layers now: later, each would take the place that a freed activation left, and
+                # the next activation would find none.  Old stores go one by one.
+                for i in range(len(stores)):
+                    stores[i] = self._grown(stores[i], new, end)
             stores[layer][:, :, self.length : end] = new
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
+    @staticmethod
+    def _has_room(store: torch.Tensor | None, new: torch.Tensor, end: int) -> bool:
+        return store is not None and store.shape[2] >= end and store.shape[0] == new.shape[0]
 
     def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
         if old is not None and old.shape[0] != new.shape[0]:

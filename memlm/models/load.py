@@ -89,7 +89,7 @@ def load(
     mixes several).  ``dequantize`` turns what the file holds in codes into floats, too; otherwise
     such matrices stay as they are, to the bit, if one of memlm's formats holds them exactly
     (:func:`memlm.explain` tells which did).  Float tensors and packed folders are mapped; the rest
-    is converted one tensor at a time.  ``pages``: how folders' tensors lie in memory, ``"mapped"``,
+    is converted one tensor at a time.  ``pages``: how the file lies in memory, ``"mapped"``,
     ``"populated"`` or ``"huge"`` (:mod:`memlm.io.pages`).
 
     Raises FileNotFoundError, FormatError for files that are malformed, not known, or hold tensors
