@@ -298,3 +298,14 @@ def test_minilm_tokenizer():
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert ours.backend.encode("Hi").ids == theirs.encode("Hi")  # [CLS] hi [SEP]
     assert ours.vocab_size == 30522 and ours.eos_ids == []
+
+
+def test_a_text_without_tokens(tmp_path):
+    """An empty vocabulary: FormatError; a mistake of the caller's stays what it is."""
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": []}}')
+    tokenizer = load_tokenizer(tmp_path)
+    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(memlm.FormatError, match="tokenizer: .*unknown token"):
+            call("a text")
+    with pytest.raises(TypeError):
+        tokenizer.encode(5)

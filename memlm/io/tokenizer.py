@@ -71,7 +71,9 @@ class Tokenizer:
     def _run(self, method, *arguments, **settings):
         try:
             return method(*arguments, **settings)
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:
+            if type(error) is not Exception:  # the library's about the file are plain ones
+                raise
             raise FormatError(f"tokenizer: {error}") from None
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
