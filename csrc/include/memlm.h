@@ -120,6 +120,110 @@ typedef struct {
 /* Rounds w to a packed matrix, padding included; memlm/quantize.py says how. */
 MEMLM_API memlm_status memlm_quantize_weight(const memlm_quantize_args* args);
 
+/* softmax(scale * q k^T + bias) v over the keys that each query sees, in one pass over tiles with a
+ * running maximum (arXiv:2112.05682, arXiv:2205.14135): memory O(q_len + k_len).
+ *
+ * Query i and key j of a batch entry stand at positions i + d and j, where d is 0, or, with to_end,
+ * what puts the last query beside the last key.  The query sees the keys from i + d - left to
+ * i + d + right.  A query that sees no key gives zeros. */
+typedef struct {
+  int64_t batch, heads, kv_heads; /* query head h reads key-value head h / (heads / kv_heads) */
+  int64_t q_len, k_len;
+  int64_t head_dim, v_dim; /* of q and k; of v and out: 1 to 512 */
+  const void* q;           /* [batch, heads, q_len, head_dim] */
+  const void* k;           /* [batch, kv_heads, k_len, head_dim] */
+  const void* v;           /* [batch, kv_heads, k_len, v_dim] */
+  void* out;               /* [batch, heads, q_len, v_dim] */
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3]; /* in elements, of the first three
+                              dimensions; the last is dense */
+  memlm_dtype dtype; /* of q, k, v, out; sums are f32 */
+  float* lse; /* [batch, heads, q_len], dense: log of the sum of exponentials; -Inf where a query sees
+                 no key */
+  /* Sequences of unequal length, one after the other in one batch entry: batch is their number,
+   * sequence b has the rows q_offsets[b] .. q_offsets[b + 1] - 1 and keys likewise, q_len and k_len
+   * are the totals, lse is [heads, q_len], the strides of dimension 0 are not used.  NULL: none. */
+  const int64_t *q_offsets, *k_offsets;
+  float scale;
+  int64_t left, right; /* negative: no limit */
+  int to_end;
+  const void* mask;        /* added to the scores, or NULL: [batch, heads, q_len, k_len] */
+  int64_t mask_strides[4]; /* in elements; 0 repeats */
+  int mask_is_bool;        /* its elements are bytes, 0: not seen; else of dtype */
+  float softcap;           /* above 0: scores s become softcap * tanh(s / softcap), before any bias */
+  const float* slopes;     /* [heads], or NULL: score += -slope * |distance| (arXiv:2108.12409) */
+  const float* sinks;      /* [heads], or NULL: a further score, of a key without value */
+  float dropout;           /* 0 to below 1: share of the probabilities set to zero, the rest grows */
+  uint64_t seed;           /* memlm/ops/attention.py says which */
+  int threads;             /* at most this many; the result does not depend on it */
+} memlm_attention_args;
+
+MEMLM_API memlm_status memlm_attention(const memlm_attention_args* args);
+
+/* Gradients of out = memlm_attention(args), which has been computed: args->out and args->lse are read.
+ * All are laid out as what they are gradients of, dense; NULL: not wanted. */
+typedef struct {
+  const void* grad_out; /* as out, with grad_out_strides */
+  int64_t grad_out_strides[3];
+  void *grad_q, *grad_k, *grad_v;
+  float* grad_mask;  /* [batch, heads, q_len, k_len], of every score alone; not with offsets */
+  float* grad_sinks; /* [heads] */
+} memlm_attention_grads;
+
+MEMLM_API memlm_status memlm_attention_backward(const memlm_attention_args* args,
+                                                const memlm_attention_grads* grads);
+
+/* Keys and values of one layer, in blocks of block_tokens tokens; csrc/cpu/kv_tiles-inl.h draws a
+ * block, of which each key-value head has memlm_kv_block_bytes. */
+typedef enum { MEMLM_KV_F32 = 0, MEMLM_KV_BF16 = 1, MEMLM_KV_INT8 = 2, MEMLM_KV_INT4 = 3 } memlm_kv_type;
+
+typedef struct {
+  void* blocks; /* [count, kv_heads, memlm_kv_block_bytes] */
+  int64_t count;
+  int64_t block_tokens; /* a multiple of 32, at most 256 */
+  int64_t kv_heads, head_dim; /* head_dim 1 to 512 */
+  memlm_kv_type type;
+} memlm_kv_pool;
+
+/* Bytes of a block of one key-value head; 0 for what memlm_kv_pool does not accept. */
+MEMLM_API int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim);
+
+/* The sequences of one step: new tokens, one after the other, and where their tokens are stored. */
+typedef struct {
+  int64_t count;
+  const int64_t* rows;    /* [count + 1]: new tokens rows[s] .. rows[s + 1] - 1 are of sequence s */
+  const int64_t* lengths; /* [count]: tokens of each, the new ones included */
+  const int32_t* tables;  /* [count, table_stride]: token t is in block tables[s][t / block_tokens] of
+                             the pool, as its token t % block_tokens */
+  int64_t table_stride;
+} memlm_sequences;
+
+/* Stores the keys and values [rows, kv_heads, head_dim] of the new tokens, quantised one by one; rows
+ * of k and v are `stride` elements apart. */
+MEMLM_API memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
+                                       const void* k, const void* v, int64_t stride,
+                                       memlm_dtype dtype, int threads);
+
+/* Causal attention of the new tokens over what is stored of their sequences, themselves included;
+ * blocks are read as they are. */
+typedef struct {
+  const void* q; /* [rows, heads, head_dim] */
+  int64_t q_stride, out_stride; /* elements from one row to the next */
+  void* out; /* as q */
+  int64_t heads;
+  memlm_dtype dtype; /* of q and out */
+  float scale;
+  int64_t window;      /* tokens that a query sees, itself included; 0: all before it.  Blocks outside
+                          are not looked at: their places in the table may hold anything */
+  float softcap;       /* as in memlm_attention_args, as are the next two */
+  const float* slopes;
+  const float* sinks;
+  int threads; /* at most this many; the result does not depend on it */
+} memlm_paged_attention_args;
+
+MEMLM_API memlm_status memlm_paged_attention(const memlm_kv_pool* pool,
+                                             const memlm_sequences* sequences,
+                                             const memlm_paged_attention_args* args);
+
 /* The instruction set in use.  The best that the CPU has is taken, or the one named by the
  * environment variable MEMLM_CPU_ISA. */
 MEMLM_API const char* memlm_isa(void);
