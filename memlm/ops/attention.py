@@ -42,9 +42,10 @@ def _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed) ->
             )
         if q_offsets is not None:
             raise ValueError("attn_mask: is not for packed sequences")
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("slopes", slopes), ("sinks", sinks)):
-        if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != (heads,)):
-            raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, expected float32 {[heads]}")
+        if x is not None and (x.dtype != exact or tuple(x.shape) != (heads,)):
+            raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, expected {exact} {[heads]}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout_p: got {dropout}, accepted is 0 to below 1")
     if dropout and seed is None:
@@ -374,8 +375,8 @@ def attention(
     slopes: f32 [H]: ``- slope * |p - j|`` is added to the score of key j (ALiBi, arXiv:2108.12409).
     sinks: f32 [H], a further score for each head, of a key without value (arXiv:2309.17453).
 
-    A query that sees no key gives zeros, where torch's kernels differ.  NaN reaches the rows it
-    stands in.  Differentiable in query, key, value, attn_mask, sinks; on devices without a kernel the
+    A query that sees no key gives zeros, where torch's kernels differ.  NaN reaches every row that
+    sees it.  Differentiable in query, key, value, attn_mask, sinks; on devices without a kernel the
     plain torch reference runs, with a warning.
 
     Raises TypeError or ValueError naming the argument that does not fit.
