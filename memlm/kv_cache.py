@@ -91,7 +91,9 @@ class PagedKVCache:
             ("window", window, None),
         ):  # fmt: skip
             if value is not None and (value < 1 or (most and value > most)):
-                raise ValueError(f"{name}: got {value}, accepted is 1 {f'to {most}' if most else 'or above'}")
+                raise ValueError(
+                    f"{name}: got {value}, accepted is 1 {f'to {most}' if most else 'or above'}"
+                )
         self.layers, self.kv_heads, self.window = layers, kv_heads, window
         self.fixed = blocks is not None
         self.device = torch.device(device)
@@ -107,7 +109,9 @@ class PagedKVCache:
         self._nodes: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # -> (node, block)
         self._key_of: dict[int, tuple] = {}  # block -> its key in _nodes
         self._next_node = 1
-        self._idle: OrderedDict[int, None] = OrderedDict()  # in the index, without users; oldest first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # in the index, without users; oldest first
 
     # Sizes.
 
@@ -325,7 +329,9 @@ class PagedKVCache:
         for sequence, count in new.items():
             self._get(sequence)
             if count < 1:
-                raise ValueError(f"new: got {count} tokens for sequence {sequence}, at least 1 is needed")
+                raise ValueError(
+                    f"new: got {count} tokens for sequence {sequence}, at least 1 is needed"
+                )
         self._give_up()
         tokens = self.format.tokens
         plan, needed, writers = [], 0, Counter()

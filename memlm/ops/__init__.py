@@ -6,6 +6,7 @@ import torch
 
 from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
+from memlm.ops.attention import attention, attention_varlen
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
 from memlm.ops.kv_append import kv_append
@@ -23,8 +24,9 @@ MODES = ("fast", "accurate", "w8a8")
 DEFAULT_MODES = {2: "fast", 4: "fast", 8: "accurate"}
 
 __all__ = [
-    "MODES", "dequantize", "embedding", "implementations", "kv_append", "matmul", "paged_attention",
-    "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "MODES", "attention", "attention_varlen", "dequantize", "embedding", "implementations",
+    "kv_append", "matmul", "paged_attention", "quantize_rows", "quantize_weight", "w2_matmul",
+    "w4_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 
