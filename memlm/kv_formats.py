@@ -35,7 +35,7 @@ the number with the largest magnitude (the first of them) being the code furthes
     5 bits    s = f16(-largest / 16)    q = round(x / s) + 16, 0..31    x = s * (q - 16)
     4 bits    s = f16(-largest / 8)     q = round(x / s) + 8, 0..15     x = s * (q - 8)
 
-A group with NaN, or whose scale f16 cannot hold, becomes NaN.
+A group with NaN or Inf, or whose scale f16 cannot hold, becomes NaN or Inf throughout.
 ``csrc/kv_blocks.h`` holds the same for C++.
 """
 
