@@ -41,6 +41,10 @@ struct Tiles {
   int64_t tile;
 };
 
+// Up to so many rows of a, b is read faster than it can come from memory: it is read in one stream,
+// asked for in advance (weights-inl.h, prefetch).
+constexpr int kStreamRows = 8;
+
 // c[MT][NT * 16] = c * factor + a b, where a[m][k] lies at a + m * a_row + k * a_k.  factor [MT];
 // NULL: c = a b.
 template <int MT, int NT, class T>
@@ -54,6 +58,8 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tile
   for (int64_t i = 0; i < k; ++i) {
     F weights[NT];
     for (int n = 0; n < NT; ++n) weights[n] = load_elements(b.b + n * b.tile + i * 16);
+    if (MT <= kStreamRows && (sizeof(T) == 4 || i % 2 == 0))
+      prefetch(reinterpret_cast<const uint8_t*>(b.b + i * 16), kBlock);
     for (int m = 0; m < MT; ++m) {
       const F x = f_set1(a[m * a_row + i * a_k]);
       for (int n = 0; n < NT; ++n) sums[m][n] = f_fma(x, weights[n], sums[m][n]);
@@ -67,10 +73,11 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tile
 template <int MT, class T>
 inline void multiply(const float* a, int64_t a_row, int64_t a_k, Tiles<T> b, int64_t tiles, int64_t k,
                      const float* factor, float* c, int64_t c_row) {
+  constexpr int kWide = MT <= kStreamRows ? 1 : kWideTiles;
   int64_t n = 0;
-  for (; n + kWideTiles <= tiles; n += kWideTiles, b.b += kWideTiles * b.tile)
-    multiply_tile<MT, kWideTiles>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
-  if constexpr (kWideTiles > 1) {
+  for (; n + kWide <= tiles; n += kWide, b.b += kWide * b.tile)
+    multiply_tile<MT, kWide>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
+  if constexpr (kWide > 1) {
     for (; n < tiles; ++n, b.b += b.tile)
       multiply_tile<MT, 1>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
   }
@@ -231,14 +238,30 @@ void attend(Keys& keys, const ScoreRules& rules, const Row* rows, const RowTiles
   }
 }
 
-// Keys in one part of a passage that is divided among threads: by the number of keys alone, so that a
-// result depends on nothing else.
-constexpr int kMostParts = 17;  // 16 whole ones that need not begin at a boundary
-inline int64_t part_keys(int64_t keys) {
-  int64_t size = 128;
-  while (size * (kMostParts - 1) < keys) size *= 2;
-  return size;
-}
+constexpr int kBlockRows = 16 * kTileM;  // rows that pass together over a block of keys
+constexpr int kMostParts = 17;           // 16 whole ones that need not begin at a boundary
+
+// The keys that some rows see, in parts.  A passage of few rows is cut in parts, for threads to share
+// it, by a rule that looks at the passage alone: a result must not depend on what else is computed.
+struct Span {
+  int64_t lo, hi, size, parts;
+
+  static bool is_cut(int64_t passage_rows) { return passage_rows <= 2 * kTileM; }
+  Span(int64_t passage_rows, int64_t lo, int64_t hi) : lo(lo), hi(hi), size(hi > 0 ? hi : 1), parts(1) {
+    if (hi <= lo || !is_cut(passage_rows)) return;
+    size = 128;
+    while (size * (kMostParts - 1) < hi - lo) size *= 2;
+    parts = div_up(hi, size) - lo / size;
+  }
+  int64_t begin(int64_t part) const {
+    const int64_t at = (lo / size + part) * size;
+    return at > lo ? at : lo;
+  }
+  int64_t end(int64_t part) const {
+    const int64_t at = (lo / size + part + 1) * size;
+    return at < hi ? at : hi;
+  }
+};
 
 // The result of a row from its parts, which lie `next` floats apart: [width] values to out; returns
 // the log of the sum.
@@ -283,6 +306,115 @@ inline void store_floats(void* base, memlm_dtype dtype, int64_t i, int64_t count
     f_store_f16(half, f_load(some));
     memcpy(out + c, half, sizeof(uint16_t) * left);
   }
+}
+
+// The passages of a call, one for each sequence and key-value head, cut into blocks of rows, and those
+// of cut passages into parts.
+//
+// Passage, of one sequence and head: rows(); row(i) -> Row, in the order of positions; rules();
+//   sink(i); width(), a multiple of 16; store(i, log of the sum, values)
+// Keys(passage, room): as attend wants it, with queries(first, tiles), which makes the rows of a block
+//   ready; static bytes(passage) of room, a multiple of 64
+// make(sequence, head) -> Passage
+template <class Keys, class Make>
+memlm_status run_passages(int64_t sequences, int64_t kv_heads, int threads, const Make& make) {
+  struct Sequence {
+    int64_t first;   // blocks of the sequences before, of one head
+    int64_t floats;  // of the progress of those of them that are cut
+    int64_t parts;
+  };
+  const Buffer list((sequences + 1) * sizeof(Sequence));
+  Sequence* const s = static_cast<Sequence*>(list.p);
+  if (!s) return MEMLM_NO_MEMORY;
+  s[0].first = s[0].floats = 0;
+  int64_t most_parts = 1;
+  bool any_cut = false;
+  for (int64_t b = 0; b < sequences; ++b) {
+    const auto passage = make(b, 0);
+    const int64_t rows = passage.rows();
+    s[b].parts = 1;
+    s[b + 1] = {s[b].first + div_up(rows, kBlockRows), s[b].floats, 1};
+    if (rows == 0 || !Span::is_cut(rows)) continue;
+    any_cut = true;
+    s[b].parts = Span(rows, passage.row(0).lo, passage.row(rows - 1).hi).parts;
+    s[b + 1].floats += s[b].parts * Progress::floats(rows, passage.width());
+    if (s[b].parts > most_parts) most_parts = s[b].parts;
+  }
+  const int64_t total = s[sequences].first * kv_heads;
+  if (total == 0) return MEMLM_OK;
+  const auto any = make(0, 0);
+  const int64_t width = any.width(), whole = Progress::floats(kBlockRows, width);
+  const int64_t slot_floats = (kTileM * kMostKeys + width + whole + 15) / 16 * 16;
+  const int64_t slot_bytes = slot_floats * 4 + (kBlockRows * sizeof(Row) + 63) / 64 * 64 + Keys::bytes(any);
+  const Buffer slots(slot_bytes * threads), progress(s[sequences].floats * kv_heads * 4);
+  if (!slots.p || !progress.p) return MEMLM_NO_MEMORY;
+
+  struct Place { int64_t sequence, head, block; };
+  // The last blocks first: with causal attention they take longest.
+  const auto place = [&](int64_t i) {
+    i = total - 1 - i;
+    int64_t b = 0, last = sequences - 1;
+    while (b < last) {
+      const int64_t middle = (b + last) / 2;
+      if (s[middle + 1].first * kv_heads <= i) b = middle + 1;
+      else last = middle;
+    }
+    i -= s[b].first * kv_heads;
+    return Place{b, i % kv_heads, i / kv_heads};
+  };
+  const auto cut_progress = [&](const Place& at, int64_t rows, int64_t part) {
+    const int64_t floats = s[at.sequence].floats * kv_heads +
+                           (at.head * s[at.sequence].parts + part) * Progress::floats(rows, width);
+    return Progress::at(static_cast<float*>(progress.p) + floats, rows, width);
+  };
+  const auto finish = [&](const auto& passage, int64_t r0, int64_t count, const Progress& first,
+                          int64_t parts, float* values) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float lse = finish_row(first, i, parts, Progress::floats(count, width),
+                                   passage.sink(r0 + i), values);
+      passage.store(r0 + i, lse, values);
+    }
+  };
+
+  parallel_for(total * most_parts, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+    char* const room = static_cast<char*>(slots.p) + slot * slot_bytes;
+    float* const scores = reinterpret_cast<float*>(room);
+    float* const values = scores + kTileM * kMostKeys;
+    Row* const rows = reinterpret_cast<Row*>(scores + slot_floats);
+    char* const rest = reinterpret_cast<char*>(rows) + (kBlockRows * sizeof(Row) + 63) / 64 * 64;
+    for (int64_t i = begin; i < end; ++i) {
+      const Place at = place(i / most_parts);
+      const int64_t part = i % most_parts;
+      if (part >= s[at.sequence].parts) continue;
+      const auto passage = make(at.sequence, at.head);
+      const bool cut = Span::is_cut(passage.rows());
+      const int64_t r0 = at.block * kBlockRows, left = passage.rows() - r0;
+      const int64_t count = left < kBlockRows ? left : kBlockRows;
+      for (int64_t r = 0; r < count; ++r) rows[r] = passage.row(r0 + r);
+      const Span span(passage.rows(), rows[0].lo, rows[count - 1].hi);
+      const RowTiles tiles = RowTiles::even(count, kTileM);
+      Keys keys(passage, rest);
+      keys.queries(r0, tiles);
+      const Progress here =
+          cut ? cut_progress(at, count, part) : Progress::at(values + width, count, width);
+      here.start(count);
+      attend(keys, passage.rules(), rows, tiles, span.begin(part), span.end(part), here, scores);
+      if (!cut) finish(passage, r0, count, here, 1, values);
+    }
+  });
+  if (any_cut) {
+    parallel_for(total, 1, threads, [&](int64_t begin, int64_t end, int slot) {
+      float* const values = reinterpret_cast<float*>(static_cast<char*>(slots.p) + slot * slot_bytes);
+      for (int64_t i = begin; i < end; ++i) {
+        const Place at = place(i);
+        const auto passage = make(at.sequence, at.head);
+        const int64_t rows = passage.rows();
+        if (Span::is_cut(rows))
+          finish(passage, 0, rows, cut_progress(at, rows, 0), s[at.sequence].parts, values);
+      }
+    });
+  }
+  return MEMLM_OK;
 }
 
 }  // namespace MEMLM_ISA

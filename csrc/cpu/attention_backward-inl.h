@@ -140,14 +140,14 @@ inline void softmax_gradient(const ScoreRules& rules, const Row& row, float lse,
 class BackwardPassage {
   const memlm_attention_args& a;
   const memlm_attention_grads& g;
-  const Passage passage;
+  const DensePassage passage;
   const float* deltas;  // as lse
   BackwardRoom room;
   const int64_t dim, width;  // of the sums of q and k, and of v
   Sums dk, dv;
 
  public:
-  BackwardPassage(const memlm_attention_args& a, const memlm_attention_grads& g, const Passage& p,
+  BackwardPassage(const memlm_attention_args& a, const memlm_attention_grads& g, const DensePassage& p,
                   const float* deltas, char* room, Sums dk, Sums dv)
       : a(a), g(g), passage(p), deltas(deltas), room(room, a), dim(round_up16(a.head_dim)),
         width(round_up16(a.v_dim)), dk(dk), dv(dv) {}
@@ -277,7 +277,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   const int64_t dim = round_up16(a.head_dim), width = round_up16(a.v_dim);
   int64_t most_rows = 0, most_keys = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    const Passage p(a, b, 0);
+    const DensePassage p(a, b, 0);
     if (p.rows() > most_rows) most_rows = p.rows();
     if (p.k_len > most_keys) most_keys = p.k_len;
   }
@@ -293,10 +293,10 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   if (!deltas.p || !rooms.p || !sums.p) return MEMLM_NO_MEMORY;
   row_deltas(a, g, static_cast<float*>(deltas.p));
 
-  const auto passage = [&](int64_t i) { return Passage(a, i / a.kv_heads, i % a.kv_heads); };
+  const auto passage = [&](int64_t i) { return DensePassage(a, i / a.kv_heads, i % a.kv_heads); };
   const auto sums_at = [&](int64_t i) { return static_cast<float*>(sums.p) + i * sums_floats; };
   // Key i of the results from `parts` sums.
-  const auto store = [&](const Passage& p, int64_t i, int64_t count, const float* first) {
+  const auto store = [&](const DensePassage& p, int64_t i, int64_t count, const float* first) {
     alignas(64) float some[512];
     const auto total = [&](const float* row, int64_t columns) {
       for (int64_t c = 0; c < columns; c += 16) {
@@ -314,7 +314,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   parallel_for(passages * parts, 1, a.threads, [&](int64_t begin, int64_t end, int slot) {
     char* const room = static_cast<char*>(rooms.p) + slot * room_bytes;
     for (int64_t i = begin; i < end; ++i) {
-      const Passage p = passage(i / parts);
+      const DensePassage p = passage(i / parts);
       float* const own = sums_at(parts > 1 ? i : slot);
       Sums dk = {own, dim}, dv = {own + most_keys * dim, width};
       if (direct) {
@@ -334,7 +334,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   if (parts > 1) {
     parallel_for(passages * most_keys, 64, a.threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const Passage p = passage(i / most_keys);
+        const DensePassage p = passage(i / most_keys);
         if (i % most_keys < p.k_len) store(p, i % most_keys, parts, sums_at(i / most_keys * parts));
       }
     });

@@ -30,6 +30,10 @@ struct Kernels {
   void (*quantize_weight)(const memlm_quantize_args&, int64_t first_tile, int64_t end_tile);
   memlm_status (*attention)(const memlm_attention_args&);
   memlm_status (*attention_backward)(const memlm_attention_args&, const memlm_attention_grads&);
+  void (*kv_append)(const memlm_kv_pool&, const memlm_sequences&, const void* k, const void* v,
+                    int64_t stride, memlm_dtype dtype, int threads);
+  memlm_status (*paged_attention)(const memlm_kv_pool&, const memlm_sequences&,
+                                  const memlm_paged_attention_args&);
 };
 
 // Those in use.

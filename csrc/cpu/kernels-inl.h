@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "attention-inl.h"
 #include "attention_backward-inl.h"
+#include "paged_attention-inl.h"
 #include "dequantize-inl.h"
 #include "quantize_weight-inl.h"
 #include "w2_matmul-inl.h"
@@ -24,7 +25,7 @@ constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate,
                          w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, quantize_rows,
                          dequantize_rows, largest_bits, quantize_weight, attention,
-                         attention_backward};
+                         attention_backward, kv_append, paged_attention};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 
