@@ -75,8 +75,8 @@ class Team {
 
  private:
   // A loop in progress is a number of pieces that nobody has begun (low half of open_) for members
-  // below a number (high half); who has lowered it owns the piece, and loop_ holds still until
-  // unfinished_, lowered after the piece, is 0.
+  // below a number (high half).  Who lowers it owns those pieces, and loop_ holds still until
+  // unfinished_, lowered after them, is 0.
   static constexpr int kHalf = 32;
 
   void (*const f_)(void*);
@@ -89,8 +89,12 @@ class Team {
   alignas(64) std::atomic<bool> ended_{false};
 
   void join();
-  // Does one piece, if one is open to this member.
-  bool work(int member);
+  // How many pieces are open to this member.
+  static uint32_t open_to(int member, uint64_t open) {
+    return member < static_cast<int>(open >> kHalf) ? static_cast<uint32_t>(open) : 0;
+  }
+  // Takes and does pieces while some are open to this member.
+  void work(int member);
 };
 
 // The team that this thread leads, outside of the pieces that it does itself.
@@ -108,27 +112,33 @@ void Team::join() {
   }
   bool ended = false;
   while (!ended) {
-    while (work(member)) {}
+    work(member);
     wait_until([&] {
       ended = ended_.load(std::memory_order_acquire);
-      const uint64_t open = open_.load(std::memory_order_relaxed);
-      return ended || (static_cast<uint32_t>(open) && member < static_cast<int>(open >> kHalf));
+      return ended || open_to(member, open_.load(std::memory_order_relaxed));
     });
   }
 }
 
-bool Team::work(int member) {
+void Team::work(int member) {
+  // Several at first, one at the end: every look at open_ fetches it from another CPU.
+  const auto share = [](uint64_t open, uint32_t left) {
+    return left / (2 * static_cast<uint32_t>(open >> kHalf)) + 1;
+  };
+  int64_t done = 0;
   uint64_t open = open_.load(std::memory_order_relaxed);
-  do {
-    if (!static_cast<uint32_t>(open) || member >= static_cast<int>(open >> kHalf)) return false;
-  } while (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acquire,
-                                        std::memory_order_relaxed));
-  {
+  while (const uint32_t left = open_to(member, open)) {
+    const uint32_t taken = share(open, left);
+    if (!open_.compare_exchange_weak(open, open - taken, std::memory_order_acquire,
+                                     std::memory_order_relaxed))
+      continue;
     const WithFloatMode mode(loop_.mode);
-    loop_.piece(loop_.pieces() - static_cast<uint32_t>(open), member);
+    const int64_t first = loop_.pieces() - left;
+    for (uint32_t i = 0; i < taken; ++i) loop_.piece(first + i, member);
+    done += taken;
+    open = open_.load(std::memory_order_relaxed);
   }
-  unfinished_.fetch_sub(1, std::memory_order_release);
-  return true;
+  if (done) unfinished_.fetch_sub(done, std::memory_order_release);
 }
 
 void Team::run(const Loop& loop, int64_t threads) {
@@ -138,7 +148,7 @@ void Team::run(const Loop& loop, int64_t threads) {
   open_.store(static_cast<uint64_t>(threads) << kHalf | static_cast<uint32_t>(pieces),
               std::memory_order_release);
   g_team = nullptr;  // loops within a piece are no loops of the team: it has one at a time
-  while (work(0)) {}
+  work(0);
   g_team = this;
   wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
 }
