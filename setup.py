@@ -77,12 +77,7 @@ setup(
     ext_modules=[
         Extension(
             "memlm.libmemlm",
-            [
-                "csrc/cpu/dispatch.cpp",
-                "csrc/cpu/pool.cpp",
-                "csrc/cpu/threads.cpp",
-                "csrc/bench/limits.cpp",
-            ],
+            [*sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), "csrc/bench/limits.cpp"],
             depends=HEADERS,
             extra_compile_args=COMMON,
             # Its threads sleep in its code: dlclose must leave it where it is.

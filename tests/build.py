@@ -24,9 +24,9 @@ def program(
     """Builds tests/cpp/``name``.cpp in ``folder``: all of it with ``flags``, the kernels of each of
     ``isas`` with more.  None: the threads alone, without kernels."""
     units = {CORE / "isa" / f"{isa}.cpp": more for isa, more in (isas or {}).items()}
-    others = [CORE / "pool.cpp", CORE / "threads.cpp", ROOT / "tests" / "cpp" / f"{name}.cpp"]
-    if isas is not None:
-        others.append(CORE / "dispatch.cpp")
+    threads = [CORE / "pool.cpp", CORE / "threads.cpp"]
+    others = [ROOT / "tests" / "cpp" / f"{name}.cpp"]
+    others += threads if isas is None else sorted(CORE.glob("*.cpp"))
     units |= {unit: [] for unit in others}
     common = [compiler, "-std=c++17", "-ffp-contract=off", "-w", *flags]
     running = [

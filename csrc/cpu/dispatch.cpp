@@ -27,14 +27,6 @@ namespace {
 
 thread_local char g_error[256] = "";
 
-memlm_status fail(memlm_status status, const char* format, ...) {
-  va_list args;
-  va_start(args, format);
-  vsnprintf(g_error, sizeof g_error, format, args);
-  va_end(args);
-  return status;
-}
-
 struct Candidate {
   const Kernels* kernels;
   bool (*runs_here)();
@@ -120,11 +112,27 @@ Choice& choice() {
   return c;
 }
 
+}  // namespace
+
 const Kernels& kernels() { return *choice().current.load(std::memory_order_relaxed); }
+
+memlm_status fail(memlm_status status, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(g_error, sizeof g_error, format, args);
+  va_end(args);
+  return status;
+}
+
+memlm_status said(memlm_status status) {
+  return status == MEMLM_NO_MEMORY ? fail(status, "no memory for the workspace") : status;
+}
 
 bool is_dtype(int dtype) {
   return dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16;
 }
+
+namespace {
 
 memlm_status check(const memlm_packed* w, int bits) {
   if (!w) return fail(MEMLM_INVALID, "w: is NULL");
@@ -209,10 +217,6 @@ memlm_status check(const memlm_packed& w, const memlm_matmul_args* args) {
   if (args->threads < 1)
     return fail(MEMLM_INVALID, "threads: got %d, at least 1 is needed", args->threads);
   return MEMLM_OK;
-}
-
-memlm_status said(memlm_status status) {
-  return status == MEMLM_NO_MEMORY ? fail(status, "no memory for the workspace") : status;
 }
 
 memlm_matmul_args with_useful_threads(const memlm_packed& w, memlm_matmul_args args) {

@@ -4,6 +4,14 @@
 
 namespace memlm {
 
+// Sets memlm_last_error; returns status.
+memlm_status fail(memlm_status status, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
+// The same for what a kernel returned.
+memlm_status said(memlm_status status);
+bool is_dtype(int dtype);
+
+
 struct Kernels {
   const char* name;
   int64_t tiles_from_fast, tiles_from_accurate;  // memlm_tile_rows
@@ -20,7 +28,11 @@ struct Kernels {
   // of a row of k numbers: the magnitude as its bits, Inf and NaN being the largest
   int32_t (*largest_bits)(const void* row, memlm_dtype dtype, int64_t k);
   void (*quantize_weight)(const memlm_quantize_args&, int64_t first_tile, int64_t end_tile);
+  memlm_status (*attention)(const memlm_attention_args&);
 };
+
+// Those in use.
+const Kernels& kernels();
 
 namespace scalar { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }

@@ -4,6 +4,7 @@
 // linker keeps for every machine.
 #pragma once
 #include "dispatch.h"
+#include "attention-inl.h"
 #include "dequantize-inl.h"
 #include "quantize_weight-inl.h"
 #include "w2_matmul-inl.h"
@@ -21,7 +22,7 @@ constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
 const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate,
                          w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, quantize_rows,
-                         dequantize_rows, largest_bits, quantize_weight};
+                         dequantize_rows, largest_bits, quantize_weight, attention};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 

@@ -5,9 +5,9 @@ namespace memlm {
 namespace MEMLM_ISA {
 
 // e^x, clamped to 2^-126 .. 2^127, to 2 units in the last place (the polynomial of Cephes' expf,
-// S. Moshier).
+// S. Moshier).  NaN stays NaN: f_min and f_max give their second argument then.
 inline F f_exp(F x) {
-  x = f_max(f_min(x, f_set1(87.9f)), f_set1(-87.3f));
+  x = f_max(f_set1(-87.3f), f_min(f_set1(87.9f), x));
   const I n = f_round(f_mul(x, f_set1(1.44269504f)));
   const F nf = f_from_i(n);  // ln 2 in two parts: the product with the first is exact
   const F r = f_fma(nf, f_set1(2.12194440e-4f), f_fma(nf, f_set1(-0.693359375f), x));

@@ -14,6 +14,7 @@ struct B { __m256i a, b; };
 
 // Rows of x per register tile: 6 x 2 accumulators, 2 weights, 1 broadcast are 15 of 16 registers.
 constexpr int kTileM = 6;
+constexpr int kWideTiles = 1;
 constexpr int kDirectTilesFast = 3, kDirectTilesAccurate = 1;
 
 inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -38,6 +39,12 @@ inline float f_reduce_add(F x) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+inline float f_reduce_max(F x) {
+  const __m256 v = _mm256_max_ps(x.a, x.b);
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 inline F f_fma(F x, F y, F z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};

@@ -16,6 +16,7 @@ using Pairs = __m512i;  // vpdpbusd adds all four products of a lane: no pairs a
 // Rows of x per register tile: 12 integer and 12 f32 sums, 2 weights, scale and offset are 28 of 32
 // registers; activations come as broadcast memory operands.
 constexpr int kTileM = 12;
+constexpr int kWideTiles = 2;
 constexpr int kDirectTilesFast = 5, kDirectTilesAccurate = 3;
 
 inline F f_zero() { return _mm512_setzero_ps(); }
@@ -32,6 +33,7 @@ inline F f_if_less(F a, F b, F x, F y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 inline float f_reduce_add(F x) { return _mm512_reduce_add_ps(x); }
+inline float f_reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 inline F f_fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 
 inline __m256i load256(const void* p) {

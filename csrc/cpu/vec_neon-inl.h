@@ -53,6 +53,9 @@ inline F f_if_less(F a, F b, F x, F y) {
 inline float f_reduce_add(F x) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3])));
 }
+inline float f_reduce_max(F x) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+}
 inline F f_fma(F x, F y, F z) {
   return quarters<F>([&](int i) { return vfmaq_f32(z.v[i], x.v[i], y.v[i]); });
 }

@@ -10,6 +10,7 @@ namespace MEMLM_ISA {
 // memory).  Accurate: 16 sums, 4 weights, scale, offset, mask and activation are 30; a fifth row
 // would spill.
 constexpr int kTileM = 4;
+constexpr int kWideTiles = 1;
 // Not measured: no such machine was at hand.
 constexpr int kDirectTilesFast = 1, kDirectTilesAccurate = 1;
 

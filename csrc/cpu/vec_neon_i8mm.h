@@ -8,6 +8,7 @@ namespace MEMLM_ISA {
 // Rows of x per register tile.  Fast: 8 registers of integer sums for each of two pairs, 8 of
 // weights and one of activations are 25 of 32.  Accurate: as vec_neon_dotprod.h counts.
 constexpr int kTileM = 4;
+constexpr int kWideTiles = 1;
 // Not measured: no such machine was at hand.
 constexpr int kDirectTilesFast = 1, kDirectTilesAccurate = 1;
 

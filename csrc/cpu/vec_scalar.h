@@ -20,6 +20,8 @@ struct B { uint8_t v[64]; };
 using Pairs = I;
 
 constexpr int kTileM = 4;  // rows of x per register tile
+// Tiles of 16 columns that such a register tile has room for in f32 arithmetic.
+constexpr int kWideTiles = 1;
 // Register tiles of x up to which it is faster to read packed weights for each than to unpack them
 // once for all: measured, in fast and in accurate mode.
 constexpr int kDirectTilesFast = 1, kDirectTilesAccurate = 1;
@@ -43,6 +45,11 @@ inline F f_if_less(F a, F b, F x, F y) {
   return y;
 }
 inline float f_reduce_add(F x) { float r = 0; MEMLM_LANES r += x.v[i]; return r; }
+inline float f_reduce_max(F x) {
+  float r = x.v[0];
+  MEMLM_LANES r = x.v[i] > r ? x.v[i] : r;
+  return r;
+}
 // x * y + z; fused where the instruction set has it.
 inline F f_fma(F x, F y, F z) { MEMLM_LANES z.v[i] += x.v[i] * y.v[i]; return z; }
 

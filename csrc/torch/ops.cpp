@@ -300,6 +300,112 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor w, int64_t bits, int64
   return {codes, scales, offsets};
 }
 
+void last_dense(Tensor& t) {
+  if (t.stride(t.dim() - 1) != 1 && t.size(t.dim() - 1) > 1) t = torch::stable::contiguous(t);
+}
+
+void first_strides(const Tensor& t, int64_t (&strides)[3]) {
+  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
+}
+
+// What keeps the memory of memlm_attention_args alive.
+struct AttentionInputs {
+  Tensor q, k, v;
+  OptionalTensor mask, q_offsets, k_offsets, slopes, sinks;
+  double scale;
+  int64_t left, right;
+  bool to_end;
+  double softcap, dropout;
+  int64_t seed;
+
+  // out and lse are left to be set.
+  memlm_attention_args args() {
+    for (const auto& [t, name] : {std::pair<Tensor*, const char*>{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
+      STD_TORCH_CHECK(t->is_cpu() && t->dim() == 4, name, ": must be on the CPU, with 4 dimensions");
+      STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+      last_dense(*t);
+    }
+    const int64_t batch = q.size(0);
+    STD_TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && k.size(1) == v.size(1) &&
+                        k.size(2) == v.size(2) && k.size(3) == q.size(3),
+                    "k, v: the shapes do not fit q's");
+    memlm_attention_args a = {};
+    a.batch = batch;
+    a.heads = q.size(1);
+    a.kv_heads = k.size(1);
+    a.q_len = q.size(2);
+    a.k_len = k.size(2);
+    a.head_dim = q.size(3);
+    a.v_dim = v.size(3);
+    a.q = q.const_data_ptr();
+    a.k = k.const_data_ptr();
+    a.v = v.const_data_ptr();
+    first_strides(q, a.q_strides);
+    first_strides(k, a.k_strides);
+    first_strides(v, a.v_strides);
+    a.dtype = dtype_of(q.scalar_type(), "q");
+    STD_TORCH_CHECK(q_offsets.has_value() == k_offsets.has_value(),
+                    "q_offsets, k_offsets: both or none");
+    if (q_offsets) {
+      STD_TORCH_CHECK(batch == 1, "q: sequences with offsets stand in one batch entry");
+      a.batch = q_offsets->numel() - 1;
+      STD_TORCH_CHECK(a.batch >= 0, "q_offsets: is empty");
+      for (const OptionalTensor* t : {&q_offsets, &k_offsets}) {
+        check_part(**t, "q_offsets, k_offsets", {a.batch + 1});
+        STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Long, "q_offsets, k_offsets: expected int64");
+      }
+      a.q_offsets = static_cast<const int64_t*>(q_offsets->const_data_ptr());
+      a.k_offsets = static_cast<const int64_t*>(k_offsets->const_data_ptr());
+    }
+    a.scale = static_cast<float>(scale);
+    a.left = left;
+    a.right = right;
+    a.to_end = to_end;
+    if (mask) {
+      const int64_t whole[] = {batch, a.heads, a.q_len, a.k_len};
+      STD_TORCH_CHECK(mask->is_cpu() && mask->dim() == 4, "mask: must be on the CPU, with 4 dimensions");
+      a.mask_is_bool = mask->scalar_type() == ScalarType::Bool;
+      STD_TORCH_CHECK(a.mask_is_bool || mask->scalar_type() == q.scalar_type(),
+                      "mask: expected bool or the dtype of q");
+      for (int i = 0; i < 4; ++i) {
+        STD_TORCH_CHECK(mask->size(i) == whole[i] || mask->size(i) == 1, "mask: dimension ", i, " is ",
+                        mask->size(i), ", expected 1 or ", whole[i]);
+        a.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+      }
+      a.mask = mask->const_data_ptr();
+    }
+    for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
+      if (!*t) continue;
+      check_part(**t, name, {a.heads});
+      STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Float, name, ": expected float32");
+    }
+    a.slopes = static_cast<const float*>(data_of(slopes));
+    a.sinks = static_cast<const float*>(data_of(sinks));
+    a.softcap = static_cast<float>(softcap);
+    a.dropout = static_cast<float>(dropout);
+    a.seed = static_cast<uint64_t>(seed);
+    a.threads = threads();
+    return a;
+  }
+};
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
+                                     OptionalTensor q_offsets, OptionalTensor k_offsets, double scale,
+                                     int64_t left, int64_t right, bool to_end, double softcap,
+                                     OptionalTensor slopes, OptionalTensor sinks, double dropout,
+                                     int64_t seed) {
+  AttentionInputs in = {q, k, v, mask, q_offsets, k_offsets, slopes, sinks,
+                        scale, left, right, to_end, softcap, dropout, seed};
+  memlm_attention_args args = in.args();
+  Tensor out = torch::stable::new_empty(in.q, {in.q.size(0), args.heads, args.q_len, args.v_dim});
+  Tensor lse = torch::stable::new_empty(in.q, {in.q.size(0), args.heads, args.q_len}, ScalarType::Float);
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  first_strides(out, args.out_strides);
+  check_status(memlm_attention(&args));
+  return {out, lse};
+}
+
 }  // namespace
 
 // memlm/ops/<op>.py documents each op and adds what torch needs beside the kernel.
@@ -329,6 +435,10 @@ STABLE_TORCH_LIBRARY(memlm, m) {
   m.def(
       "quantize_weight(Tensor w, int bits, int codebook, int group, bool has_offsets, "
       "ScalarType scale_dtype) -> (Tensor codes, Tensor scales, Tensor offsets)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
+      "float scale, int left, int right, bool to_end, float softcap, Tensor? slopes, Tensor? sinks, "
+      "float dropout, int seed) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
@@ -340,4 +450,5 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("attention", TORCH_BOX(&attention));
 }

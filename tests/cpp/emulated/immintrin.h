@@ -86,6 +86,12 @@ inline float reduce_add_ps(__m512 x) {
   for (float lane : cast<FloatLanes>(x).f) sum += lane;
   return sum;
 }
+inline float reduce_max_ps(__m512 x) {
+  const FloatLanes lanes = cast<FloatLanes>(x);
+  float most = lanes.f[0];
+  for (float lane : lanes.f) most = lane > most ? lane : most;
+  return most;
+}
 
 }  // namespace halves
 
@@ -99,6 +105,7 @@ inline float reduce_add_ps(__m512 x) {
 #undef _mm512_reduce_add_epi32
 #undef _mm512_reduce_max_epi32
 #undef _mm512_reduce_add_ps
+#undef _mm512_reduce_max_ps
 #undef _mm512_cvtne2ps_pbh
 #define _mm512_cvtepi32_ps halves::cvtepi32_ps
 #define _mm512_cvtps_epi32 halves::cvtps_epi32
@@ -110,6 +117,7 @@ inline float reduce_add_ps(__m512 x) {
 #define _mm512_reduce_add_epi32 halves::reduce_add_epi32
 #define _mm512_reduce_max_epi32 halves::reduce_max_epi32
 #define _mm512_reduce_add_ps halves::reduce_add_ps
+#define _mm512_reduce_max_ps halves::reduce_max_ps
 #define _mm512_cvtne2ps_pbh halves::cvtne2ps_pbh
 #define _mm512_shuffle_f32x4(x, y, quarters) \
   _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(x), _mm512_castps_si512(y), quarters))
