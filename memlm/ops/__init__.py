@@ -8,6 +8,7 @@ from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
+from memlm.ops.matmul_topk import matmul_topk
 from memlm.ops.quantize_rows import quantize_rows
 from memlm.ops.quantize_weight import quantize_weight
 from memlm.ops.w2_matmul import w2_matmul
@@ -21,8 +22,8 @@ MODES = ("fast", "accurate", "w8a8")
 DEFAULT_MODES = {2: "fast", 4: "fast", 8: "accurate"}
 
 __all__ = [
-    "MODES", "dequantize", "embedding", "implementations", "matmul", "quantize_rows",
-    "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "MODES", "dequantize", "embedding", "implementations", "matmul", "matmul_topk",
+    "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 
