@@ -38,6 +38,10 @@ struct Kernels {
                               int64_t x_group);
   memlm_status (*quantize_rows)(const memlm_matmul_args&, int64_t k, int64_t x_group, int8_t* codes,
                                 float* scales);
+  // rows of x in f32, after args.norm where there is one, then zeros; rows of out are out_stride apart,
+  // a multiple of 16
+  void (*rows_to_f32)(const memlm_matmul_args& args, int64_t k, int64_t out_stride, float* out);
+  void (*turn_heads)(const Heads&, int64_t first_row, int64_t end_row);
   // rows of W by index; ids == nullptr means row, row + 1, ...
   void (*dequantize_rows)(const memlm_packed&, int bits, const int64_t* ids, int64_t row,
                           int64_t count, memlm_dtype dtype, void* out);
@@ -45,10 +49,10 @@ struct Kernels {
   int32_t (*largest_bits)(const void* row, memlm_dtype dtype, int64_t k);
   void (*quantize_weight)(const memlm_quantize_args&, int64_t first_tile, int64_t end_tile);
   memlm_status (*attention)(const memlm_attention_args&);
-  void (*turn_heads)(const Heads&, int64_t first_row, int64_t end_row);
-  // rows of x in f32, after args.norm where there is one, then zeros; rows of out are out_stride apart,
-  // a multiple of 16
-  void (*rows_to_f32)(const memlm_matmul_args& args, int64_t k, int64_t out_stride, float* out);
+  void (*kv_append)(const memlm_kv_pool&, const memlm_sequences&, const void* k, const void* v,
+                    int64_t stride, memlm_dtype dtype, int threads);
+  memlm_status (*paged_attention)(const memlm_kv_pool&, const memlm_sequences&,
+                                  const memlm_paged_attention_args&);
 };
 
 // Those in use.

@@ -54,6 +54,10 @@ struct Stretch {
       subs = (k1 - k0) / kActGroup;
     }
   }
+  // Codes that lie elsewhere, with `groups` scales for `subs` runs of 32 k each.
+  Stretch(const W& codec, const void* codes, Scales scales, int64_t groups, int64_t subs)
+      : codec(codec), codes(static_cast<const uint8_t*>(codes)), scales(scales), offsets(),
+        scale_index(0), groups(groups), subs(subs) {}
   F scale(int64_t g) const { return scales.load(scale_index + g * kTileRows); }
   F offset(int64_t g) const {
     return W::kOffsets ? offsets.load(scale_index + g * kTileRows)

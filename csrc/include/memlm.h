@@ -172,7 +172,7 @@ typedef struct {
 MEMLM_API memlm_status memlm_attention_backward(const memlm_attention_args* args,
                                                 const memlm_attention_grads* grads);
 
-/* Keys and values of one layer, in blocks of block_tokens tokens; csrc/cpu/kv_tiles-inl.h draws a
+/* Keys and values of one layer, in blocks of block_tokens tokens; csrc/kv_blocks.h draws a
  * block, of which each key-value head has memlm_kv_block_bytes. */
 typedef enum { MEMLM_KV_F32 = 0, MEMLM_KV_BF16 = 1, MEMLM_KV_INT8 = 2, MEMLM_KV_INT4 = 3 } memlm_kv_type;
 

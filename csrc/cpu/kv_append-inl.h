@@ -1,0 +1,106 @@
+// kv_append: keys and values of new tokens into the blocks of their sequences (csrc/kv_blocks.h).
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "../kv_blocks.h"
+#include "attention-inl.h"
+#include "hadamard-inl.h"
+
+namespace memlm {
+namespace MEMLM_ISA {
+
+inline void store_element(char* tile, memlm_kv_type type, int64_t k, int64_t row, float x) {
+  if (type == MEMLM_KV_F32)
+    reinterpret_cast<float*>(tile)[k * 16 + row] = x;
+  else
+    reinterpret_cast<uint16_t*>(tile)[k * 16 + row] = bf16_of_float(x);
+}
+
+inline void store_code(char* tile, int bits, int64_t k, int64_t row, int code) {
+  if (bits == 8) {
+    tile[(k / 4 * 16 + row) * 4 + k % 4] = static_cast<char>(code);
+    return;
+  }
+  char& both = tile[(k / 8 * 16 + row) * 4 + k % 4];
+  const int shift = k % 8 / 4 * 4;
+  both = static_cast<char>((both & ~(15 << shift)) | code << shift);
+}
+
+// Rounds x [group] to codes: the number with the largest magnitude becomes the code furthest from
+// zero, -127 or -8 steps of the scale, which is returned as f16.
+inline uint16_t round_group(const float* x, int64_t group, int bits, int* codes) {
+  float largest = 0;
+  for (int64_t i = 0; i < group; ++i)
+    if (fabsf(x[i]) > fabsf(largest) || x[i] != x[i]) largest = x[i];
+  const float most = bits == 8 ? 127 : 8;
+  alignas(64) float some[16] = {-largest / most};
+  alignas(64) uint16_t half[16];
+  f_store_f16(half, f_load(some));
+  f_store(some, f_load_f16(half));
+  const float scale = some[0], inverse = scale != 0 ? 1 / scale : 0;
+  const F highest = f_set1(bits == 8 ? 127 : 7), lowest = f_set1(-most);
+  for (int64_t i = 0; i < group; i += 16) {
+    const F q = f_max(f_min(f_mul(f_load(x + i), f_set1(inverse)), highest), lowest);
+    alignas(64) float whole[16];
+    f_store(whole, f_from_i(f_round(q)));
+    for (int j = 0; j < 16; ++j) codes[i + j] = static_cast<int>(whole[j]) + (bits == 8 ? 0 : 8);
+  }
+  return half[0];
+}
+
+// Key and value of one token of one head, as token t of the block at `to`; x is room for both.
+inline void store_token(const KvBlock& b, const void* k, const void* v, memlm_dtype dtype, int64_t at,
+                        int64_t t, float* x, char* to) {
+  for (int is_value = 0; is_value < 2; ++is_value) {
+    for (int64_t c = 0; c < b.dim; c += 16)
+      f_store(x + c, load_floats(is_value ? v : k, dtype, at + c, b.dim - c < 16 ? b.dim - c : 16));
+    for (int64_t c = round_up16(b.dim); c < b.width; ++c) x[c] = 0;
+    char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
+    if (!kv_is_quantized(b.type)) {
+      for (int64_t c = 0; c < (is_value ? b.width : b.dim); ++c)
+        if (is_value)
+          store_element(tiles + c / 16 * b.value_tile(), b.type, t, c % 16, x[c]);
+        else
+          store_element(tiles, b.type, c, t % 16, x[c]);
+      continue;
+    }
+    hadamard(x, b.channels);
+    for (int64_t g = 0; g < b.groups(); ++g) {
+      int codes[64];
+      const uint16_t scale = round_group(x + g * b.group, b.group, b.bits(), codes);
+      const int64_t place = is_value ? g * b.tokens + t : (t / 16 * b.groups() + g) * 16 + t % 16;
+      memcpy(to + (is_value ? b.value_scales() : b.key_scales()) + place * 2, &scale, 2);
+      for (int64_t i = 0; i < b.group; ++i) {
+        const int64_t c = g * b.group + i;
+        if (is_value)
+          store_code(tiles + c / 16 * b.value_tile(), b.bits(), t, c % 16, codes[i]);
+        else
+          store_code(tiles, b.bits(), c, t % 16, codes[i]);
+      }
+    }
+  }
+}
+
+inline void kv_append(const memlm_kv_pool& pool, const memlm_sequences& s, const void* k, const void* v,
+                      int64_t stride, memlm_dtype dtype, int threads) {
+  const KvBlock b(pool.type, pool.block_tokens, pool.head_dim);
+  // By heads: two tokens may share a byte.
+  parallel_for(s.count * pool.kv_heads, 1, threads, [&](int64_t begin, int64_t end, int) {
+    alignas(64) float x[kMostHeadDim];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sequence = i / pool.kv_heads, head = i % pool.kv_heads;
+      const int64_t first = s.rows[sequence], count = s.rows[sequence + 1] - first;
+      const int64_t before = s.lengths[sequence] - count;
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t t = before + n;
+        const int64_t block = s.tables[sequence * s.table_stride + t / b.tokens];
+        char* const to = static_cast<char*>(pool.blocks) + (block * pool.kv_heads + head) * b.bytes();
+        store_token(b, k, v, dtype, (first + n) * stride + head * b.dim, t % b.tokens, x, to);
+      }
+    }
+  });
+}
+
+}  // namespace MEMLM_ISA
+}  // namespace memlm
