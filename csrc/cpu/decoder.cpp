@@ -68,7 +68,8 @@ memlm_status check(const memlm_decoder_layer* layers, int64_t count, const memlm
                   (ll)pools[i].kv_heads, (ll)pools[i].head_dim, (ll)pools[0].kv_heads,
                   (ll)pools[0].head_dim);
   }
-  shape = {sequences->count ? sequences->rows[sequences->count] : 0, a.hidden, a.heads, pools[0].kv_heads, pools[0].head_dim};
+  const int64_t rows = sequences->count ? sequences->rows[sequences->count] : 0;
+  shape = {rows, a.hidden, a.heads, pools[0].kv_heads, pools[0].head_dim};
   if (a.heads < 1 || a.heads > INT32_MAX || a.heads % shape.kv_heads)
     return fail(MEMLM_INVALID, "heads: got %lld, accepted are multiples of the pool's %lld",
                 (ll)a.heads, (ll)shape.kv_heads);
