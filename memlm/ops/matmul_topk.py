@@ -32,7 +32,7 @@ def _reference(*args):
         fast = MODES[given["mode"]] == "fast"
         y = _matmul.reference(x.float(), packed, bias, fast, norm, given["eps"], False, None)
     # NaN comes first, as in torch.sort, and of equal ones the lowest index.
-    values, indices = y.sort(-1, descending=True, stable=True)
+    values, indices = torch.sort(y, dim=-1, descending=True, stable=True)
     shape = (*x.shape[:-1], given["top"])
     return tuple(t[..., : given["top"]].reshape(shape) for t in (values, indices))
 
