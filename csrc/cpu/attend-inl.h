@@ -41,6 +41,10 @@ struct Tiles {
   int64_t tile;
 };
 
+// Up to so many rows of a, b is read faster than it can come from memory: it is read in one stream,
+// asked for in advance (weights-inl.h, prefetch).
+constexpr int kStreamRows = 8;
+
 // c[MT][NT * 16] = c * factor + a b, where a[m][k] lies at a + m * a_row + k * a_k.  factor [MT];
 // NULL: c = a b.
 template <int MT, int NT, class T>
@@ -54,6 +58,8 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tile
   for (int64_t i = 0; i < k; ++i) {
     F weights[NT];
     for (int n = 0; n < NT; ++n) weights[n] = load_elements(b.b + n * b.tile + i * 16);
+    if (MT <= kStreamRows && (sizeof(T) == 4 || i % 2 == 0))
+      prefetch(reinterpret_cast<const uint8_t*>(b.b + i * 16), kBlock);
     for (int m = 0; m < MT; ++m) {
       const F x = f_set1(a[m * a_row + i * a_k]);
       for (int n = 0; n < NT; ++n) sums[m][n] = f_fma(x, weights[n], sums[m][n]);
@@ -67,10 +73,11 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tile
 template <int MT, class T>
 inline void multiply(const float* a, int64_t a_row, int64_t a_k, Tiles<T> b, int64_t tiles, int64_t k,
                      const float* factor, float* c, int64_t c_row) {
+  constexpr int kWide = MT <= kStreamRows ? 1 : kWideTiles;
   int64_t n = 0;
-  for (; n + kWideTiles <= tiles; n += kWideTiles, b.b += kWideTiles * b.tile)
-    multiply_tile<MT, kWideTiles>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
-  if constexpr (kWideTiles > 1) {
+  for (; n + kWide <= tiles; n += kWide, b.b += kWide * b.tile)
+    multiply_tile<MT, kWide>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
+  if constexpr (kWide > 1) {
     for (; n < tiles; ++n, b.b += b.tile)
       multiply_tile<MT, 1>(a, a_row, a_k, b, k, factor, c + n * 16, c_row);
   }

@@ -95,7 +95,7 @@ inline void kv_append(const memlm_kv_pool& pool, const memlm_sequences& s, const
       for (int64_t n = 0; n < count; ++n) {
         const int64_t t = before + n;
         const int64_t block = s.tables[sequence * s.table_stride + t / b.tokens];
-        char* const to = static_cast<char*>(pool.blocks) + (block * pool.kv_heads + head) * b.bytes();
+        char* const to = static_cast<char*>(pool.blocks) + (head * pool.count + block) * b.bytes();
         store_token(b, k, v, dtype, (first + n) * stride + head * b.dim, t % b.tokens, x, to);
       }
     }

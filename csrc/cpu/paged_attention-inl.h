@@ -56,7 +56,7 @@ struct PagedPassage {
     const memlm_sequences& s = call.sequences;
     const int64_t block = s.tables[sequence * s.table_stride + t / call.block.tokens];
     return static_cast<const char*>(call.pool.blocks) +
-           (block * call.pool.kv_heads + kv_head) * call.block.bytes();
+           (kv_head * call.pool.count + block) * call.block.bytes();
   }
   // A query, times scale; zeros up to `padded`, a multiple of 16.
   void query(int64_t row, int64_t padded, float* to) const {

@@ -177,7 +177,7 @@ MEMLM_API memlm_status memlm_attention_backward(const memlm_attention_args* args
 typedef enum { MEMLM_KV_F32 = 0, MEMLM_KV_BF16 = 1, MEMLM_KV_INT8 = 2, MEMLM_KV_INT4 = 3 } memlm_kv_type;
 
 typedef struct {
-  void* blocks; /* [count, kv_heads, memlm_kv_block_bytes] */
+  void* blocks; /* [kv_heads, count, memlm_kv_block_bytes]: consecutive blocks are read in one stream */
   int64_t count;
   int64_t block_tokens; /* a multiple of 32, at most 256 */
   int64_t kv_heads, head_dim; /* head_dim 1 to 512 */

@@ -450,7 +450,7 @@ struct Paged {
         int64_t type, int64_t block_tokens, int64_t head_dim, int64_t tokens, void* data) {
     STD_TORCH_CHECK(blocks.is_cpu() && blocks.is_contiguous() && blocks.dim() == 3 &&
                         blocks.scalar_type() == ScalarType::Byte,
-                    "pool: must be a contiguous uint8 tensor on the CPU, [blocks, kv_heads, bytes]");
+                    "pool: must be a contiguous uint8 tensor on the CPU, [kv_heads, blocks, bytes]");
     STD_TORCH_CHECK(type >= MEMLM_KV_F32 && type <= MEMLM_KV_INT4, "type: accepted are 0 to 3");
     const auto kv_type = static_cast<memlm_kv_type>(type);
     const int64_t bytes = memlm_kv_block_bytes(kv_type, block_tokens, head_dim);
@@ -465,7 +465,7 @@ struct Paged {
     STD_TORCH_CHECK(tables.is_cpu() && tables.is_contiguous() && tables.dim() == 2 &&
                         tables.size(0) == count && tables.scalar_type() == ScalarType::Int,
                     "tables: must be a contiguous int32 tensor on the CPU, [sequences, blocks]");
-    pool = {data, blocks.size(0), block_tokens, blocks.size(1), head_dim, kv_type};
+    pool = {data, blocks.size(1), block_tokens, blocks.size(0), head_dim, kv_type};
     sequences = {count, static_cast<const int64_t*>(rows.const_data_ptr()),
                  static_cast<const int64_t*>(lengths.const_data_ptr()),
                  static_cast<const int32_t*>(tables.const_data_ptr()), tables.size(1)};
@@ -488,7 +488,7 @@ void kv_append(Tensor pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Ten
   STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
                       k.scalar_type() == v.scalar_type(),
                   "k, v: expected the same shape and dtype");
-  STD_TORCH_CHECK(pool.dim() == 3 && k.size(1) == pool.size(1), "k: has other heads than the pool");
+  STD_TORCH_CHECK(pool.dim() == 3 && k.size(1) == pool.size(0), "k: has other heads than the pool");
   if (k.stride(0) != v.stride(0)) {
     k = torch::stable::contiguous(k);
     v = torch::stable::contiguous(v);
