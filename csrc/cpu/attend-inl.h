@@ -168,7 +168,8 @@ inline float soften(const ScoreRules& rules, const Row& row, int64_t j, int64_t 
   const float now = f_reduce_max(most), base = now == -INFINITY ? 0 : now;
   F total = f_zero();
   for (int64_t i = 0; i < count; i += 16) {
-    F weight = f_exp_or_zero(f_sub(f_load(s + i), f_set1(base)));
+    const F below = f_sub(f_load(s + i), f_set1(base));
+    F weight = plain ? f_exp(below) : f_exp_or_zero(below);
     total = f_add(total, weight);
     if (rules.dropped) {
       alignas(64) float factors[16];
@@ -177,7 +178,7 @@ inline float soften(const ScoreRules& rules, const Row& row, int64_t j, int64_t 
     }
     f_store(s + i, weight);
   }
-  const float factor = expf(max - base);
+  const float factor = max == now ? 1 : expf(max - base);
   max = now;
   sum = sum * factor + f_reduce_add(total);
   return factor;

@@ -122,6 +122,22 @@ memlm_status memlm_attention(const memlm_attention_args* args) {
   return args->batch && args->q_len ? said(kernels().attention(*args)) : MEMLM_OK;
 }
 
+memlm_status memlm_attention_backward(const memlm_attention_args* args,
+                                      const memlm_attention_grads* grads) {
+  if (memlm_status s = check(args)) return s;
+  if (!grads) return fail(MEMLM_INVALID, "grads: is NULL");
+  const memlm_attention_args& a = *args;
+  const struct { const char* name; const void* p; bool needed; } arrays[] = {
+      {"grad_out", grads->grad_out, a.batch && a.q_len}, {"grad_q", grads->grad_q, a.batch && a.q_len},
+      {"grad_k", grads->grad_k, a.batch && a.k_len}, {"grad_v", grads->grad_v, a.batch && a.k_len}};
+  for (const auto& array : arrays)
+    if (array.needed && !array.p) return fail(MEMLM_INVALID, "%s: is NULL", array.name);
+  if (grads->grad_mask && a.q_offsets)
+    return fail(MEMLM_INVALID, "grad_mask: is not for sequences with offsets");
+  if (grads->grad_sinks && !a.sinks) return fail(MEMLM_INVALID, "grad_sinks: there are no sinks");
+  return said(kernels().attention_backward(a, *grads));
+}
+
 int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim) {
   if (type < MEMLM_KV_F32 || type > MEMLM_KV_INT4) return 0;
   if (block_tokens < 32 || block_tokens > kMostKvTokens || block_tokens % 32) return 0;

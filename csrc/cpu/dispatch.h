@@ -49,6 +49,7 @@ struct Kernels {
   int32_t (*largest_bits)(const void* row, memlm_dtype dtype, int64_t k);
   void (*quantize_weight)(const memlm_quantize_args&, int64_t first_tile, int64_t end_tile);
   memlm_status (*attention)(const memlm_attention_args&);
+  memlm_status (*attention_backward)(const memlm_attention_args&, const memlm_attention_grads&);
   void (*kv_append)(const memlm_kv_pool&, const memlm_sequences&, const void* k, const void* v,
                     int64_t stride, memlm_dtype dtype, int threads);
   memlm_status (*paged_attention)(const memlm_kv_pool&, const memlm_sequences&,

@@ -17,36 +17,46 @@ inline void store_element(char* tile, memlm_kv_type type, int64_t k, int64_t row
     reinterpret_cast<uint16_t*>(tile)[k * 16 + row] = bf16_of_float(x);
 }
 
+// `width` bits of a byte, from bit `shift` on.
+inline void store_bits(char& byte, int shift, int width, int bits) {
+  const int mask = ((1 << width) - 1) << shift;
+  byte = static_cast<char>((byte & ~mask) | (bits << shift & mask));
+}
+
 inline void store_code(char* tile, int bits, int64_t k, int64_t row, int code) {
   if (bits == 8) {
     tile[(k / 4 * 16 + row) * 4 + k % 4] = static_cast<char>(code);
     return;
   }
-  char& both = tile[(k / 8 * 16 + row) * 4 + k % 4];
-  const int shift = k % 8 / 4 * 4;
-  both = static_cast<char>((both & ~(15 << shift)) | code << shift);
+  char* const run = tile + k / kActGroup * tile_bytes(bits, kActGroup);
+  k %= kActGroup;
+  store_bits(run[(k / 8 * 16 + row) * 4 + k % 4], k % 8 / 4 * 4, 4, code & 15);
+  if (bits == 5) {
+    const int64_t place = (k / 4 * 16 + row) * 4 + k % 4;
+    store_bits(run[tile_bytes(4, kActGroup) + place / 8], place % 8, 1, code >> 4);
+  }
 }
 
 // Rounds x [group] to codes: the number with the largest magnitude becomes the code furthest from
-// zero, -127 or -8 steps of the scale, which is returned as f16.
+// zero, which has no counterpart on the other side, by the sign of the scale.  Returned is the scale,
+// as f16.
 inline uint16_t round_group(const float* x, int64_t group, int bits, int* codes) {
   float largest = 0;
   for (int64_t i = 0; i < group; ++i)
     if (fabsf(x[i]) > fabsf(largest) || x[i] != x[i]) largest = x[i];
-  const float most = bits == 8 ? 127 : 8;
-  alignas(64) float some[16] = {-largest / most};
-  alignas(64) uint16_t half[16];
-  f_store_f16(half, f_load(some));
-  f_store(some, f_load_f16(half));
-  const float scale = some[0], inverse = scale != 0 ? 1 / scale : 0;
-  const F highest = f_set1(bits == 8 ? 127 : 7), lowest = f_set1(-most);
+  const int half = 1 << (bits - 1), least = bits == 8 ? -127 : -half, zero = bits == 8 ? 0 : half;
+  alignas(64) float some[16] = {largest / static_cast<float>(least)};
+  alignas(64) uint16_t rounded[16];
+  f_store_f16(rounded, f_load(some));
+  f_store(some, f_load_f16(rounded));
+  const F inverse = f_set1(some[0] != 0 ? 1 / some[0] : 0);
+  const F lowest = f_set1(static_cast<float>(least)), highest = f_set1(static_cast<float>(half - 1));
   for (int64_t i = 0; i < group; i += 16) {
-    const F q = f_max(f_min(f_mul(f_load(x + i), f_set1(inverse)), highest), lowest);
     alignas(64) float whole[16];
-    f_store(whole, f_from_i(f_round(q)));
-    for (int j = 0; j < 16; ++j) codes[i + j] = static_cast<int>(whole[j]) + (bits == 8 ? 0 : 8);
+    f_store(whole, f_from_i(f_round(f_max(f_min(f_mul(f_load(x + i), inverse), highest), lowest))));
+    for (int j = 0; j < 16; ++j) codes[i + j] = static_cast<int>(whole[j]) + zero;
   }
-  return half[0];
+  return rounded[0];
 }
 
 // Key and value of one token of one head, as token t of the block at `to`; x is room for both.
@@ -66,17 +76,18 @@ inline void store_token(const KvBlock& b, const void* k, const void* v, memlm_dt
       continue;
     }
     hadamard(x, b.channels);
+    const int bits = is_value ? b.value_bits() : b.key_bits();
     for (int64_t g = 0; g < b.groups(); ++g) {
       int codes[64];
-      const uint16_t scale = round_group(x + g * b.group, b.group, b.bits(), codes);
+      const uint16_t scale = round_group(x + g * b.group, b.group, bits, codes);
       const int64_t place = is_value ? g * b.tokens + t : (t / 16 * b.groups() + g) * 16 + t % 16;
       memcpy(to + (is_value ? b.value_scales() : b.key_scales()) + place * 2, &scale, 2);
       for (int64_t i = 0; i < b.group; ++i) {
         const int64_t c = g * b.group + i;
         if (is_value)
-          store_code(tiles + c / 16 * b.value_tile(), b.bits(), t, c % 16, codes[i]);
+          store_code(tiles + c / 16 * b.value_tile(), bits, t, c % 16, codes[i]);
         else
-          store_code(tiles, b.bits(), c, t % 16, codes[i]);
+          store_code(tiles, bits, c, t % 16, codes[i]);
       }
     }
   }

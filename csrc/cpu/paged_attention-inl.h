@@ -1,13 +1,14 @@
 // paged_attention: over keys and values in blocks, read as they are stored (csrc/kv_blocks.h).
 //
-// Quantised blocks are read by the products of fast mode (fast-inl.h): queries are rounded to int8, with
-// a scale for each row and 32 channels; so are softmax weights times the scales of the values, with one
-// for each row and 32 tokens.
+// Quantised blocks are read by integer products (per_row-inl.h): queries are rounded to int8, with one
+// scale for each row and group of channels; so are softmax weights times the scales of the values, with
+// one for each row and block.
 #pragma once
 #include "attend-inl.h"
 #include "attention-inl.h"
 #include "hadamard-inl.h"
 #include "kv_append-inl.h"
+#include "per_row-inl.h"
 #include "w4_matmul-inl.h"
 #include "w8_matmul-inl.h"
 
@@ -113,55 +114,77 @@ class PlainKeys {
   }
 };
 
-// Scales of codes that are multiplied with nothing.
-struct Ones {
-  float v[kMostKeys / kActGroup * 16];
-  constexpr Ones() : v() {
-    for (float& x : v) x = 1;
+// Integer sums of codes that are numbers from 0 up.
+template <int kZeroPoint>
+struct UnsignedCodes {
+  static constexpr int kZero = kZeroPoint, kDotBias = kZeroPoint;
+  static constexpr bool kOffsets = false, kUnit = false;
+  static I dot(I acc, B w, const int8_t* x) { return i_dot_u7(acc, w, x); }
+};
+
+struct Code4 : Nibbles, UnsignedCodes<8> {};
+
+struct Code5 : UnsignedCodes<16> {
+  static constexpr int kBits = 5;
+  static void load2(const uint8_t* p, int i, B& b0, B& b1) {
+    Nibbles::load2(p, i, b0, b1);
+    const uint8_t* const fifth = p + tile_bytes(4, kActGroup) + 16 * i;
+    b0 = b_add_where(b0, fifth, 16);
+    b1 = b_add_where(b1, fifth + 8, 16);
   }
 };
 
-// Codes of weight type W.
-template <class W>
+// Keys and values as codes of types K and V.
+template <class K, class V>
 class CodedKeys {
-  using Mode = Fast<W>;
   const PagedPassage& p;
   const KvBlock& b;
-  char* queries_;  // records of Mode, register tile by register tile
-  char* weights_;  // likewise, of one register tile and block
-  float* scaled;   // [kTileM][kMostKeys]
-  float* v_scales; // [groups][kMostKeys]
+  char* queries_;   // register tiles of PerRow<K>, for each the groups of channels one after the other
+  char* weights_;   // one register tile of PerRow<V>
+  float* v_scales;  // [groups][kMostKeys]
   int64_t tile_rows;
   const char* at;
 
-  // Rows x [rows][k], `stride` apart, as the register tile that Mode multiplies with.
-  static void pack(const float* x, int64_t stride, int rows, int64_t k, int lane, int lanes, char* to) {
-    memlm_matmul_args args = {};
-    args.x = x;
-    args.x_stride = stride;
-    args.dtype = MEMLM_F32;
-    const Input in = {args, nullptr, kActGroup};
-    for (int i = 0; i < rows; ++i) Mode::pack(in, i, k, k, lanes, lane + i, nullptr, to);
+  // Row x [k] to a lane of a register tile.
+  template <class W>
+  static void pack(const float* x, int64_t k, int lane, int lanes, char* to) {
+    I largest = i_zero(), sum = i_zero();
+    for (int64_t i = 0; i < k; i += 16) largest = i_max(largest, f_magnitude_bits(f_load(x + i)));
+    const Rounding rounding(i_reduce_max(largest));
+    for (int64_t i = 0; i < k; i += 16) {
+      int8_t codes[16];
+      const I rounded = rounding.codes(f_load(x + i));
+      i_store_i8(codes, rounded);
+      sum = i_add(sum, rounded);
+      for (int j = 0; j < 16; j += kLaneK) memcpy(to + (i + j) * lanes + lane * kLaneK, codes + j, kLaneK);
+    }
+    const RowEnds ends = PerRow<W>::ends(to, k, lanes);
+    ends.scale(lane) = rounding.scale;
+    ends.start(lane) = -W::kDotBias * i_reduce_add(sum);
   }
-  // sums [MT][16] += the register tile at x times `groups` groups of k of a tile of codes.
-  template <int MT>
-  static void multiply_codes(const char* codes, Scales scales, int64_t group, int64_t groups,
-                             const char* x, float* sums) {
+  // The product of a register tile x [MT][k] with a tile of codes; use(m, sums of row m times its scale).
+  template <class W, int MT, class Use>
+  static void multiply_codes(const char* codes, int64_t k, const char* x, const Use& use) {
     const W codec{};
-    Stretch<W> s(codec, codes, scales, groups, group / kActGroup);
-    Mode::template direct<MT>(s, x, sums);
+    const Stretch<W> s(codec, codes, Scales{}, 1, k / kActGroup);
+    alignas(64) float sums[MT * 16];
+    PerRow<W>::start(x, k, MT, sums);
+    PerRow<W>::template direct<MT>(s, x, sums);
+    const RowEnds ends = PerRow<W>::ends(x, k, MT);
+    for (int m = 0; m < MT; ++m)
+      use(m, f_mul(f_from_i(i_load(sums + m * 16)), f_set1(ends.scale(m))));
   }
+  int64_t query_bytes() const { return PerRow<K>::row_bytes(b.group) * b.groups(); }
 
  public:
   static int64_t bytes(const PagedPassage& p) {
     const KvBlock& b = p.call.block;
-    return kBlockRows * Mode::row_bytes(b.channels) + kTileM * Mode::row_bytes(kMostKeys) +
-           4 * kMostKeys * (kTileM + b.groups());
+    return kBlockRows * PerRow<K>::row_bytes(b.group) * b.groups() +
+           kTileM * PerRow<V>::row_bytes(kMostKeys) + 4 * kMostKeys * b.groups();
   }
   CodedKeys(const PagedPassage& p, char* room) : p(p), b(p.call.block), queries_(room) {
-    weights_ = queries_ + kBlockRows * Mode::row_bytes(b.channels);
-    scaled = reinterpret_cast<float*>(weights_ + kTileM * Mode::row_bytes(kMostKeys));
-    v_scales = scaled + kTileM * kMostKeys;
+    weights_ = queries_ + kBlockRows * query_bytes();
+    v_scales = reinterpret_cast<float*>(weights_ + kTileM * PerRow<V>::row_bytes(kMostKeys));
   }
 
   int64_t keys() const { return b.tokens; }
@@ -173,8 +196,9 @@ class CodedKeys {
       for (int m = 0; m < mt; ++m) {
         p.query(first + t * tile_rows + m, b.channels, x);
         hadamard(x, b.channels);
-        pack(x, b.channels, 1, b.channels, m, mt,
-             queries_ + t * tile_rows * Mode::row_bytes(b.channels));
+        for (int64_t g = 0; g < b.groups(); ++g)
+          pack<K>(x + g * b.group, b.group, m, mt,
+                  queries_ + t * tile_rows * query_bytes() + g * mt * PerRow<K>::row_bytes(b.group));
       }
     }
   }
@@ -187,42 +211,45 @@ class CodedKeys {
   }
   template <int MT>
   void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
-    const char* const x = queries_ + tile * tile_rows * Mode::row_bytes(b.channels);
     const uint16_t* const scales = reinterpret_cast<const uint16_t*>(at + b.key_scales());
-    for (int64_t i = 0; i < blocks; ++i) {
-      alignas(64) float sums[MT * 16] = {};
-      multiply_codes<MT>(at + (first + i) * b.key_tile(),
-                         {scales + (first + i) * b.groups() * 16, true}, b.group, b.groups(), x, sums);
-      for (int m = 0; m < MT; ++m) f_store(s + m * kMostKeys + i * 16, f_load(sums + m * 16));
-    }
+    for (int64_t i = 0; i < blocks; ++i)
+      for (int64_t g = 0; g < b.groups(); ++g) {
+        const F scale = f_load_f16(scales + ((first + i) * b.groups() + g) * 16);
+        const char* const x =
+            queries_ + tile * tile_rows * query_bytes() + g * MT * PerRow<K>::row_bytes(b.group);
+        multiply_codes<K, MT>(
+            at + (first + i) * b.key_tile() + tile_bytes(K::kBits, g * b.group), b.group, x,
+            [&](int m, F sum) {
+              float* const to = s + m * kMostKeys + i * 16;
+              f_store(to, g ? f_fma(sum, scale, f_load(to)) : f_mul(sum, scale));
+            });
+      }
   }
   template <int MT>
   void values(int64_t first, int64_t keys, const float* weights, const float* factors, float* out,
               int64_t width) const {
-    alignas(64) static constexpr Ones ones;
-    // Whole groups of 32 tokens: `first` is a multiple of 16, and weights reach to one.
+    // Whole runs of 32 tokens: `first` is a multiple of 16, and weights reach to one.
     const int64_t from = first / kActGroup * kActGroup, skipped = first - from;
     const int64_t count = div_up(first + keys - from, kActGroup) * kActGroup;
     for (int64_t g = 0; g < b.groups(); ++g) {
       const float* const scales = v_scales + g * kMostKeys + from;
       for (int m = 0; m < MT; ++m) {
-        float* const row = scaled + m * kMostKeys;
+        alignas(64) float scaled[kMostKeys];
         for (int64_t t = 0; t < count; t += 16) {
           const bool seen = t >= skipped && t < skipped + keys;
-          // By comparison: a scale that nothing has been stored for may be NaN.
+          // By comparison: the scale of a token that is not there may be NaN.
           const F w = seen ? f_load(weights + m * kMostKeys + t - skipped) : f_zero();
-          f_store(row + t, f_if_less(f_zero(), w, f_mul(w, f_load(scales + t)), w));
+          f_store(scaled + t, f_if_less(f_zero(), w, f_mul(w, f_load(scales + t)), w));
         }
+        pack<V>(scaled, count, m, MT, weights_);
       }
-      pack(scaled, kMostKeys, MT, count, 0, MT, weights_);
-      for (int64_t c = g * b.group; c < (g + 1) * b.group; c += 16) {
-        alignas(64) float sums[MT * 16];
-        for (int m = 0; m < MT; ++m)
-          f_store(sums + m * 16, f_mul(f_load(out + m * width + c), f_set1(factors[m])));
-        multiply_codes<MT>(at + b.values() + c / 16 * b.value_tile() + tile_bytes(W::kBits, from),
-                           {ones.v, false}, kActGroup, count / kActGroup, weights_, sums);
-        for (int m = 0; m < MT; ++m) f_store(out + m * width + c, f_load(sums + m * 16));
-      }
+      for (int64_t c = g * b.group; c < (g + 1) * b.group; c += 16)
+        multiply_codes<V, MT>(
+            at + b.values() + c / 16 * b.value_tile() + tile_bytes(V::kBits, from), count, weights_,
+            [&](int m, F sum) {
+              float* const to = out + m * width + c;
+              f_store(to, f_fma(f_load(to), f_set1(factors[m]), sum));
+            });
     }
   }
 };
@@ -234,8 +261,8 @@ inline memlm_status paged_attention(const memlm_kv_pool& pool, const memlm_seque
   switch (pool.type) {
     case MEMLM_KV_F32: return run_passages<PlainKeys<float>>(s.count, pool.kv_heads, args.threads, make);
     case MEMLM_KV_BF16: return run_passages<PlainKeys<uint16_t>>(s.count, pool.kv_heads, args.threads, make);
-    case MEMLM_KV_INT8: return run_passages<CodedKeys<W8>>(s.count, pool.kv_heads, args.threads, make);
-    default: return run_passages<CodedKeys<W4<false>>>(s.count, pool.kv_heads, args.threads, make);
+    case MEMLM_KV_INT8: return run_passages<CodedKeys<W8, W8>>(s.count, pool.kv_heads, args.threads, make);
+    default: return run_passages<CodedKeys<Code5, Code4>>(s.count, pool.kv_heads, args.threads, make);
   }
 }
 

@@ -210,6 +210,20 @@ inline __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(bits);
 }
 
+inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
+  const __m256i bytes = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2,
+                                         2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const auto added = [&](__m256i v, const uint8_t* from) {
+    int32_t bits;
+    memcpy(&bits, from, 4);
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), bytes), bit);
+    const __m256i is_set = _mm256_cmpeq_epi8(spread, bit);
+    return _mm256_add_epi8(v, _mm256_and_si256(is_set, _mm256_set1_epi8(static_cast<char>(y))));
+  };
+  return {added(x.a, p), added(x.b, p + 4)};
+}
+
 constexpr int kDotK = 4;
 inline void b_interleave(B&, B&) {}
 

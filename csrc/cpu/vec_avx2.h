@@ -18,6 +18,12 @@ inline I pairs_sum(Pairs p, int32_t start) {  // which int16 could not hold
   return i_add({_mm256_madd_epi16(p.a, ones), _mm256_madd_epi16(p.b, ones)}, i_set1(start));
 }
 
+inline I i_dot_u7(I acc, B w, const int8_t* x) {
+  const __m256i x4 = broadcast4(x), ones = _mm256_set1_epi16(1);
+  const auto dot = [&](__m256i v) { return _mm256_madd_epi16(_mm256_maddubs_epi16(v, x4), ones); };
+  return {_mm256_add_epi32(acc.a, dot(w.a)), _mm256_add_epi32(acc.b, dot(w.b))};
+}
+
 constexpr int kSignedBias = 0;
 inline B b_bias(B w) { return w; }
 inline I i_dot_s8(I acc, B w, const int8_t* x) {

@@ -159,6 +159,12 @@ inline B b_bias(B w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return dpbusd(acc, w, x);
 }
+inline I i_dot_u7(I acc, B w, const int8_t* x) { return dpbusd(acc, w, x); }
+inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
+  uint64_t bits;
+  memcpy(&bits, p, 8);
+  return _mm512_mask_add_epi8(x, bits, x, _mm512_set1_epi8(static_cast<char>(y)));
+}
 
 constexpr int kDotK = 4;
 inline void b_interleave(B&, B&) {}

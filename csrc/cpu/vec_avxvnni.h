@@ -35,6 +35,7 @@ inline B b_bias(B w) {
   return {_mm256_xor_si256(w.a, bias), _mm256_xor_si256(w.b, bias)};
 }
 inline I i_dot_s8(I acc, B w, const int8_t* x) { return dpbusd(acc, w, x); }
+inline I i_dot_u7(I acc, B w, const int8_t* x) { return dpbusd(acc, w, x); }
 
 }  // namespace MEMLM_ISA
 }  // namespace memlm

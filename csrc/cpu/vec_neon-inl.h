@@ -212,6 +212,16 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return quarters<I>([&](int i) { return vdotq_lane_s32(acc.v[i], w.v[i], x4, 0); });
 }
 
+inline I i_dot_u7(I acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
+  const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+  return quarters<B>([&](int i) {
+    const uint8x16_t bits = vcombine_u8(vdup_n_u8(p[2 * i]), vdup_n_u8(p[2 * i + 1]));
+    const uint8x16_t added = vandq_u8(vtstq_u8(bits, bit), vdupq_n_u8(y));
+    return vaddq_s8(x.v[i], vreinterpretq_s8_u8(added));
+  });
+}
+
 inline Pairs pairs_start(int32_t x) { return i_set1(x); }
 inline Pairs pairs_dot_u4(Pairs acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
 inline I pairs_sum(Pairs p, int32_t) { return p; }

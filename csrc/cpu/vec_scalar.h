@@ -193,6 +193,17 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
   return acc;
 }
 
+// The same for w in 0..127.
+inline I i_dot_u7(I acc, B w, const int8_t* x) {
+  MEMLM_LANES for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * x[j];
+  return acc;
+}
+// Adds y to the bytes whose bit of the 64 at p, the lowest first, is set.
+inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
+  for (int i = 0; i < 64; ++i) x.v[i] = static_cast<uint8_t>(x.v[i] + (p[i / 8] >> i % 8 & 1) * y);
+  return x;
+}
+
 // The k of one row that a product of many rows takes at once: those of one block, or 8, of two blocks
 // that b_interleave has put side by side (with a specialisation of Dots, fast-inl.h).
 constexpr int kDotK = 4;

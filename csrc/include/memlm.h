@@ -160,13 +160,14 @@ typedef struct {
 MEMLM_API memlm_status memlm_attention(const memlm_attention_args* args);
 
 /* Gradients of out = memlm_attention(args), which has been computed: args->out and args->lse are read.
- * All are laid out as what they are gradients of, dense; NULL: not wanted. */
+ * Shapes, dtype and the meaning of strides are those of what they are gradients of. */
 typedef struct {
-  const void* grad_out; /* as out, with grad_out_strides */
-  int64_t grad_out_strides[3];
+  const void* grad_out;
   void *grad_q, *grad_k, *grad_v;
-  float* grad_mask;  /* [batch, heads, q_len, k_len], of every score alone; not with offsets */
-  float* grad_sinks; /* [heads] */
+  int64_t grad_out_strides[3], grad_q_strides[3], grad_k_strides[3], grad_v_strides[3];
+  float* grad_mask;  /* [batch, heads, q_len, k_len], dense, of each score's own mask; NULL: not wanted;
+                        not with offsets */
+  float* grad_sinks; /* [heads], or NULL */
 } memlm_attention_grads;
 
 MEMLM_API memlm_status memlm_attention_backward(const memlm_attention_args* args,

@@ -343,6 +343,12 @@ void first_strides(const Tensor& t, int64_t (&strides)[3]) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
+// New [B, H, L, D], of which the heads of one token lie together.
+Tensor by_token(const Tensor& like, const std::vector<int64_t>& shape) {
+  const std::vector<int64_t> stored = {shape[0], shape[2], shape[1], shape[3]};
+  return torch::stable::transpose(torch::stable::new_empty(like, stored), 1, 2);
+}
+
 // What keeps the memory of memlm_attention_args alive.
 struct AttentionInputs {
   Tensor q, k, v;
@@ -351,7 +357,7 @@ struct AttentionInputs {
   int64_t left, right;
   bool to_end;
   double softcap, dropout;
-  int64_t seed;
+  OptionalTensor seed;
 
   // out and lse are left to be set.
   memlm_attention_args args() {
@@ -418,7 +424,12 @@ struct AttentionInputs {
     a.sinks = static_cast<const float*>(data_of(sinks));
     a.softcap = static_cast<float>(softcap);
     a.dropout = static_cast<float>(dropout);
-    a.seed = static_cast<uint64_t>(seed);
+    STD_TORCH_CHECK(seed || dropout == 0, "seed: dropout needs one");
+    if (seed) {
+      STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                      "seed: expected one int64 on the CPU");
+      a.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+    }
     a.threads = threads();
     return a;
   }
@@ -428,17 +439,61 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, OptionalTenso
                                      OptionalTensor q_offsets, OptionalTensor k_offsets, double scale,
                                      int64_t left, int64_t right, bool to_end, double softcap,
                                      OptionalTensor slopes, OptionalTensor sinks, double dropout,
-                                     int64_t seed) {
+                                     OptionalTensor seed) {
   AttentionInputs in = {q, k, v, mask, q_offsets, k_offsets, slopes, sinks,
                         scale, left, right, to_end, softcap, dropout, seed};
   memlm_attention_args args = in.args();
-  Tensor out = torch::stable::new_empty(in.q, {in.q.size(0), args.heads, args.q_len, args.v_dim});
+  Tensor out = by_token(in.q, {in.q.size(0), args.heads, args.q_len, args.v_dim});
   Tensor lse = torch::stable::new_empty(in.q, {in.q.size(0), args.heads, args.q_len}, ScalarType::Float);
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   first_strides(out, args.out_strides);
   check_status(memlm_attention(&args));
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor mask,
+    OptionalTensor q_offsets, OptionalTensor k_offsets, double scale, int64_t left, int64_t right,
+    bool to_end, double softcap, OptionalTensor slopes, OptionalTensor sinks, double dropout,
+    OptionalTensor seed, bool want_mask) {
+  AttentionInputs in = {q, k, v, mask, q_offsets, k_offsets, slopes, sinks,
+                        scale, left, right, to_end, softcap, dropout, seed};
+  memlm_attention_args args = in.args();
+  const std::vector<int64_t> out_shape = {q.size(0), args.heads, args.q_len, args.v_dim};
+  const std::vector<int64_t> lse_shape = {q.size(0), args.heads, args.q_len}, none = {0};
+  for (const auto& [t, name] : {std::pair<Tensor*, const char*>{&grad_out, "grad_out"}, {&out, "out"}}) {
+    const auto sizes = t->sizes();
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == q.scalar_type() &&
+                        std::equal(out_shape.begin(), out_shape.end(), sizes.begin(), sizes.end()),
+                    name, ": expected q's dtype and the result's shape");
+    last_dense(*t);
+  }
+  check_part(lse, "lse", lse_shape);
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: expected float32");
+  args.out = const_cast<void*>(out.const_data_ptr());
+  args.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  first_strides(out, args.out_strides);
+  Tensor dq = by_token(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor dk = by_token(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  Tensor dv = by_token(v, {v.size(0), v.size(1), v.size(2), v.size(3)});
+  const std::vector<int64_t> matrix = {q.size(0), args.heads, args.q_len, args.k_len};
+  Tensor dmask = torch::stable::new_empty(q, want_mask ? matrix : none, ScalarType::Float);
+  const std::vector<int64_t> heads = {sinks ? args.heads : 0};
+  Tensor dsinks = torch::stable::new_empty(q, heads, ScalarType::Float);
+  memlm_attention_grads grads = {};
+  grads.grad_out = grad_out.const_data_ptr();
+  grads.grad_q = dq.mutable_data_ptr();
+  grads.grad_k = dk.mutable_data_ptr();
+  grads.grad_v = dv.mutable_data_ptr();
+  first_strides(grad_out, grads.grad_out_strides);
+  first_strides(dq, grads.grad_q_strides);
+  first_strides(dk, grads.grad_k_strides);
+  first_strides(dv, grads.grad_v_strides);
+  if (want_mask) grads.grad_mask = static_cast<float*>(dmask.mutable_data_ptr());
+  if (sinks) grads.grad_sinks = static_cast<float*>(dsinks.mutable_data_ptr());
+  check_status(memlm_attention_backward(&args, &grads));
+  return {dq, dk, dv, dmask, dsinks};
 }
 
 // A pool's blocks, and the sequences of a step; they live no longer than the tensors.
@@ -566,7 +621,12 @@ STABLE_TORCH_LIBRARY(memlm, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
       "float scale, int left, int right, bool to_end, float softcap, Tensor? slopes, Tensor? sinks, "
-      "float dropout, int seed) -> (Tensor out, Tensor lse)");
+      "float dropout, Tensor? seed) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, float scale, int left, int right, "
+      "bool to_end, float softcap, Tensor? slopes, Tensor? sinks, float dropout, Tensor? seed, "
+      "bool want_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   m.def(
       "kv_append(Tensor(a!) pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Tensor tables, "
       "int type, int block_tokens) -> ()");
@@ -587,6 +647,7 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("kv_append", TORCH_BOX(&kv_append));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
 }

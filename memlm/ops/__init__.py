@@ -6,6 +6,7 @@ import torch
 
 from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
+from memlm.ops.attention import attention, attention_varlen
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
 from memlm.ops.matmul_topk import matmul_topk
@@ -22,8 +23,9 @@ MODES = ("fast", "accurate", "w8a8")
 DEFAULT_MODES = {2: "fast", 4: "fast", 8: "accurate"}
 
 __all__ = [
-    "MODES", "dequantize", "embedding", "implementations", "matmul", "matmul_topk",
-    "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "MODES", "attention", "attention_varlen", "dequantize", "embedding", "implementations", "matmul",
+    "matmul_topk", "quantize_rows", "quantize_weight",
+    "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 
