@@ -129,7 +129,9 @@ def _to_tiles(rows: torch.Tensor, type: str) -> torch.Tensor:
         per_byte = 8 // BITS[type]
         lanes = tiles.unflatten(-1, (-1, per_byte, LANE_K))  # [..., tiles, 16, k / 4n, n, 4]
         lanes = lanes.movedim(-4, -2)  # [..., tiles, k / 4n, n, 16, 4]
-        tiles = lanes.squeeze(-3) if per_byte == 1 else lanes.select(-3, 0) | lanes.select(-3, 1) << 4
+        tiles = (
+            lanes.squeeze(-3) if per_byte == 1 else lanes.select(-3, 0) | lanes.select(-3, 1) << 4
+        )
     return tiles.contiguous().flatten(rows.dim() - 2).view(torch.uint8)
 
 

@@ -47,7 +47,9 @@ def check_paged(pool, rows, lengths, tables, type, block_tokens, dim) -> KvForma
     count = lengths.shape[0]
     for name, x, size in (("rows", rows, count + 1), ("tables", tables, count)):
         if x.shape[0] != size:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, expected {size} for {count} sequences")
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, expected {size} for {count} sequences"
+            )
     return format
 
 
@@ -71,7 +73,9 @@ def check_sequences(rows, lengths, tables, tokens, blocks, block_tokens, window=
         first = max(0, end - count - window + 1) if window else 0
         used = tables[i, first // block_tokens : -(-end // block_tokens)]
         if ((used < 0) | (used >= blocks)).any():
-            raise ValueError(f"tables: got {used.tolist()} for sequence {i}, the pool has {blocks} blocks")
+            raise ValueError(
+                f"tables: got {used.tolist()} for sequence {i}, the pool has {blocks} blocks"
+            )
     return new
 
 
@@ -80,7 +84,9 @@ def _check(pool, k, v, rows, lengths, tables, type, block_tokens) -> KvFormat:
     format = check_paged(pool, rows, lengths, tables, type, block_tokens, k.shape[2])
     check_heads("v", v)
     if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v: got {v.dtype} {list(v.shape)}, expected {k.dtype} {list(k.shape)}, as k")
+        raise ValueError(
+            f"v: got {v.dtype} {list(v.shape)}, expected {k.dtype} {list(k.shape)}, as k"
+        )
     if k.shape[1] != pool.shape[0]:
         raise ValueError(f"k: got {k.shape[1]} heads, the pool has {pool.shape[0]}")
     return format
@@ -101,7 +107,9 @@ def _reference(pool, k, v, rows, lengths, tables, type, block_tokens):
                 if format.quantized:
                     to[:, slot], scales[:, slot] = kv_formats.quantize(format, x)
                 else:
-                    to[:, slot] = torch.nn.functional.pad(x, (0, to.shape[2] - format.dim)).to(to.dtype)
+                    to[:, slot] = torch.nn.functional.pad(x, (0, to.shape[2] - format.dim)).to(
+                        to.dtype
+                    )
             pool[:, table[t // block_tokens]] = kv_formats.pack(format, parts)
             row += 1
 

@@ -29,7 +29,9 @@ def _check(
         raise ValueError(f"softcap: got {softcap}, accepted is 0 (none) or above")
     for name, x in (("slopes", slopes), ("sinks", sinks)):
         if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != (heads,)):
-            raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, expected torch.float32 {[heads]}")
+            raise ValueError(
+                f"{name}: got {x.dtype} {list(x.shape)}, expected torch.float32 {[heads]}"
+            )
     return format
 
 
@@ -96,8 +98,12 @@ def _reference(
     return out
 
 
-def _fake(q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks):
-    _check(q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks)
+def _fake(
+    q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
+):
+    _check(
+        q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
+    )
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
