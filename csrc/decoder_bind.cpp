@@ -47,13 +47,15 @@ struct Layers {
 };
 
 void run(const Layers& layers, const std::vector<Address>& blocks,
-         std::tuple<int64_t, int64_t, int64_t, int64_t, int> pool, int64_t count, Address rows,
+         std::tuple<int64_t, int64_t, int64_t, int64_t, int, int64_t> pool, int64_t count, Address rows,
          Address lengths, Address tables, int64_t table_stride, Address x, int64_t x_stride, int dtype,
          int64_t hidden, int64_t heads, Address cos, Address sin, int64_t angles, int64_t angle_stride,
          Address positions, int threads) {
   if (blocks.size() != layers.list.size())
     throw py::value_error("blocks: expected one address for each layer");
-  const auto [pool_count, block_tokens, kv_heads, head_dim, type] = pool;
+  const auto [pool_count, block_tokens, kv_heads, head_dim, type, bytes] = pool;
+  if (memlm_kv_block_bytes(static_cast<memlm_kv_type>(type), block_tokens, head_dim) != bytes)
+    throw py::value_error("pool: its blocks are of another size than the library's");
   std::vector<memlm_kv_pool> pools;
   for (const Address address : blocks)
     pools.push_back({const_cast<void*>(at(address)), pool_count, block_tokens, kv_heads, head_dim,
@@ -100,7 +102,7 @@ void bind_decoder(py::module_& m) {
            py::arg("x_stride"), py::arg("dtype"), py::arg("hidden"), py::arg("heads"), py::arg("cos"),
            py::arg("sin"), py::arg("angles"), py::arg("angle_stride"), py::arg("positions"),
            py::arg("threads"),
-           "memlm_decoder_layers; pool: count, block_tokens, kv_heads, head_dim, type.");
+           "memlm_decoder_layers; pool: count, block_tokens, kv_heads, head_dim, type, bytes of a block.");
 }
 
 }  // namespace memlm

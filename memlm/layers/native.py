@@ -1,12 +1,12 @@
 """Decoder layers in one call: what the library runs without coming back to Python in between.
 
-The modules stay what they are, and theirs are the tensors; :class:`NativeLayers` holds addresses into
-them, and notices when they have changed.
+The modules stay what they are, and theirs are the tensors: :class:`NativeLayers` holds addresses into
+them, and :class:`Watch` says whether those are still good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from memlm import _core
+from memlm.kv_cache import PagedKVCache, Step
 from memlm.layers.linear import Linear
 
 MODES = {"accurate": 0, "fast": 1, "w8a8": 2}  # memlm_mode, csrc/include/memlm.h
@@ -39,7 +40,8 @@ class LayerParts(NamedTuple):
 
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether calling it computes what ``kind`` says and nothing else."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 
 def can_run(x: torch.Tensor) -> bool:
@@ -78,28 +80,42 @@ def _linear(layer: Linear) -> _core.LinearArguments:
     )
 
 
-def _seen_of(layer: Linear) -> tuple:
-    """All of a linear layer that its arguments depend on, but for what never changes."""
-    parts, bias = layer._buffers, layer._parameters["bias"]
-    return (
-        layer,
-        layer._mode,
-        parts["codes"].data_ptr(),
-        parts["scales"].data_ptr(),
-        _address(parts["offsets"]),
-        _address(bias),
-        bias is None or bias.dtype,
-    )
+class Watch:
+    """Notices when modules, or the tensors they hold, are no longer what they were: in some 0.1 us
+    for each, since it is asked before every token."""
 
+    def __init__(self, roots: Iterable[nn.Module]):
+        modules = [module for root in roots for module in root.modules()]
+        self._children = [
+            (m._modules, name, child) for m in modules for name, child in m._modules.items()
+        ]
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._own = [m.__dict__ for m in modules]
+        self._linears = [m for m in modules if isinstance(m, Linear)]
+        held = [(d, name) for m in modules for d in (m._parameters, m._buffers) for name in d]
+        self._tensors = [(d, name) for d, name in held if d[name] is not None]
+        self._absent = [(d, name) for d, name in held if d[name] is None]
+        self._seen = self._look()
 
-def _seen(parts: LayerParts) -> tuple:
-    norms = [t for t in parts[:4] if t is not None]
-    return (
-        [(t.data_ptr(), t.dtype) for t in norms],
-        parts.eps,
-        [_seen_of(linear) for linear in parts[5:9]],
-        parts.window,
-    )
+    def _look(self) -> tuple:
+        tensors = [d[name] for d, name in self._tensors]
+        return (
+            [t.data_ptr() for t in tensors],
+            [t.dtype for t in tensors],
+            [linear._mode for linear in self._linears],
+        )
+
+    def unchanged(self) -> bool:
+        try:
+            return (
+                not any(self._hooks)
+                and all([d[name] is child for d, name, child in self._children])
+                and all([d[name] is None for d, name in self._absent])
+                and not any(["forward" in own for own in self._own])
+                and self._look() == self._seen
+            )
+        except (KeyError, AttributeError):  # something is gone
+            return False
 
 
 class NativeLayers:
@@ -111,7 +127,7 @@ class NativeLayers:
 
     def __init__(self, layers: Sequence[LayerParts]):
         self._layers = list(layers)  # keeps alive what the addresses point to
-        self.dtype = layers[0].input_norm.dtype
+        self.dtype, self.hidden = layers[0].input_norm.dtype, layers[0].o.n
         for parts in layers:
             tensors = [*parts[:4], *(linear.bias for linear in parts[5:9])]
             if any(t is not None and t.dtype != self.dtype for t in tensors):
@@ -120,8 +136,6 @@ class NativeLayers:
                 raise ValueError("layers: columns are in an order of their own")
             if any(linear.codes.device.type != "cpu" for linear in parts[5:9]):
                 raise ValueError("layers: not on the CPU")
-        self._tensors = [(*parts[:4], *map(_seen_of, parts[5:9])) for parts in layers]
-        self._seen = [_seen(parts) for parts in layers]
         self._native = _core.DecoderLayers([self._arguments(parts) for parts in layers])
 
     @staticmethod
@@ -130,13 +144,38 @@ class NativeLayers:
         linears = [_linear(linear) for linear in parts[5:9]]
         return _core.LayerArguments(*norms, parts.eps, *linears, parts.window)
 
-    def are(self, layers: Sequence[LayerParts]) -> bool:
-        """Whether these are the layers, with the same tensors and settings."""
-        return [_seen(parts) for parts in layers] == self._seen
+    def run(self, x: torch.Tensor, cache: PagedKVCache, step: Step, angles: torch.Tensor) -> None:
+        """A step's new tokens ``x [rows, hidden]`` through the layers, which are the cache's, in place.
 
-    def run(self, x: torch.Tensor, step, heads: int, angles, positions: torch.Tensor) -> None:
-        """``x [rows, hidden]`` in place, of new tokens whose place in a cache ``step`` says;
-        ``angles``: cos and sin f32 ``[n, head_dim / 2]``; ``positions`` int64 ``[rows]``: the row of
-        both that each token takes."""
-        cos, sin = angles
-        self._native(...)
+        ``angles`` f32 ``[positions, 3, head_dim / 2]`` (:class:`memlm.models.decoder.Rotary`).
+        Raises ValueError for what does not fit together; then nothing has changed.
+        """
+        format, half = cache.format, cache.format.dim // 2
+        if len(cache.pools) != len(self._layers):
+            raise ValueError(f"cache: has {len(cache.pools)} layers, there are {len(self._layers)}")
+        if x.shape != (len(step.positions), self.hidden) or x.dtype != self.dtype:
+            raise ValueError(
+                f"x: got {x.dtype} {list(x.shape)}, expected {self.dtype} "
+                f"{[len(step.positions), self.hidden]}"
+            )
+        sine = angles.data_ptr() + half * angles.element_size()
+        self._native(
+            [pool.data_ptr() for pool in cache.pools],
+            (cache.count, format.tokens, cache.kv_heads, format.dim, format.index, format.block_bytes),
+            len(step.sequences),
+            step.rows.data_ptr(),
+            step.lengths.data_ptr(),
+            step.tables.data_ptr(),
+            step.tables.shape[1],
+            x.data_ptr(),
+            self.hidden,
+            DTYPES[x.dtype],
+            self.hidden,
+            self._layers[0].o.k // format.dim,
+            sine + half * angles.element_size(),
+            sine,
+            len(angles),
+            3 * half,
+            step.positions.data_ptr(),
+            torch.get_num_threads(),
+        )
