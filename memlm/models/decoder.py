@@ -320,15 +320,16 @@ class Decoder(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_native": None}  # addresses are of this process
 
-    def new_cache(self, kv: str = "f32", **settings) -> PagedKVCache:
-        """A cache for this model's keys and values, stored as ``kv``: f32, bf16, int8 or int4;
-        ``settings`` as :class:`memlm.kv_cache.PagedKVCache` has them.  Where all layers have a window
-        it holds no more than the widest needs."""
-        c = self.config
+    def new_cache(self, kv: str | None = None, **settings) -> PagedKVCache:
+        """A cache for this model's keys and values, stored as ``kv``: f32, bf16, int8 or int4; None:
+        as they are (of an f16 model f32).  ``settings`` as :class:`memlm.kv_cache.PagedKVCache` has
+        them.  Where all layers have a window it holds no more than the widest needs."""
+        c, weight = self.config, self.norm.weight
+        if kv is None:
+            kv = "bf16" if weight.dtype == torch.bfloat16 else "f32"
         window = max(c.windows) if c.windows and all(c.windows) else None
-        device = self.norm.weight.device
         return PagedKVCache(
-            c.layers, c.kv_heads, c.head_dim, kv, window=window, device=device, **settings
+            c.layers, c.kv_heads, c.head_dim, kv, window=window, device=weight.device, **settings
         )
 
     def forward(
@@ -348,7 +349,7 @@ class Decoder(nn.Module):
         held = () if cache is None else cache.sequences
         if held and len(held) != batch:
             raise ValueError(f"ids: a batch of {batch}, the cache holds {len(held)}")
-        end = max(map(cache.length, held), default=0) + length
+        end = length + max((cache.length(sequence) for sequence in held), default=0)
         if end > self.config.max_positions:
             raise ValueError(f"ids: {end} tokens, the model takes {self.config.max_positions}")
         if cache is None:

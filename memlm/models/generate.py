@@ -19,13 +19,13 @@ def generate(
     top_p: float = 1.0,
     stop_ids: Iterable[int] = (),
     seed: int | None = None,
-    kv: str = "f32",
+    kv: str | None = None,
 ) -> Iterator[int]:
     """Continues ``ids``, yielding each token as it is made: at most ``max_tokens``, up to and
     without the first of ``stop_ids``, or until the model's positions are full.
 
     The token is chosen as :class:`Sampling` says; ``seed`` makes sampling repeatable.  ``kv`` is
-    what keys and values are stored as: f32, bf16, int8 or int4.
+    what keys and values are stored as: f32, bf16, int8 or int4 (None: as the model computes).
 
     Raises TypeError for a model that is no decoder, ValueError naming the argument that is out of
     range: at once, not when the first token is asked for.
