@@ -92,6 +92,7 @@ class Watch:
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own = [m.__dict__ for m in modules]
         self._linears = [m for m in modules if isinstance(m, Linear)]
+        self._eps = [own for own in self._own if "eps" in own]  # norms
         held = [(d, name) for m in modules for d in (m._parameters, m._buffers) for name in d]
         self._tensors = [(d, name) for d, name in held if d[name] is not None]
         self._absent = [(d, name) for d, name in held if d[name] is None]
@@ -103,6 +104,7 @@ class Watch:
             [t.data_ptr() for t in tensors],
             [t.dtype for t in tensors],
             [linear._mode for linear in self._linears],
+            [own["eps"] for own in self._eps],
         )
 
     def unchanged(self) -> bool:

@@ -106,6 +106,8 @@ class DecoderConfig:
             first = config.get("max_window_layers", 28)
         if not used:
             return ()
+        if not isinstance(first, int):
+            raise FormatError(f"config: max_window_layers is {first!r}, expected an integer")
         window = integer(config, "sliding_window", 4096)
         kinds = config.get("layer_types")
         if kinds is None:
