@@ -23,11 +23,13 @@ def vectors(ids: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def expected(ids: list[int], layer: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a cache gives back of them, [HEADS, tokens, DIM]."""
-    both = []
-    for x in vectors(ids, layer):
-        format = KvFormat(dtype, BLOCK, DIM)
+    both, format = [], KvFormat(dtype, BLOCK, DIM)
+    for x, bits in zip(vectors(ids, layer), format.bits):
         if format.quantized:
-            x = kv_formats.dequantize(format, *kv_formats.quantize(format, x))
+            codes = kv_formats.quantize(format, x, bits)
+            x = kv_formats.hadamard(kv_formats.rotated(format, *codes, bits, torch.float32))[
+                ..., :DIM
+            ]
         else:
             x = x.to(kv_formats.FLOATS[dtype]).float()
         both.append(x.transpose(0, 1))
@@ -281,7 +283,7 @@ def test_unequal_lengths_waste_less_than_a_block_each():
     assert cache.used_bytes == 0
 
 
-@pytest.mark.parametrize("dtype, bits", [("f32", 32), ("bf16", 16), ("int8", 8.25), ("int4", 4.25)])
+@pytest.mark.parametrize("dtype, bits", [("f32", 32), ("bf16", 16), ("int8", 8.25), ("int4", 4.75)])
 def test_bytes_per_token(dtype, bits):
     cache = PagedKVCache(30, 3, 64, dtype)
     assert cache.bytes_per_token == 30 * 3 * 64 * 2 * bits / 8

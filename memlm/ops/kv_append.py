@@ -101,15 +101,15 @@ def _reference(pool, k, v, rows, lengths, tables, type, block_tokens):
         for t in tokens:
             block = pool[:, table[t // block_tokens]]
             parts, slot = kv_formats.unpack(format, block), t % block_tokens
-            for x, to, scales in (
-                (k[row], parts.keys, parts.key_scales), (v[row], parts.values, parts.value_scales),
-            ):  # fmt: skip
+            for x, to, scales, bits in (
+                (k[row], parts.keys, parts.key_scales, format.bits[0]),
+                (v[row], parts.values, parts.value_scales, format.bits[1]),
+            ):
                 if format.quantized:
-                    to[:, slot], scales[:, slot] = kv_formats.quantize(format, x)
+                    to[:, slot], scales[:, slot] = kv_formats.quantize(format, x, bits)
                 else:
-                    to[:, slot] = torch.nn.functional.pad(x, (0, to.shape[2] - format.dim)).to(
-                        to.dtype
-                    )
+                    padded = torch.nn.functional.pad(x, (0, to.shape[2] - format.dim))
+                    to[:, slot] = padded.to(to.dtype)
             pool[:, table[t // block_tokens]] = kv_formats.pack(format, parts)
             row += 1
 

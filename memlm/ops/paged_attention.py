@@ -42,19 +42,20 @@ def stored(format: KvFormat, pool: torch.Tensor, table: torch.Tensor, first: int
     parts = kv_formats.unpack(format, pool[:, table[blocks.start : blocks.stop].long()])
     keys, values = parts.keys.to(dtype), parts.values.to(dtype)
     if format.quantized:
-        keys = kv_formats.rotated(format, parts.keys, parts.key_scales, dtype)
-        values = kv_formats.rotated(format, parts.values, parts.value_scales, dtype)
+        bits = format.bits
+        keys = kv_formats.rotated(format, parts.keys, parts.key_scales, bits[0], dtype)
+        values = kv_formats.rotated(format, parts.values, parts.value_scales, bits[1], dtype)
     skipped = slice(first - blocks.start * format.tokens, end - blocks.start * format.tokens)
     return keys.flatten(1, 2)[:, skipped], values.flatten(1, 2)[:, skipped]
 
 
 def queries(format: KvFormat, q: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """``q [T, H, D]`` times scale, as the kernels multiply it with keys: for int8 and int4 after the
-    Hadamard transform, rounded to int8 with a scale for each 32 channels."""
+    Hadamard transform, rounded to int8 with a scale for each group of channels."""
     x = q.float() * scale
     if format.quantized:
         x = kv_formats.hadamard(torch.nn.functional.pad(x, (0, format.width - format.dim)))
-        codes, scales = quantize_activations(x.flatten(0, 1))
+        codes, scales = quantize_activations(x.flatten(0, 1), format.group)
         x = (codes.to(dtype) * scales.to(dtype)).flatten(1).view(x.shape)
     return x.to(dtype)
 
@@ -137,8 +138,8 @@ def paged_attention(
 
     Sums are f32, in one pass over the blocks with a running maximum (arXiv:2205.14135), and the
     result does not depend on the number of threads.  Over int8 and int4 products are of integers:
-    queries are rounded to int8 with a scale for each 32 channels, and so are softmax weights times
-    the values' scales, one for each 32 tokens.  Time is that of reading the blocks seen where rows
+    queries are rounded to int8 with a scale for each group of channels, and so are softmax weights
+    times the values' scales, one for each block.  Time is that of reading the blocks seen where rows
     are few; memory beside the result is O(T).  No gradient.
 
     Raises TypeError or ValueError naming the argument that does not fit.
