@@ -13,7 +13,8 @@
 namespace py = pybind11;
 
 namespace memlm {
-void bind_arrays(py::module_& m);  // arrays.cpp
+void bind_arrays(py::module_& m);   // arrays.cpp
+void bind_decoder(py::module_& m);  // decoder_bind.cpp
 }
 
 PYBIND11_MODULE(_core, m) {
@@ -47,4 +48,5 @@ PYBIND11_MODULE(_core, m) {
     if (memlm_set_isa(name.c_str()) != MEMLM_OK) throw py::value_error(memlm_last_error());
   }, py::arg("name"));
   memlm::bind_arrays(m);
+  memlm::bind_decoder(m);
 }

@@ -112,6 +112,14 @@ memlm_status check_tables(const memlm_kv_pool& pool, const memlm_sequences& s, c
 }
 
 }  // namespace
+
+memlm_status check_paged(const memlm_kv_pool* pool, const memlm_sequences* sequences, int64_t window) {
+  if (memlm_status s = check(pool, sequences)) return s;
+  return check_tables(*pool, *sequences, [window](int64_t before) {
+    return window && before >= window ? before - window + 1 : 0;
+  });
+}
+
 }  // namespace memlm
 
 using namespace memlm;
@@ -168,14 +176,10 @@ memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_sequences* s
 
 memlm_status memlm_paged_attention(const memlm_kv_pool* pool, const memlm_sequences* sequences,
                                    const memlm_paged_attention_args* args) {
-  if (memlm_status s = check(pool, sequences)) return s;
   if (!args) return fail(MEMLM_INVALID, "args: is NULL");
   const memlm_paged_attention_args& a = *args;
   if (a.window < 0) return fail(MEMLM_INVALID, "window: got %lld, accepted is 0 or above", (ll)a.window);
-  const auto first = [&](int64_t before) {
-    return a.window && before >= a.window ? before - a.window + 1 : 0;
-  };
-  if (memlm_status s = check_tables(*pool, *sequences, first)) return s;
+  if (memlm_status s = check_paged(pool, sequences, a.window)) return s;
   if (a.heads < 1 || a.heads > INT32_MAX || a.heads % pool->kv_heads)
     return fail(MEMLM_INVALID, "heads: got %lld, accepted are multiples of %lld kv_heads", (ll)a.heads,
                 (ll)pool->kv_heads);

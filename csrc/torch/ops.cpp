@@ -218,6 +218,41 @@ Tensor w8a8_matmul(Tensor x, OptionalTensor x_scales, Tensor codes, Tensor scale
   return matmul(x, w, around, true, y_type, kernel);
 }
 
+std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets,
+                                       int64_t bits, int64_t codebook, int64_t n, int64_t k,
+                                       int64_t group, OptionalTensor bias, int64_t mode,
+                                       OptionalTensor norm, double eps, int64_t top) {
+  memlm_linear linear = {};
+  linear.w = packed(codes, scales, offsets, bits, n, k, group, codebook);
+  linear.bits = static_cast<int>(bits);
+  STD_TORCH_CHECK(mode >= 0 && mode <= 2, "mode: accepted are 0, 1, 2");
+  linear.mode = static_cast<memlm_mode>(mode);
+  linear.bias = data_of(bias);
+  STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: the last dimension must be ", k);
+  if (bias) check_part(*bias, "bias", {n});
+  if (norm) check_part(*norm, "norm", {k});
+  for (const OptionalTensor* t : {&bias, &norm})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == x.scalar_type(),
+                    "bias, norm: expected the dtype of x");
+  STD_TORCH_CHECK(top >= 1 && top <= n, "top: accepted is 1 to ", n);
+  make_contiguous(x);
+  const std::vector<int64_t> shape = with_last(x, true, top);
+  Tensor values = torch::stable::new_empty(x, shape, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(x, shape, ScalarType::Long);
+  memlm_matmul_args args = {};
+  args.m = x.numel() / k;
+  args.x = x.const_data_ptr();
+  args.x_stride = k;
+  args.dtype = dtype_of(x.scalar_type(), "x");
+  args.threads = threads();
+  args.norm = data_of(norm);
+  args.norm_eps = static_cast<float>(eps);
+  check_status(memlm_matmul_topk(&linear, &args, top, static_cast<float*>(values.mutable_data_ptr()),
+                                 static_cast<int64_t*>(indices.mutable_data_ptr())));
+  return {values, indices};
+}
+
 std::tuple<Tensor, Tensor> quantize_rows(Tensor x, int64_t x_group, OptionalTensor norm, double eps) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
                   "x: must be on the CPU and have columns");
@@ -579,6 +614,10 @@ STABLE_TORCH_LIBRARY(memlm, m) {
       "Tensor? bias, int x_group, Tensor? norm, float eps, bool swiglu, Tensor? residual, "
       "ScalarType? dtype) -> Tensor");
   m.def(
+      "matmul_topk(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, "
+      "int n, int k, int group, Tensor? bias, int mode, Tensor? norm, float eps, int top) -> "
+      "(Tensor values, Tensor indices)");
+  m.def(
       "quantize_rows(Tensor x, int x_group, Tensor? norm, float eps) -> (Tensor codes, Tensor scales)");
   m.def(
       "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, "
@@ -612,6 +651,7 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("w4_matmul", TORCH_BOX(&w4_matmul));
   m.impl("w8_matmul", TORCH_BOX(&w8_matmul));
   m.impl("w8a8_matmul", TORCH_BOX(&w8a8_matmul));
+  m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("dequantize", TORCH_BOX(&dequantize));
