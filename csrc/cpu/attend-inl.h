@@ -108,9 +108,6 @@ inline F lanes() {
   return f_load(numbers);
 }
 
-// e^x, and 0 where x is below the smallest normal power.
-inline F f_exp_or_zero(F x) { return f_if_less(x, f_set1(-87.3f), f_zero(), f_exp(x)); }
-
 inline F f_softcap(F s, float cap) {  // cap * tanh(s / cap)
   const F e = f_exp(f_mul(s, f_set1(2 / cap)));
   const F t = f_sub(f_set1(1), f_div(f_set1(2), f_add(e, f_set1(1))));
@@ -168,8 +165,7 @@ inline float soften(const ScoreRules& rules, const Row& row, int64_t j, int64_t 
   const float now = f_reduce_max(most), base = now == -INFINITY ? 0 : now;
   F total = f_zero();
   for (int64_t i = 0; i < count; i += 16) {
-    const F below = f_sub(f_load(s + i), f_set1(base));
-    F weight = plain ? f_exp(below) : f_exp_or_zero(below);
+    F weight = f_exp(f_sub(f_load(s + i), f_set1(base)));
     total = f_add(total, weight);
     if (rules.dropped) {
       alignas(64) float factors[16];
