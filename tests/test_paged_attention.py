@@ -39,7 +39,7 @@ def run(implementation, made: Paged, q, new, scale=None, window=0, softcap=0.0, 
     scale = q.shape[2] ** -0.5 if scale is None else scale
     rules = (scale, window, softcap, slopes, sinks)
     op = implementations("paged_attention")[implementation]
-    return op(q, made.pool, *made.step(new), *made.kind(), *rules)
+    return op(q, made.pool, made.tails, *made.step(new), *rules)
 
 
 def rounded_weights(format, table, pool, keys, q, group, rules) -> torch.Tensor:
@@ -49,6 +49,8 @@ def rounded_weights(format, table, pool, keys, q, group, rules) -> torch.Tensor:
     n, length, tokens = q.shape[2], keys.shape[2], format.tokens
     parts = kv_formats.unpack(format, pool[:, table[: -(-length // tokens)].long()])
     steps = parts.value_scales.double().abs().flatten(1, 2)[:, :length]  # [kv_heads, keys, groups]
+    if format.tail:  # multiplied as it is
+        steps[:, (length - 1) // tokens * tokens :] = 0
     values = parts.values.double().flatten(1, 2)[:, :length] - kv_formats.ZEROS[format.bits[1]]
     each = torch.eye(length).expand(*keys.shape[:2], -1, -1)
     p = exact(q, keys, each, **rules).value["out"][0]  # the weights themselves: [H, n, keys]
@@ -74,12 +76,14 @@ def check(path, made: Paged, q, new, window=0, scale=None, sinks=None, **rules):
     telling, row = 0, 0
     x = queries(format, q, scale, torch.float64)
     rules |= {"scale": 1.0, "right": 0, "left": window - 1, "to_end": True}
-    for table, length, count in zip(made.tables, made.lengths, new):
+    for i, (table, length, count) in enumerate(zip(made.tables, made.lengths, new)):
         here = slice(row, row + count)
         row += count
         if count == 0:
             continue
-        keys, values = (t[None] for t in stored(format, made.pool, table, 0, length, F32))
+        tail = None if made.tail_of is None else made.tail_of[i]
+        parts = stored(format, made.pool, made.tails, table, tail, 0, length, F32)
+        keys, values = (t[None] for t in parts)
         queries_here = x[here].transpose(0, 1)[None].float()
         wanted = exact(queries_here, keys, values, sinks=sinks, **rules)
         out, bound = (t["out"][0].transpose(0, 1) for t in (wanted.value, wanted.bound))
@@ -157,9 +161,11 @@ def test_extreme_scores(path, type):
     k, v = torch.zeros(130, 2, 64), torch.randn(130, 2, 64)
     k[77] = 1.0
     append = implementations("kv_append")["cpp"]
-    append(made.pool, k, v, *made.step([130]), *made.kind())
+    append(made.pool, made.tails, k, v, *made.step([130]))
     out = run(path, made, torch.full((1, 2, 64), 1e4), [1])
-    value = stored(made.format, made.pool, made.tables[0], 0, 130, torch.float32)[1][:, 77]
+    tail = None if made.tail_of is None else made.tail_of[0]
+    parts = (made.format, made.pool, made.tails, made.tables[0], tail)
+    value = stored(*parts, 0, 130, torch.float32)[1][:, 77]
     if made.format.quantized:
         value = kv_formats.hadamard(value)
     torch.testing.assert_close(out[0], value[:, :64], rtol=1e-5, atol=1e-5)
@@ -190,7 +196,7 @@ def test_independent_of_what_else_is_in_the_step(type):
     q = random_queries(NEW, 4, 64)
     together, row = run("cpp", made, q, NEW), 0
     for i, (length, count) in enumerate(zip(LENGTHS, NEW)):
-        alone = Paged(made.format, made.pool, made.tables[i : i + 1], [length], [], [])
+        alone = made.part(i, length)
         here = slice(row, row + count)
         assert torch.equal(run("cpp", alone, q[here], [count]), together[here])
         row += count
@@ -206,12 +212,14 @@ def test_chunks_and_block_sizes_within_bounds(type):
     """Prefill at once, in chunks, token by token, in blocks of any size: each within its bounds, and
     the stored tokens, so what is bounded, are the same."""
     for tokens in (32, 64, 256):
-        made = paged(type, 64, [150], tokens=tokens)
+        whole = paged(type, 64, [150], tokens=tokens)
         q = random_queries([150], 4, 64)
         for chunk in (1, 40, 150):
             for start in range(0, 150, chunk) if chunk > 1 else (0, 63, 64, 149):
                 end = min(150, start + chunk)
-                part = Paged(made.format, made.pool, made.tables, [end], [], [])
+                part = whole.part(0, end)
+                if part.tails is not None:  # as it was then
+                    part.tails = paged(type, 64, [end], tokens=tokens).tails
                 check("cpp", part, q[start:end], [end - start])
 
 
@@ -225,7 +233,7 @@ def test_queries_that_lie_apart():
 @types
 def test_torch(type):
     made, q = paged(type, 64, [40, 3]), random_queries([2, 1], 4, 64)
-    args = (q, made.pool, *made.step([2, 1]), *made.kind(), 0.125, 0, 0.0, slopes_of(4), None)
+    args = (q, made.pool, made.tails, *made.step([2, 1]), 0.125, 0, 0.0, slopes_of(4), None)
     torch.library.opcheck(torch.ops.memlm.paged_attention.default, args)
     compiled = torch.compile(lambda q: paged_attention(q, *args[1:]), fullgraph=True)
     assert torch.equal(compiled(q), paged_attention(*args))
@@ -233,16 +241,17 @@ def test_torch(type):
 
 def test_bad_input():
     made, q = paged("int8", 64, [40, 3]), random_queries([2, 1], 4, 64)
-    rows, lengths, tables = made.step([2, 1])
+    rows, lengths, tables = made.step([2, 1])[:3]
     good = {
-        "q": q, "pool": made.pool, "rows": rows, "lengths": lengths, "tables": tables, "type": 2,
+        "q": q, "pool": made.pool, "tails": None, "tail_of": None, "rows": rows, "lengths": lengths, "tables": tables, "type": 2,
         "block_tokens": 64,
     }  # fmt: skip
     for error, match, wrong in [
         (TypeError, "q: got torch.float64", {"q": q.double()}),
         (ValueError, "q: got shape", {"q": q[0]}),
         (ValueError, "q: got 3 heads", {"q": q[:, :3]}),
-        (ValueError, "pool: got shape", {"type": 3}),
+        (ValueError, "pool: got shape", {"type": 1}),
+        (ValueError, "tails: int4 has tails", {"type": 3}),
         (ValueError, "rows: got", {"rows": rows[:-1]}),
         (ValueError, "tables: got", {"tables": torch.full_like(tables, -1)}),
         (ValueError, "scale: got nan", {"scale": float("nan")}),
