@@ -96,7 +96,7 @@ setup(
         ),
         Extension(
             "memlm._core",
-            ["csrc/bind.cpp", "csrc/array.cpp", "csrc/arrays.cpp"],
+            ["csrc/bind.cpp", "csrc/array.cpp", "csrc/arrays.cpp", "csrc/decoder_bind.cpp"],
             include_dirs=[pybind11.get_include()],
             depends=HEADERS,
             extra_compile_args=COMMON,

@@ -23,7 +23,8 @@ from torch import nn
 
 import memlm
 from memlm import cpu, data, limits, memory, picture, plan, workload
-from memlm.models.decoder import Decoder, KVCache
+from memlm.kv_cache import PagedKVCache
+from memlm.models.decoder import Decoder
 from memlm.models.load import build
 from memlm.plan import Settings
 
@@ -146,7 +147,7 @@ def worker(folder: str, settings: str, default_malloc: str) -> None:
         tensor.detach().view(-1)[:: 1024 // tensor.element_size()].max()  # reads every page
     memory.reset_peak()
     kept = workload.run(workload.prepare_(model, s), s)
-    account = memory.account(anonymous, model, kept if isinstance(kept, KVCache) else None)
+    account = memory.account(anonymous, model, kept if isinstance(kept, PagedKVCache) else None)
     found = {
         "base": base,
         "peak": memory.peak_bytes(),

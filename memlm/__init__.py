@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FormatError": "memlm.errors",
+    "OutOfBlocks": "memlm.errors",
+    "PagedKVCache": "memlm.kv_cache",
     "Format": "memlm._format",
     "Packed": "memlm.formats",
     "quantize_weight": "memlm.quantize",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # importing memlm.memory imports no torch
     import torch
     from torch import nn
 
-    from memlm.models.decoder import KVCache
+    from memlm.kv_cache import PagedKVCache
 
 _SMAPS, _STATUS = Path("/proc/self/smaps"), Path("/proc/self/status")
 _CLEAR_REFS, _PAGEMAP = Path("/proc/self/clear_refs"), Path("/proc/self/pagemap")
@@ -114,13 +114,13 @@ def baseline() -> int:
     return sum(region.private for region in _regions())
 
 
-def account(base: int, model: nn.Module | None = None, cache: KVCache | None = None) -> Account:
+def account(base: int, model: nn.Module | None = None, cache: PagedKVCache | None = None) -> Account:
     """What this process's resident memory is made of.  ``base`` is what :func:`baseline` said
     before ``model`` was loaded; ``cache`` is the KV cache that is held, if any."""
     peak, regions = peak_bytes(), list(_regions())
     weights = [] if model is None else [*model.parameters(), *model.buffers()]
     private, mapped = _split(weights, regions)
-    caches, _ = _split([] if cache is None else cache.tensors(), regions)
+    caches, _ = _split([] if cache is None else cache.pools, regions)
     resident = sum(region.resident for region in regions)
     parts = {
         "mapped_weights": sum(region.resident - region.private for region in mapped),

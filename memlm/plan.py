@@ -32,7 +32,8 @@ from memlm import cpu, formats
 from memlm._format import Format
 from memlm.io.checkpoint import open_checkpoint
 from memlm.io.files import read_json
-from memlm.models.decoder import Decoder, KVCache, Rotary
+from memlm.kv_formats import KvFormat
+from memlm.models.decoder import Decoder, Rotary
 from memlm.models.encoder import Encoder
 from memlm.models.load import build
 from memlm.ops import mode_for
@@ -47,6 +48,7 @@ PARTS = (
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # considered, the most precise first
 MIN_CONTEXT = 256  # tokens: a context that was asked for is not halved below
 F32 = 4  # bytes
+BLOCK_TOKENS = 64  # of the cache that a decoder makes (memlm/kv_cache.py)
 # What oneDNN keeps of each shape of bf16 product, once forward, once with the two of its gradients:
 # generated code and buffers.  Found by multiplying (0.5 to 1.0 and 1.6 to 2.6 MB, torch 2.13, AMX).
 PRIMITIVE, PRIMITIVES = 700_000, 2_000_000
@@ -444,79 +446,77 @@ class _DecoderMemory(_Memory):
         self.hidden, self.inner, self.vocab = c.hidden_size, c.intermediate_size, c.vocab_size
         self.q = c.heads * c.head_dim
         self.qk = (c.heads + c.kv_heads) * c.head_dim  # what is rotated
+        # A new cache as the model makes it: of its keys and values in the dtype.
+        self.block = KvFormat("f32" if self.e == F32 else "bf16", BLOCK_TOKENS, c.head_dim)
         self.qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
 
     def rotary(self, end: int) -> int:
-        """Rotary's tables: cos [positions, d / 2], sin [positions, d], f32."""
+        """Rotary's table: [positions, 3, d / 2], f32."""
         positions = min(self.config.max_positions, max(Rotary.FIRST, 2 * end))
         return positions * self.config.head_dim * 3 // 2 * F32
 
-    def kv_cache(self, tokens: int) -> int:
-        """Keys and values of ``tokens``: the pages of the cache's storage that were written to, for
-        the others take no memory.  Each head's positions lie together."""
-        c = self.config
-        position = c.head_dim * self.e
-        room = next(room for room in self.cache_room() if room >= tokens)
-        written = min(room * position, -(-tokens * position // PAGESIZE) * PAGESIZE)
-        return 2 * c.layers * self.settings.batch * c.kv_heads * written
+    def blocks(self, tokens: int) -> int:
+        """The cache's blocks of sequences of so many tokens."""
+        return self.settings.batch * -(-tokens // self.block.tokens)
 
-    def cache_room(self) -> Iterator[int]:
-        """The positions that KVCache allocates, one after the other (KVCache._grown)."""
-        limit, step = self.config.max_positions, KVCache.STEP
-        prompt = self.settings.prompt or self.settings.context
-        room = min(limit, -(-prompt // step) * step)
-        yield room
-        while room < self.settings.context:
-            room = min(limit, max(2 * room, -(-(room + 1) // step) * step))
-            yield room
+    def kv_cache(self, blocks: int) -> int:
+        """The pages of the pools that blocks lie in, for the others take no memory.  Each head's
+        blocks lie together."""
+        c = self.config
+        return c.layers * c.kv_heads * -(-blocks * self.block.block_bytes // PAGESIZE) * PAGESIZE
 
     def inference(self) -> dict[str, dict[str, int]]:
         """The last layer's attention and MLP on the prompt, its logits, and, where tokens follow
         one by one, the last of them and the cache's last growth."""
         s, e = self.settings, self.e
         prompt = s.prompt or s.context
-        rows = s.batch * prompt
-        packed = s.packed
+        rows = s.batch * min(prompt, max(1, Decoder.CHUNK // s.batch))
         ws = self.layer_workspaces(rows)
         tables = self.rotary(prompt)
-        cache = {"kv_cache": self.kv_cache(prompt)}
+        cache = {"kv_cache": self.kv_cache(self.blocks(prompt))}
         head = s.batch * self.vocab  # of the last position; f32 beside the dtype's
         logits = head * (F32 + (e if e != F32 else 0))
-
-        # x, which Decoder.forward holds until the layer returns, and attention's locals.  First
-        # rotate: qkv, x cos, x flipped, and their sum.  Then o_proj: qkv, qk, y, and the result
-        # (packed), or the product and its sum with the residual.
-        rotating = self.hidden + self.qkv + 3 * self.qk
-        joining = self.hidden + self.qkv + self.qk + self.q + (1 if packed else 2) * self.hidden
-        attention = max(rotating * rows * e, joining * rows * e + ws["o_proj"])
-        # Each head's log-sum-exp (f32), which flash attention returns.
-        attention += self.config.heads * rows * F32
-        # x and the attention's result.  Packed: the gated numbers, in the second product with
-        # its result.  Float, or of a width that decoder.linear does not fuse: the normalised x,
-        # gate and up, silu(gate), and its product with up.
-        if packed and self.inner % formats.TILE_ROWS == 0:
-            gating = (2 * self.hidden + self.inner) * rows * e
-            mlp = max(gating + ws["gate_up_proj"],
-                      gating + self.hidden * rows * e + ws["down_proj"])  # fmt: skip
-        else:
-            mlp = (3 * self.hidden + 4 * self.inner) * rows * e
         # All of the last x, of which the last position is a view.
         last = self.hidden * rows * e
+        if s.packed and self.inner % formats.TILE_ROWS == 0:
+            # All layers are one call (csrc/cpu/decoder.cpp): x, and the workspace of qkv and attended,
+            # or of gated in their place; each product's own.
+            attention = mlp = last + max(self.qkv + self.q, self.inner) * rows * e
+            attention += max(ws["qkv_proj"], ws["o_proj"])
+            mlp += max(ws["gate_up_proj"], ws["down_proj"])
+        else:
+            # x, which Decoder.run holds until the layer returns, and attention's locals.  First
+            # rotate: qkv, x cos, x flipped, and their sum.  Then o_proj: qkv, qk, y, and the result
+            # (packed), or the product and its sum with the residual.
+            rotating = self.hidden + self.qkv + 3 * self.qk
+            joining = self.hidden + self.qkv + self.qk + self.q
+            joining += (1 if s.packed else 2) * self.hidden
+            attention = max(rotating * rows * e, joining * rows * e + ws["o_proj"])
+            # x and the attention's result.  Then the normalised x, gate and up, silu(gate), and its
+            # product with up.
+            mlp = (3 * self.hidden + 4 * self.inner) * rows * e
         moments = {
             "prompt: attention": {**cache, "activations": attention, "temporary": tables},
             "prompt: MLP": {**cache, "activations": mlp, "temporary": tables},
             "prompt: logits": {**cache, "activations": last, "logits": logits, "temporary": tables},
         }
         if prompt < s.context:
-            cache = {"kv_cache": self.kv_cache(s.context)}
+            cache = {"kv_cache": self.kv_cache(self.blocks(s.context))}
             tables = self.rotary(s.context)
             moments["last token"] = {**cache, "logits": logits, "temporary": tables}
-            *_, before, _ = (0, *self.cache_room())
-            # A store of one layer is copied to a larger one: both are there for a moment.
-            store = self.kv_cache(before) // (2 * self.config.layers)
-            moments["cache growth"] = {"kv_cache": self.kv_cache(before),
-                                       "temporary": tables + store}  # fmt: skip
+        # A pool of one layer is copied to one twice as large: both are there for a moment.
+        full = self.growth()
+        if full:
+            pool = self.kv_cache(full) // self.config.layers
+            moments["cache growth"] = {"kv_cache": self.kv_cache(full), "temporary": tables + pool}
         return moments
+
+    def growth(self) -> int:
+        """How many blocks are full when the pool grows for the last time; 0: it never does."""
+        needed = self.blocks(self.settings.context)
+        first = self.blocks(min(self.settings.prompt or self.settings.context,
+                                max(1, Decoder.CHUNK // self.settings.batch)))  # fmt: skip
+        return 1 << (needed - 1).bit_length() - 1 if needed > 1 << (first - 1).bit_length() else 0
 
     def norm(self) -> int:
         """Bytes per token that RMSNorm keeps: x in f32 and its 1 / rms; the normalised x in f32

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from memlm import memory
 from memlm.convert import QuantConfig, quantize_
+from memlm.kv_cache import PagedKVCache
 from memlm.layers import Linear
-from memlm.models.decoder import Decoder, KVCache
+from memlm.models.decoder import Decoder
 from memlm.models.encoder import Encoder
 from memlm.models.load import build
 from memlm.plan import Settings
@@ -64,7 +65,7 @@ def checkpoint_(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def infer(model: Decoder | Encoder, batch: int, context: int, prompt: int) -> KVCache | None:
+def infer(model: Decoder | Encoder, batch: int, context: int, prompt: int) -> PagedKVCache | None:
     """Decoders: ``prompt`` tokens at once, the others up to ``context`` one by one; returns the
     cache.  Encoders: ``context`` tokens."""
     # Any tokens do: the work does not depend on them.
@@ -114,7 +115,7 @@ def prepare_(model: nn.Module, settings: Settings) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, settings: Settings) -> KVCache | torch.optim.Optimizer | None:
+def run(model: nn.Module, settings: Settings) -> PagedKVCache | torch.optim.Optimizer | None:
     """The work of the settings on a prepared model; returns what is kept after it."""
     s = settings
     if s.train:

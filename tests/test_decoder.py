@@ -1,14 +1,22 @@
 """The decoder against transformers, with and without a cache, and what it refuses."""
 
-import weakref
+import copy
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import memlm
 from memlm import data
-from memlm.models.decoder import DecoderConfig, KVCache, linear
+from memlm.layers import native
+from memlm.models.decoder import Decoder, DecoderConfig, linear
 
 from . import real, tiny
 
@@ -32,6 +40,16 @@ VARIANTS = {
     "eps": {"rms_norm_eps": 0.1},
     "qwen2": {"cls": Qwen2ForCausalLM, "config": Qwen2Config},
     "mistral": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": None},
+    "window": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": 33},
+    "qwen2 window": {
+        "cls": Qwen2ForCausalLM, "config": Qwen2Config,
+        "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1,
+    },
+    "qwen3": {"cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24},
+    "qwen3 window": {
+        "cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24, "sliding_window": 20,
+        "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -72,55 +90,177 @@ def test_cache_in_pieces_equals_all_at_once(tmp_path, pieces, batch):
     with torch.inference_mode():
         parts = [model(part, cache) for part in ids.split(pieces, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), **CLOSE)
-    assert cache.length == sum(pieces)
+    assert [cache.length(sequence) for sequence in cache.sequences] == [sum(pieces)] * batch
 
 
-def test_cache_grows_up_to_the_models_positions(tmp_path):
-    tiny.llama(tmp_path)
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("packed", [False, True], ids=["float", "packed"])
+def test_cache_of_every_variant(tmp_path, settings, packed, monkeypatch):
+    """Prefill in chunks and decoding, through torch's operations or in one call, equal all tokens at
+    once without a cache; accurate mode, so that nothing but the order of sums differs."""
+    monkeypatch.setattr(Decoder, "CHUNK", 64)
+    tiny.llama(tmp_path, **settings)
     model = memlm.load(tmp_path)
-    ids = ids_of(1, 512)
-    cache, per_position = model.new_cache(), 2 * 2 * 2 * 16 * 4  # k and v, layers, heads, dim, f32
+    if packed:
+        memlm.quantize_(model, memlm.QuantConfig("int8", "int8", "int8", mode="accurate"))
+    ids, calls = ids_of(2, 150), count_native_calls(monkeypatch)
     with torch.inference_mode():
         expected = model(ids)
-        model(ids[:, :250], cache)
-        assert cache.nbytes == KVCache.STEP * per_position
-        parts = [model(ids[:, i : i + 1], cache) for i in range(250, 260)]
-        assert cache.nbytes == 512 * per_position
-        parts.append(model(ids[:, 260:], cache))
-        torch.testing.assert_close(torch.cat(parts, dim=1), expected[:, 250:], **CLOSE)
+        for block_tokens in (32, 96):
+            cache = model.new_cache(block_tokens=block_tokens)
+            parts = [model(ids[:, :147], cache)]
+            parts += [model(ids[:, i : i + 1], cache) for i in range(147, 150)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
+    # 147 tokens of 2 sequences in chunks of 32, and 3 times one.
+    assert calls == ([] if not packed else [64] * 4 + [38] + [2] * 3) * 2
+
+
+def count_native_calls(monkeypatch) -> list[int]:
+    """The rows of each call of all layers at once, from now on."""
+    calls, run = [], native.NativeLayers.run
+
+    def counted(layers, x, *arguments):
+        calls.append(len(x))
+        run(layers, x, *arguments)
+
+    monkeypatch.setattr(native.NativeLayers, "run", counted)
+    return calls
+
+
+@pytest.fixture
+def packed(tmp_path):
+    tiny.llama(tmp_path)
+    return memlm.quantize_(memlm.load(tmp_path), memlm.QuantConfig("int4", "int8", "int8"))
+
+
+def bias(model):
+    """Gives every layer's o_proj a bias, in the dtype of the norms."""
+    for layer in model.layers:
+        weight = layer.input_norm.weight
+        layer.attention.o_proj.bias = torch.nn.Parameter(torch.full_like(weight, 0.25))
+
+
+def other_norm(model):
+    model.layers[1].post_norm = torch.nn.LayerNorm(64).requires_grad_(False)
+
+
+def own_forward(model):
+    mlp = model.layers[0].mlp
+    mlp.forward = lambda x, norm: x
+
+
+# What changes between two calls -> whether all layers are one call after it.
+CHANGES = {
+    "nothing": (lambda m: None, True),
+    "mode": (lambda m: setattr(m.layers[1].mlp.down_proj, "mode", "accurate"), True),
+    "weights in place": (lambda m: m.layers[0].mlp.down_proj.codes.fill_(0x88), True),
+    "weights replaced": (
+        lambda m: m.layers[0].mlp.down_proj.register_buffer("codes", m.layers[0].mlp.down_proj.codes * 0), True,
+    ),
+    "another layer": (lambda m: m.layers.__setitem__(0, copy.deepcopy(m.layers[1])), True),
+    "norm": (lambda m: setattr(m.layers[0].input_norm, "weight", torch.nn.Parameter(torch.ones(64))), True),
+    "bias": (bias, True),
+    "bf16": (lambda m: m.to(torch.bfloat16), True),
+    "f16": (lambda m: m.half(), True),
+    "float layer": (lambda m: setattr(m.layers[1].mlp, "down_proj", m.layers[1].mlp.down_proj.to_float()), False),
+    "another norm": (other_norm, False),
+    "hook": (lambda m: m.layers[0].mlp.register_forward_hook(lambda module, x, y: y * 2), False),
+    "pre-hook": (lambda m: m.layers[1].register_forward_pre_hook(lambda module, x: None), False),
+    "hook on a layer's weights": (
+        lambda m: m.layers[1].mlp.down_proj.register_forward_hook(lambda module, x, y: y + 1), False,
+    ),
+    "forward": (own_forward, False),
+    "one norm's dtype": (lambda m: m.layers[0].input_norm.to(torch.float64), False),
+    "eps": (lambda m: setattr(m.layers[0].input_norm, "eps", 0.5), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, one_call", CHANGES.values(), ids=CHANGES)
+def test_changes_between_calls_are_noticed(packed, change, one_call, monkeypatch):
+    """The call of all layers computes what their modules do, after every change of theirs, or is not
+    made."""
+    calls = count_native_calls(monkeypatch)
+    ids = ids_of(1, 6)
+
+    def run(model):
+        return model(ids, model.new_cache())
+
+    with torch.inference_mode():
+        before = run(packed)
+        assert calls == [6]
+        change(packed)
+        if change is CHANGES["one norm's dtype"][0]:
+            with pytest.raises((RuntimeError, TypeError)):  # as the modules say
+                run(packed)
+            return
+        result = run(packed)
+        assert calls == [6] * (2 if one_call else 1)
+        monkeypatch.setattr(Decoder, "_native_layers", lambda *_: None)
+        expected = run(packed)
+    # The same products; rotations and, in half precision, sums of the residual round otherwise, which
+    # may flip activations by one of 127 steps.
+    size = expected.abs().max()
+    assert (result - expected).abs().max() < 0.05 * size
+    if change is not CHANGES["nothing"][0] and change is not CHANGES["pre-hook"][0]:
+        assert not torch.equal(result, before)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["grad", "autocast"]
+)
+def test_not_one_call_where_operations_are_recorded_or_cast(packed, context, monkeypatch):
+    calls, ids = count_native_calls(monkeypatch), ids_of(1, 6)
+    with torch.no_grad(), context():
+        result = packed(ids, packed.new_cache())
+    assert calls == []
+    with torch.no_grad():
+        expected = packed(ids, packed.new_cache())
+    assert calls == [6] and (result - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_independent_of_threads(packed, restore_threads):
+    ids, results = ids_of(1, 300), []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        cache = packed.new_cache()
+        with torch.inference_mode():
+            results.append([packed(ids, cache), packed(ids[:, :1], cache)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_copies_and_pickles(packed, tmp_path):
+    ids = ids_of(1, 6)
+    with torch.inference_mode():
+        expected = packed(ids, packed.new_cache())
+        twin = copy.deepcopy(packed)
+        torch.save(packed, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        packed.layers[0].mlp.down_proj.codes.fill_(0x88)
+        for model in (twin, loaded):
+            assert torch.equal(model(ids, model.new_cache()), expected)
+
+
+def test_the_likeliest_without_the_others(packed):
+    x = torch.randn(3, 64, generator=torch.manual_seed(0))
+    with torch.inference_mode():
+        logits = packed.logits(x)
+        for model in (packed, memlm.dequantize_(copy.deepcopy(packed))):
+            expected = model.logits(x).topk(5)
+            values, ids = model.top(x, 5)
+            assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
+    assert logits.shape == (3, 256)
+
+
+def test_positions_are_limited(tmp_path):
+    tiny.llama(tmp_path)
+    model = memlm.load(tmp_path)
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(ids_of(1, 512), cache)
         with pytest.raises(ValueError, match="ids: 513 tokens, the model takes 512"):
-            model(ids[:, :1], cache)
-    assert cache.length == 512
-
-
-def test_growing_doubles():
-    cache = KVCache(1, 10_000)
-    sizes = set()
-    for _ in range(1500):
-        new = torch.zeros(1, 1, 1, 2)
-        cache.append(0, new, new)
-        cache.advance(1)
-        sizes.add(cache.nbytes // 16)
-    assert sorted(sizes) == [256, 512, 1024, 2048]
-
-
-def test_growing_keeps_one_old_store_at_a_time():
-    cache, alive = KVCache(4, 4096), []
-    new = torch.ones(1, 2, cache.STEP, 8)
-    for layer in range(4):
-        cache.append(layer, new, new)
-    cache.advance(cache.STEP)
-    assert {t.shape[2] for t in cache.tensors()} == {cache.STEP}
-    old, grown = [weakref.ref(t) for t in cache.tensors()], cache._grown
-
-    def counting(*arguments):
-        alive.append(sum(store() is not None for store in old))
-        return grown(*arguments)
-
-    cache._grown = counting
-    keys, _ = cache.append(0, new[:, :, :1], new[:, :, :1])
-    assert alive == [8, 7, 6, 5, 4, 3, 2, 1] and keys.shape[2] == cache.STEP + 1
-    assert {t.shape[2] for t in cache.tensors()} == {2 * cache.STEP}
+            model(ids_of(1, 1), cache)
+    assert cache.length(cache.sequences[0]) == 512
 
 
 def test_cache_of_another_batch_is_refused(tmp_path):
@@ -131,7 +271,19 @@ def test_cache_of_another_batch_is_refused(tmp_path):
         model(ids_of(2, 3), cache)
         with pytest.raises(ValueError, match="ids: a batch of 1, the cache holds 2"):
             model(ids_of(1, 3), cache)
-    assert cache.length == 3
+    assert [cache.length(sequence) for sequence in cache.sequences] == [3, 3]
+
+
+@pytest.mark.parametrize("kv, off", [("bf16", 0.02), ("int8", 0.02), ("int4", 0.5)])
+def test_rounded_caches_are_near(tmp_path, kv, off):
+    """Relative to logits of standard deviation 1: what rounding to 8, 7 and 4 bits makes of them."""
+    tiny.llama(tmp_path)
+    model = memlm.load(tmp_path)
+    ids = ids_of(1, 200)
+    with torch.inference_mode():
+        exact, near = model(ids), model(ids, model.new_cache(kv))
+    error = (near - exact).square().mean().sqrt() / exact.std()
+    assert 1e-5 < error < off
 
 
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0), (1, 513), (1, 2, 3)], ids=str)
@@ -207,13 +359,21 @@ def test_configs_that_are_not_computed_are_refused(tmp_path, changes, message):
         memlm.load(tmp_path)
 
 
-def test_sliding_windows_are_refused():
+def test_windows_of_configs():
     sizes = {**tiny.SIZES, "model_type": "mistral"}
-    with pytest.raises(memlm.FormatError, match="sliding-window"):
-        DecoderConfig.from_hf({**sizes, "sliding_window": 4096})
-    assert DecoderConfig.from_hf({**sizes, "sliding_window": None}).head_dim == 16
-    with pytest.raises(memlm.FormatError, match="sliding-window"):
-        DecoderConfig.from_hf({**sizes, "model_type": "qwen2", "use_sliding_window": True})
+    assert DecoderConfig.from_hf({**sizes, "sliding_window": 4096}).windows == (4096, 4096)
+    assert DecoderConfig.from_hf({**sizes, "sliding_window": None}).windows == ()
+    sizes = {**tiny.SIZES, "model_type": "qwen2", "sliding_window": 9}
+    assert DecoderConfig.from_hf(sizes).windows == ()
+    used = {**sizes, "use_sliding_window": True}
+    assert DecoderConfig.from_hf({**used, "max_window_layers": 1}).windows == (0, 9)
+    kinds = ["sliding_attention", "full_attention"]
+    assert DecoderConfig.from_hf({**used, "layer_types": kinds}).windows == (9, 0)
+    for wrong in (kinds[:1], [*kinds, 3], ["x", "y"], "full_attention"):
+        with pytest.raises(memlm.FormatError, match="layer_types"):
+            DecoderConfig.from_hf({**used, "layer_types": wrong})
+    with pytest.raises(memlm.FormatError, match="max_window_layers"):
+        DecoderConfig.from_hf({**used, "max_window_layers": "all"})
 
 
 def test_a_norm_with_a_hook_or_of_another_kind_is_called(tmp_path):

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 
 import memlm
 from memlm import data
-from memlm.models.generate import TextStream, choose, generate
+from memlm.models.generate import TextStream, generate
+from memlm.models.sampling import Sampling
 
 from . import tiny
 

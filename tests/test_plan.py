@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import memlm
 from benchmarks.bench_plan import SYNTHETIC, Case, compare, infer, largest, random, train
 from memlm import cli, data, picture, plan, workload
+from memlm.kv_cache import PagedKVCache
 from memlm.models.decoder import Decoder
 from memlm.models.load import build
 from memlm.plan import Settings
@@ -127,15 +128,21 @@ def test_activations_are_what_autograd_saves(config, settings):
 
 
 @pytest.mark.parametrize("prompt, context", [(1, 1), (5, 300), (256, 257), (700, 701), (300, 1500)])
-def test_the_cache_grows_as_predicted(prompt, context):
+def test_the_cache_grows_as_predicted(prompt, context, monkeypatch):
+    full, grow = [0], PagedKVCache._grow
+
+    def counted(cache, count):
+        full.append(cache.count)
+        grow(cache, count)
+
+    monkeypatch.setattr(PagedKVCache, "_grow", counted)
     settings = Settings(context, 2, "bfloat16", prompt=prompt)
     cache = workload.run(made(DECODER, settings), settings)
-    rooms = list(memory_of(DECODER, settings).cache_room())
-    assert {t.shape[2] for t in cache.tensors()} == {rooms[-1]}
-    runs = 2 * 3 * 2 * 2  # keys and values, layers, batch, key-value heads
-    written = runs * context * 16 * 2  # of size 16, in bf16
+    expected = memory_of(DECODER, settings)
+    assert cache.used_blocks == expected.blocks(context) and full[-1] == expected.growth()
     predicted = largest(plan.predict(DECODER, settings), "kv_cache")
-    assert written <= predicted <= min(cache.nbytes, written + runs * 4096)
+    runs = 3 * 2  # layers, key-value heads
+    assert cache.used_bytes <= predicted <= cache.used_bytes + runs * 4096
 
 
 PEAKS = {

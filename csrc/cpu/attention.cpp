@@ -76,6 +76,13 @@ memlm_status check(const memlm_kv_pool* pool, const memlm_sequences* s) {
     return fail(MEMLM_INVALID, "count: got %lld, accepted is 0 to 2^31-1", (ll)s->count);
   if (s->count && (!s->rows || !s->lengths || !s->tables))
     return fail(MEMLM_INVALID, "rows, lengths, tables: one is NULL");
+  if (!pool->tails != !kv_has_tails(pool->type))
+    return fail(MEMLM_INVALID, "tails: %s", pool->tails ? "only INT4 has them" : "is NULL, INT4 needs them");
+  if (pool->tails && s->count && !s->tails) return fail(MEMLM_INVALID, "sequences: tails is NULL");
+  for (int64_t i = 0; pool->tails && i < s->count; ++i)
+    if (s->tails[i] < 0 || s->tails[i] >= pool->tail_count)
+      return fail(MEMLM_INVALID, "tails: number %lld is %d, the pool has %lld", (ll)i, s->tails[i],
+                  (ll)pool->tail_count);
   if (s->count && s->rows[0] != 0)
     return fail(MEMLM_INVALID, "rows: begins with %lld, not 0", (ll)s->rows[0]);
   return MEMLM_OK;
@@ -105,6 +112,14 @@ memlm_status check_tables(const memlm_kv_pool& pool, const memlm_sequences& s, c
 }
 
 }  // namespace
+
+memlm_status check_paged(const memlm_kv_pool* pool, const memlm_sequences* sequences, int64_t window) {
+  if (memlm_status s = check(pool, sequences)) return s;
+  return check_tables(*pool, *sequences, [window](int64_t before) {
+    return window && before >= window ? before - window + 1 : 0;
+  });
+}
+
 }  // namespace memlm
 
 using namespace memlm;
@@ -137,6 +152,11 @@ int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t h
   return KvBlock(type, block_tokens, head_dim).bytes();
 }
 
+int64_t memlm_kv_tail_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim) {
+  if (!memlm_kv_block_bytes(type, block_tokens, head_dim) || !kv_has_tails(type)) return 0;
+  return kv_tail(KvBlock(type, block_tokens, head_dim)).bytes();
+}
+
 memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences, const void* k,
                              const void* v, int64_t stride, memlm_dtype dtype, int threads) {
   if (memlm_status s = check(pool, sequences)) return s;
@@ -156,14 +176,10 @@ memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_sequences* s
 
 memlm_status memlm_paged_attention(const memlm_kv_pool* pool, const memlm_sequences* sequences,
                                    const memlm_paged_attention_args* args) {
-  if (memlm_status s = check(pool, sequences)) return s;
   if (!args) return fail(MEMLM_INVALID, "args: is NULL");
   const memlm_paged_attention_args& a = *args;
   if (a.window < 0) return fail(MEMLM_INVALID, "window: got %lld, accepted is 0 or above", (ll)a.window);
-  const auto first = [&](int64_t before) {
-    return a.window && before >= a.window ? before - a.window + 1 : 0;
-  };
-  if (memlm_status s = check_tables(*pool, *sequences, first)) return s;
+  if (memlm_status s = check_paged(pool, sequences, a.window)) return s;
   if (a.heads < 1 || a.heads > INT32_MAX || a.heads % pool->kv_heads)
     return fail(MEMLM_INVALID, "heads: got %lld, accepted are multiples of %lld kv_heads", (ll)a.heads,
                 (ll)pool->kv_heads);

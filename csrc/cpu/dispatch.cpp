@@ -132,9 +132,7 @@ bool is_dtype(int dtype) {
   return dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16;
 }
 
-namespace {
-
-memlm_status check(const memlm_packed* w, int bits) {
+memlm_status check_weight(const memlm_packed* w, int bits) {
   if (!w) return fail(MEMLM_INVALID, "w: is NULL");
   if (bits != 2 && bits != 4 && bits != 8)
     return fail(MEMLM_INVALID, "bits: got %d, accepted are 2, 4, 8", bits);
@@ -161,6 +159,8 @@ memlm_status check(const memlm_packed* w, int bits) {
   return MEMLM_OK;
 }
 
+namespace {
+
 // w [n, k] with rows w_stride apart.
 memlm_status check_floats(int64_t n, int64_t k, const void* w, int64_t w_stride, memlm_dtype dtype,
                           int threads) {
@@ -183,7 +183,7 @@ memlm_status check(const memlm_quantize_args* args) {
   const memlm_quantize_args& a = *args;
   if (memlm_status s = check_floats(a.n, a.k, a.w, a.w_stride, a.dtype, a.threads)) return s;
   const memlm_packed w = {a.codes, a.scales, a.offsets, a.scale_dtype, a.n, a.k, a.group, a.levels};
-  if (memlm_status s = check(&w, a.bits)) return s;
+  if (memlm_status s = check_weight(&w, a.bits)) return s;
   for (int i = 1; a.levels && i < 16; ++i)
     if (!(a.levels[i - 1] < a.levels[i]))
       return fail(MEMLM_INVALID, "levels: number %d is %g, after %g; they must ascend", i,
@@ -228,7 +228,7 @@ using Matmul = memlm_status (*)(const memlm_packed&, const memlm_matmul_args&);
 
 memlm_status run_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                         Matmul Kernels::* kernel) {
-  if (memlm_status s = check(w, bits)) return s;
+  if (memlm_status s = check_weight(w, bits)) return s;
   if (memlm_status s = check(*w, args)) return s;
   return args->m ? said((kernels().*kernel)(*w, with_useful_threads(*w, *args))) : MEMLM_OK;
 }
@@ -295,7 +295,7 @@ memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* arg
 memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                const float* x_scales, int64_t x_group) {
   constexpr int64_t kMostK = 65536;  // times 255 * 127, what a CPU adds at most: below 2^31
-  if (memlm_status s = check(w, 8)) return s;
+  if (memlm_status s = check_weight(w, 8)) return s;
   if (memlm_status s = check(*w, args)) return s;
   if (memlm_status s = check_x_group(x_group)) return s;
   if (w->k > kMostK)
@@ -338,7 +338,7 @@ memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_
 
 memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids, int64_t count,
                              memlm_dtype dtype, void* out, int threads) {
-  if (memlm_status s = check(w, bits)) return s;
+  if (memlm_status s = check_weight(w, bits)) return s;
   if (count < 0 || (count > 0 && !ids))
     return fail(MEMLM_INVALID, "ids: got %lld at %p", (long long)count, (const void*)ids);
   for (int64_t i = 0; i < count; ++i)
@@ -350,7 +350,7 @@ memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids
 
 memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                               memlm_dtype dtype, void* out, int threads) {
-  if (memlm_status s = check(w, bits)) return s;
+  if (memlm_status s = check_weight(w, bits)) return s;
   if (row < 0 || rows < 0 || row > w->n || rows > w->n - row)
     return fail(MEMLM_INVALID, "rows: got %lld from %lld on, W has %lld", (long long)rows,
                 (long long)row, (long long)w->n);

@@ -10,7 +10,23 @@ memlm_status fail(memlm_status status, const char* format, ...)
 // The same for what a kernel returned.
 memlm_status said(memlm_status status);
 bool is_dtype(int dtype);
+memlm_status check_weight(const memlm_packed* w, int bits);
+// Also that the blocks are in the pool which tokens within `window` of the new ones (0: all) are in.
+memlm_status check_paged(const memlm_kv_pool* pool, const memlm_sequences* sequences, int64_t window);
 
+// Heads of queries and keys, on their way from a matmul to attention: each is normalised, where it has
+// a norm, and turned to its position, in place.
+struct Heads {
+  void* x;  // [rows, heads + kv_heads + any number, head_dim]: queries, keys
+  int64_t stride;  // elements from one row to the next
+  memlm_dtype dtype;  // of x, q_norm, k_norm
+  int64_t heads, kv_heads, head_dim;
+  const void *q_norm, *k_norm;  // [head_dim] or NULL
+  float norm_eps;
+  const float *cos, *sin;  // as in memlm_decoder_args, as are the next two
+  int64_t angle_stride;
+  const int64_t* positions;
+};
 
 struct Kernels {
   const char* name;
@@ -22,6 +38,10 @@ struct Kernels {
                               int64_t x_group);
   memlm_status (*quantize_rows)(const memlm_matmul_args&, int64_t k, int64_t x_group, int8_t* codes,
                                 float* scales);
+  // rows of x in f32, after args.norm where there is one, then zeros; rows of out are out_stride apart,
+  // a multiple of 16
+  void (*rows_to_f32)(const memlm_matmul_args& args, int64_t k, int64_t out_stride, float* out);
+  void (*turn_heads)(const Heads&, int64_t first_row, int64_t end_row);
   // rows of W by index; ids == nullptr means row, row + 1, ...
   void (*dequantize_rows)(const memlm_packed&, int bits, const int64_t* ids, int64_t row,
                           int64_t count, memlm_dtype dtype, void* out);

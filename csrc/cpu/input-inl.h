@@ -60,6 +60,13 @@ inline const float* input_row(const memlm_matmul_args& args, int64_t row, int64_
   return buffer;
 }
 
+inline void rows_to_f32(const memlm_matmul_args& args, int64_t k, int64_t out_stride, float* out) {
+  for (int64_t row = 0; row < args.m; ++row, out += out_stride) {
+    const float* x = input_row(args, row, k, out_stride, out);
+    if (x != out) memcpy(out, x, sizeof(float) * k);
+  }
+}
+
 // How numbers of which the largest has these magnitude bits are rounded to int8:
 // memlm/ops/_matmul.py, quantize_activations, specifies it.
 struct Rounding {

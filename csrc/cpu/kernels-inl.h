@@ -8,6 +8,7 @@
 #include "attention_backward-inl.h"
 #include "paged_attention-inl.h"
 #include "dequantize-inl.h"
+#include "heads-inl.h"
 #include "quantize_weight-inl.h"
 #include "w2_matmul-inl.h"
 #include "w4_matmul-inl.h"
@@ -24,6 +25,7 @@ constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
 const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate,
                          w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, quantize_rows,
+                         rows_to_f32, turn_heads,
                          dequantize_rows, largest_bits, quantize_weight, attention,
                          attention_backward, kv_append, paged_attention};
 #undef MEMLM_STRING

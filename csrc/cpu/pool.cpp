@@ -11,6 +11,8 @@
 #include <chrono>
 #include <new>
 
+#include "pause.h"
+
 namespace memlm {
 namespace {
 
@@ -20,14 +22,6 @@ using Clock = std::chrono::steady_clock;
 // costs more than twice the better choice.
 constexpr std::chrono::microseconds kSpin{50};
 constexpr int kPauses = 8;  // between two looks at the clock: some 0.4 us
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 // A number that threads wait for, alone on its cache line.
 struct alignas(64) Waited {

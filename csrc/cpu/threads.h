@@ -22,6 +22,23 @@ void parallel_for(int64_t items, int64_t chunk, int threads, const F& f) {
       const_cast<F*>(&f));
 }
 
+// Calls f() with a team of up to `threads` threads, which the host lends once for the whole call.
+// Inside, each parallel_for that f calls is handed to them within a fraction of a microsecond; the
+// host's own loops take some microseconds each.  Between loops the team's threads spin, and after a
+// while yield: f should compute all the time.
+//
+// f may run on another thread than the caller's, in the caller's floating-point mode.  Where the
+// host gives fewer threads, late or none, f and its loops run on those that came.  A team within a
+// team is the outer one, and one within the body of a loop is what the host makes of it.
+void with_team(int threads, void (*f)(void* context), void* context);
+
+// The same for a callable.
+template <class F>
+void with_team(int threads, const F& f) {
+  with_team(
+      threads, [](void* context) { (*static_cast<const F*>(context))(); }, const_cast<F*>(&f));
+}
+
 // On how many of `threads` threads so many multiply-adds are worth while.  A further thread costs
 // about 2 us (to get it going, and the weights and results to and fro between caches), in which one
 // thread does some 2^17 multiply-adds of decoding, the slowest of the matmuls per multiply-add.

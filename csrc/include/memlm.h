@@ -62,7 +62,7 @@ typedef struct {
   const void* norm; /* [k], or NULL: x <- x / sqrt(mean(x^2) + norm_eps) * norm, each row */
   float norm_eps;
   int swiglu; /* y <- silu(y[:, :n/2]) * y[:, n/2:]: W holds gate above up; n / 2 is a multiple of 16 */
-  const void* residual;    /* shaped as y, added to it last, or NULL */
+  const void* residual;    /* shaped as y, added to it last, or NULL; may be y */
   int64_t residual_stride; /* elements from one row to the next, at least y's columns */
 } memlm_matmul_args;
 
@@ -183,10 +183,16 @@ typedef struct {
   int64_t block_tokens; /* a multiple of 32, at most 256 */
   int64_t kv_heads, head_dim; /* head_dim 1 to 512 */
   memlm_kv_type type;
+  /* INT4 only, else NULL: the newest block of each sequence, unrounded.  A query in it reads it instead
+   * of the rounded one, which quality asks for: the nearest tokens matter most. */
+  void* tails; /* [kv_heads, tail_count, memlm_kv_tail_bytes] */
+  int64_t tail_count;
 } memlm_kv_pool;
 
 /* Bytes of a block of one key-value head; 0 for what memlm_kv_pool does not accept. */
 MEMLM_API int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim);
+/* The same of a tail; 0 for types that have none. */
+MEMLM_API int64_t memlm_kv_tail_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim);
 
 /* The sequences of one step: new tokens, one after the other, and where their tokens are stored. */
 typedef struct {
@@ -196,6 +202,7 @@ typedef struct {
   const int32_t* tables;  /* [count, table_stride]: token t is in block tables[s][t / block_tokens] of
                              the pool, as its token t % block_tokens */
   int64_t table_stride;
+  const int32_t* tails; /* [count]: the tail of each; not looked at where the pool has none */
 } memlm_sequences;
 
 /* Stores the keys and values [rows, kv_heads, head_dim] of the new tokens, quantised one by one; rows
@@ -205,7 +212,8 @@ MEMLM_API memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_se
                                        memlm_dtype dtype, int threads);
 
 /* Causal attention of the new tokens over what is stored of their sequences, themselves included;
- * blocks are read as they are. */
+ * blocks are read as they are.  With tails, a sequence whose new tokens go beyond the end of a block is
+ * better passed block by block: those before its last block would read their own rounded. */
 typedef struct {
   const void* q; /* [rows, heads, head_dim] */
   int64_t q_stride, out_stride; /* elements from one row to the next */
@@ -224,6 +232,66 @@ typedef struct {
 MEMLM_API memlm_status memlm_paged_attention(const memlm_kv_pool* pool,
                                              const memlm_sequences* sequences,
                                              const memlm_paged_attention_args* args);
+
+typedef enum {
+  MEMLM_ACCURATE = 0, /* memlm_matmul_args: fast 0 */
+  MEMLM_FAST = 1,     /* fast 1 */
+  MEMLM_W8A8 = 2      /* memlm_w8a8_matmul of numbers, x_group 0; 8 bits only */
+} memlm_mode;
+
+/* A linear layer. */
+typedef struct {
+  memlm_packed w;
+  int bits; /* 2, 4, 8 */
+  memlm_mode mode;
+  const void* bias; /* [n], or NULL */
+} memlm_linear;
+
+/* The k largest logits of each row, largest first, without storing the others:
+ * values, indices [m, k] of y = x W^T + bias.  Of equal ones the lowest index comes first, and NaN is
+ * larger than all numbers.  Of args m, x, x_stride, dtype, norm, norm_eps and threads are looked at;
+ * y is f32 whatever dtype is. */
+MEMLM_API memlm_status memlm_matmul_topk(const memlm_linear* linear, const memlm_matmul_args* args,
+                                         int64_t k, float* values, int64_t* indices);
+
+/* A layer of a decoder of the Llama family (arXiv:2302.13971):
+ *
+ *   q, k, v <- qkv(norm(x));  q, k <- their own norms, if any;  q, k <- turned to their positions
+ *   x <- x + o(attention(q, keys so far, values so far))
+ *   x <- x + down(silu(gate) * up),  gate, up <- gate_up(norm(x)) */
+typedef struct {
+  const void *input_norm, *post_norm; /* [hidden]: RMSNorm's weights before attention and after */
+  const void *q_norm, *k_norm;        /* [head_dim]: RMSNorm of each head, as in Qwen3, or NULL */
+  float norm_eps;
+  memlm_linear qkv;     /* [(heads + 2 kv_heads) head_dim, hidden]: query above key above value */
+  memlm_linear o;       /* [hidden, heads * head_dim] */
+  memlm_linear gate_up; /* [2 width, hidden], gate above up; width is a multiple of 16 */
+  memlm_linear down;    /* [hidden, k], k at most width */
+  int64_t window;       /* as in memlm_paged_attention_args */
+} memlm_decoder_layer;
+
+typedef struct {
+  void* x;           /* [rows, hidden]: the first layer's input, and then the last one's result */
+  int64_t x_stride;  /* elements from one row to the next, at least hidden */
+  memlm_dtype dtype; /* of x, and of the layers' norms and biases */
+  int64_t hidden, heads; /* query heads, a multiple of the pools' kv_heads */
+  /* The pair (i, i + head_dim / 2) of a head turns by an angle: (a, b) -> (a cos - b sin, b cos + a sin)
+   * (arXiv:2104.09864).  head_dim is even. */
+  const float *cos, *sin;    /* [angles, head_dim / 2] */
+  int64_t angles;
+  int64_t angle_stride;      /* elements from one row of both to the next, at least head_dim / 2 */
+  const int64_t* positions;  /* [rows]: which row of cos and sin each token takes; NULL: 0, 1, ... */
+  int threads;               /* at most this many; the result does not depend on it */
+} memlm_decoder_args;
+
+/* Runs the new tokens of some sequences through `count` layers, appending their keys and values to
+ * pools [count], one for each layer, of one shape.  rows is sequences->rows[sequences->count].  The
+ * workspace grows with rows: long inputs go in several calls.
+ * After MEMLM_NO_MEMORY x and the new tokens' places in the pools hold anything. */
+MEMLM_API memlm_status memlm_decoder_layers(const memlm_decoder_layer* layers, int64_t count,
+                                            const memlm_kv_pool* pools,
+                                            const memlm_sequences* sequences,
+                                            const memlm_decoder_args* args);
 
 /* The instruction set in use.  The best that the CPU has is taken, or the one named by the
  * environment variable MEMLM_CPU_ISA. */

@@ -218,6 +218,41 @@ Tensor w8a8_matmul(Tensor x, OptionalTensor x_scales, Tensor codes, Tensor scale
   return matmul(x, w, around, true, y_type, kernel);
 }
 
+std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets,
+                                       int64_t bits, int64_t codebook, int64_t n, int64_t k,
+                                       int64_t group, OptionalTensor bias, int64_t mode,
+                                       OptionalTensor norm, double eps, int64_t top) {
+  memlm_linear linear = {};
+  linear.w = packed(codes, scales, offsets, bits, n, k, group, codebook);
+  linear.bits = static_cast<int>(bits);
+  STD_TORCH_CHECK(mode >= 0 && mode <= 2, "mode: accepted are 0, 1, 2");
+  linear.mode = static_cast<memlm_mode>(mode);
+  linear.bias = data_of(bias);
+  STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: the last dimension must be ", k);
+  if (bias) check_part(*bias, "bias", {n});
+  if (norm) check_part(*norm, "norm", {k});
+  for (const OptionalTensor* t : {&bias, &norm})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == x.scalar_type(),
+                    "bias, norm: expected the dtype of x");
+  STD_TORCH_CHECK(top >= 1 && top <= n, "top: accepted is 1 to ", n);
+  make_contiguous(x);
+  const std::vector<int64_t> shape = with_last(x, true, top);
+  Tensor values = torch::stable::new_empty(x, shape, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(x, shape, ScalarType::Long);
+  memlm_matmul_args args = {};
+  args.m = x.numel() / k;
+  args.x = x.const_data_ptr();
+  args.x_stride = k;
+  args.dtype = dtype_of(x.scalar_type(), "x");
+  args.threads = threads();
+  args.norm = data_of(norm);
+  args.norm_eps = static_cast<float>(eps);
+  check_status(memlm_matmul_topk(&linear, &args, top, static_cast<float*>(values.mutable_data_ptr()),
+                                 static_cast<int64_t*>(indices.mutable_data_ptr())));
+  return {values, indices};
+}
+
 std::tuple<Tensor, Tensor> quantize_rows(Tensor x, int64_t x_group, OptionalTensor norm, double eps) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
                   "x: must be on the CPU and have columns");
@@ -467,7 +502,8 @@ struct Paged {
   memlm_sequences sequences;
 
   Paged(const Tensor& blocks, const Tensor& rows, const Tensor& lengths, const Tensor& tables,
-        int64_t type, int64_t block_tokens, int64_t head_dim, int64_t tokens, void* data) {
+        const OptionalTensor& tails, const OptionalTensor& tail_of, int64_t type, int64_t block_tokens,
+        int64_t head_dim, int64_t tokens) {
     STD_TORCH_CHECK(blocks.is_cpu() && blocks.is_contiguous() && blocks.dim() == 3 &&
                         blocks.scalar_type() == ScalarType::Byte,
                     "pool: must be a contiguous uint8 tensor on the CPU, [kv_heads, blocks, bytes]");
@@ -485,10 +521,20 @@ struct Paged {
     STD_TORCH_CHECK(tables.is_cpu() && tables.is_contiguous() && tables.dim() == 2 &&
                         tables.size(0) == count && tables.scalar_type() == ScalarType::Int,
                     "tables: must be a contiguous int32 tensor on the CPU, [sequences, blocks]");
-    pool = {data, blocks.size(1), block_tokens, blocks.size(0), head_dim, kv_type};
+    STD_TORCH_CHECK(tails.has_value() == tail_of.has_value(), "tails, tail_of: both or none");
+    if (tails) {
+      const int64_t of_tail = memlm_kv_tail_bytes(kv_type, block_tokens, head_dim);
+      check_part(*tails, "tails", {blocks.size(0), tails->size(1), of_tail});
+      STD_TORCH_CHECK(tails->scalar_type() == ScalarType::Byte, "tails: expected uint8");
+      check_part(*tail_of, "tail_of", {count});
+      STD_TORCH_CHECK(tail_of->scalar_type() == ScalarType::Int, "tail_of: expected int32");
+    }
+    pool = {const_cast<void*>(blocks.const_data_ptr()), blocks.size(1), block_tokens, blocks.size(0),
+            head_dim, kv_type, const_cast<void*>(data_of(tails)), tails ? tails->size(1) : 0};
     sequences = {count, static_cast<const int64_t*>(rows.const_data_ptr()),
                  static_cast<const int64_t*>(lengths.const_data_ptr()),
-                 static_cast<const int32_t*>(tables.const_data_ptr()), tables.size(1)};
+                 static_cast<const int32_t*>(tables.const_data_ptr()), tables.size(1),
+                 static_cast<const int32_t*>(data_of(tail_of))};
     STD_TORCH_CHECK(sequences.rows[count] == tokens, "rows: ends with ", sequences.rows[count],
                     ", there are ", tokens, " new tokens");
   }
@@ -501,8 +547,8 @@ void check_heads(Tensor& t, const char* name) {
     t = torch::stable::contiguous(t);
 }
 
-void kv_append(Tensor pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Tensor tables, int64_t type,
-               int64_t block_tokens) {
+void kv_append(Tensor pool, OptionalTensor tails, Tensor k, Tensor v, Tensor rows, Tensor lengths,
+               Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens) {
   check_heads(k, "k");
   check_heads(v, "v");
   STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
@@ -513,20 +559,19 @@ void kv_append(Tensor pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Ten
     k = torch::stable::contiguous(k);
     v = torch::stable::contiguous(v);
   }
-  const Paged paged(pool, rows, lengths, tables, type, block_tokens, k.size(2), k.size(0),
-                    pool.mutable_data_ptr());
+  const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, k.size(2),
+                    k.size(0));
   const int64_t stride = k.size(0) > 1 ? k.stride(0) : k.size(1) * k.size(2);
   check_status(memlm_kv_append(&paged.pool, &paged.sequences, k.const_data_ptr(), v.const_data_ptr(),
                                stride, dtype_of(k.scalar_type(), "k"), threads()));
 }
 
-Tensor paged_attention(Tensor q, Tensor pool, Tensor rows, Tensor lengths, Tensor tables, int64_t type,
-                       int64_t block_tokens, double scale, int64_t window, double softcap,
+Tensor paged_attention(Tensor q, Tensor pool, OptionalTensor tails, Tensor rows, Tensor lengths,
+                       Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens, double scale, int64_t window, double softcap,
                        OptionalTensor slopes, OptionalTensor sinks) {
   check_heads(q, "q");
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  const Paged paged(pool, rows, lengths, tables, type, block_tokens, dim, tokens,
-                    const_cast<void*>(pool.const_data_ptr()));
+  const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, dim, tokens);
   for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
     if (!*t) continue;
     check_part(**t, name, {heads});
@@ -569,6 +614,10 @@ STABLE_TORCH_LIBRARY(memlm, m) {
       "Tensor? bias, int x_group, Tensor? norm, float eps, bool swiglu, Tensor? residual, "
       "ScalarType? dtype) -> Tensor");
   m.def(
+      "matmul_topk(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, "
+      "int n, int k, int group, Tensor? bias, int mode, Tensor? norm, float eps, int top) -> "
+      "(Tensor values, Tensor indices)");
+  m.def(
       "quantize_rows(Tensor x, int x_group, Tensor? norm, float eps) -> (Tensor codes, Tensor scales)");
   m.def(
       "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? offsets, int bits, int codebook, "
@@ -589,12 +638,12 @@ STABLE_TORCH_LIBRARY(memlm, m) {
       "bool to_end, float softcap, Tensor? slopes, Tensor? sinks, float dropout, Tensor? seed, "
       "bool want_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   m.def(
-      "kv_append(Tensor(a!) pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Tensor tables, "
-      "int type, int block_tokens) -> ()");
+      "kv_append(Tensor(a!) pool, Tensor(b!)? tails, Tensor k, Tensor v, Tensor rows, Tensor lengths, "
+      "Tensor tables, Tensor? tail_of, int type, int block_tokens) -> ()");
   m.def(
-      "paged_attention(Tensor q, Tensor pool, Tensor rows, Tensor lengths, Tensor tables, int type, "
-      "int block_tokens, float scale, int window, float softcap, Tensor? slopes, Tensor? sinks) "
-      "-> Tensor");
+      "paged_attention(Tensor q, Tensor pool, Tensor? tails, Tensor rows, Tensor lengths, "
+      "Tensor tables, Tensor? tail_of, int type, int block_tokens, float scale, int window, "
+      "float softcap, Tensor? slopes, Tensor? sinks) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
@@ -602,6 +651,7 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("w4_matmul", TORCH_BOX(&w4_matmul));
   m.impl("w8_matmul", TORCH_BOX(&w8_matmul));
   m.impl("w8a8_matmul", TORCH_BOX(&w8a8_matmul));
+  m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("dequantize", TORCH_BOX(&dequantize));

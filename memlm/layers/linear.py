@@ -8,7 +8,7 @@ from torch import nn
 
 from memlm.formats import Format, Packed
 from memlm.layers.packed import PackedModule, dequantize_ordered
-from memlm.ops import dispatch, mode_for
+from memlm.ops import dispatch, matmul_topk, mode_for
 from memlm.quantize import quantize_weight
 
 
@@ -120,13 +120,32 @@ class Linear(PackedModule):
         """``[..., in_features]`` -> ``[..., out_features]``; with the layers around it, where they
         are given, as :func:`memlm.ops.w4_matmul` says."""
         parts, bias = self._buffers, self._parameters["bias"]  # attributes of modules are slow
-        if parts["order"] is not None:
-            if norm is not None:
-                x, norm = F.rms_norm(x, (self.k,), norm, eps), None
-            x = x.index_select(-1, parts["order"])
+        x, norm = self._ordered(x, norm, eps)
         weights = (parts["codes"], parts["scales"], parts["offsets"], self.n, self.k)
         around = (norm, eps, swiglu, residual)
         return dispatch(x, self.format, *weights, bias, self._mode, *around)
+
+    def topk(
+        self, x: torch.Tensor, k: int, norm: torch.Tensor | None = None, eps: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``k`` largest elements of each row of :meth:`forward`'s result, in f32, and where they
+        stand, both ``[..., k]``, without the others: :func:`memlm.ops.matmul_topk`."""
+        x, norm = self._ordered(x, norm, eps)
+        format, packed = self.format, self._buffers
+        return matmul_topk(
+            x, packed["codes"], packed["scales"], packed["offsets"], format.bits, self.n, self.k,
+            format.group, self._parameters["bias"], self._mode, norm, eps, k,
+            "nf" if format.codebook == "nf" else "int",
+        )  # fmt: skip
+
+    def _ordered(self, x: torch.Tensor, norm: torch.Tensor | None, eps: float):
+        """x with its columns where W has them, and the norm that is left to apply."""
+        order = self._buffers["order"]
+        if order is None:
+            return x, norm
+        if norm is not None:
+            x, norm = F.rms_norm(x, (self.k,), norm, eps), None
+        return x.index_select(-1, order), norm
 
     def to_float(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The ``torch.nn.Linear`` with the dequantised weights, in f32, bf16 or f16."""

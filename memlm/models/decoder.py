@@ -18,7 +18,9 @@ from torch import nn
 
 from memlm.errors import FormatError
 from memlm.formats import TILE_ROWS
-from memlm.layers import Linear
+from memlm.kv_cache import PagedKVCache, Step
+from memlm.layers import Embedding, Linear
+from memlm.layers.native import LayerParts, NativeLayers, Watch, can_run, is_plain
 from memlm.models.config import MAX_LAYERS, integer, number
 
 
@@ -26,7 +28,7 @@ from memlm.models.config import MAX_LAYERS, integer, number
 class DecoderConfig:
     """Sizes of a decoder.  ``rope`` is Hugging Face's rope parameters (``rope_type`` and so on)."""
 
-    MODEL_TYPES = ("llama", "mistral", "qwen2")
+    MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
     ROPE_TYPES = {  # rope_type -> the numbers it needs besides rope_theta
         "default": (),
         "linear": ("factor",),
@@ -50,10 +52,13 @@ class DecoderConfig:
     max_positions: int
     tied: bool
     qkv_bias: bool
+    qk_norm: bool = False  # RMSNorm of each head of queries and keys
+    # Of each layer, how many tokens a query sees, itself included; 0: all before it.
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(cls, config: dict) -> DecoderConfig:
-        """From Hugging Face's config of a ``llama``, ``mistral`` or ``qwen2`` model.
+        """From Hugging Face's config of a ``llama``, ``mistral``, ``qwen2`` or ``qwen3`` model.
 
         Raises FormatError for what this decoder does not compute.
         """
@@ -63,11 +68,9 @@ class DecoderConfig:
             raise FormatError(f"config: model_type {kind!r}; known are {known}")
         if config.get("hidden_act", "silu") != "silu":
             raise FormatError(f"config: hidden_act {config['hidden_act']!r}; known is 'silu'")
-        if config.get("mlp_bias") or (kind == "llama" and config.get("attention_bias")):
+        biased = kind in ("llama", "qwen3") and config.get("attention_bias")
+        if config.get("mlp_bias") or biased:
             raise FormatError("config: biases beyond those of query, key and value are not known")
-        windowed = config.get("use_sliding_window")
-        if windowed or (kind == "mistral" and config.get("sliding_window") is not None):
-            raise FormatError("config: sliding-window attention is not known")
         heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
         made = cls(
             vocab_size=integer(config, "vocab_size"),
@@ -76,12 +79,14 @@ class DecoderConfig:
             layers=integer(config, "num_hidden_layers", most=MAX_LAYERS),
             heads=heads,
             kv_heads=integer(config, "num_key_value_heads", heads),
-            head_dim=integer(config, "head_dim", hidden // heads),
+            head_dim=integer(config, "head_dim", 128 if kind == "qwen3" else hidden // heads),
             rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=cls._rope(config),
             max_positions=integer(config, "max_position_embeddings", 2048),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            windows=cls._windows(config),
         )
         if made.heads % made.kv_heads or made.head_dim % 2:
             raise FormatError(
@@ -89,6 +94,32 @@ class DecoderConfig:
                 f"{made.head_dim} do not divide evenly"
             )
         return made
+
+    @staticmethod
+    def _windows(config: dict) -> tuple[int, ...]:
+        """The window of each layer, by Hugging Face's rules; of none with one: ()."""
+        layers = integer(config, "num_hidden_layers", most=MAX_LAYERS)
+        if config["model_type"] == "mistral":
+            used, first = config.get("sliding_window") is not None, 0
+        else:
+            used = bool(config.get("use_sliding_window"))
+            first = config.get("max_window_layers", 28)
+        if not used:
+            return ()
+        if not isinstance(first, int):
+            raise FormatError(f"config: max_window_layers is {first!r}, expected an integer")
+        window = integer(config, "sliding_window", 4096)
+        kinds = config.get("layer_types")
+        if kinds is None:
+            return tuple(window if i >= first else 0 for i in range(layers))
+        known = {"full_attention": 0, "sliding_attention": window}
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(
+            isinstance(kind, str) and kind in known for kind in kinds
+        ):
+            raise FormatError(
+                f"config: layer_types {kinds!r}; expected {layers} of {', '.join(known)}"
+            )
+        return tuple(known[kind] for kind in kinds)
 
     @classmethod
     def _rope(cls, config: dict) -> dict:
@@ -109,74 +140,17 @@ class DecoderConfig:
         return {"rope_type": kind, "rope_theta": number(merged, "rope_theta", 10000.0), **rope}
 
 
-class KVCache:
-    """Keys and values of the tokens so far, per layer ``[batch, kv_heads, length, head_dim]``.
-    Storage grows by doubling, from ``STEP`` positions up to ``max_positions``."""
-
-    STEP = 256
-
-    def __init__(self, layers: int, max_positions: int):
-        self.length = 0
-        self.max_positions = max_positions
-        self._keys: list[torch.Tensor | None] = [None] * layers
-        self._values: list[torch.Tensor | None] = [None] * layers
-
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
-        """Adds the keys and values of new tokens; returns all of the layer's so far (views).
-
-        ``length`` counts the tokens before these until :meth:`advance`.  Raises ValueError for
-        another batch size than before.
-        """
-        end = self.length + keys.shape[2]
-        for stores, new in ((self._keys, keys), (self._values, values)):
-            if not self._has_room(stores[layer], new, end):
-                # All layers now: later, each would take the place that a freed activation left, and
-                # the next activation would find none.  Old stores go one by one.
-                for i in range(len(stores)):
-                    stores[i] = self._grown(stores[i], new, end)
-            stores[layer][:, :, self.length : end] = new
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    @staticmethod
-    def _has_room(store: torch.Tensor | None, new: torch.Tensor, end: int) -> bool:
-        return store is not None and store.shape[2] >= end and store.shape[0] == new.shape[0]
-
-    def _grown(self, old: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
-        if old is not None and old.shape[0] != new.shape[0]:
-            raise ValueError(f"ids: a batch of {new.shape[0]}, the cache holds {old.shape[0]}")
-        steps = -(-end // self.STEP) * self.STEP
-        room = min(self.max_positions, max(2 * self.length, steps))
-        grown = new.new_empty(*new.shape[:2], room, new.shape[3])
-        if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
-        return grown
-
-    def advance(self, tokens: int) -> None:
-        """Counts the tokens that every layer has appended."""
-        self.length += tokens
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The storage: keys and values of all layers so far, filled or not."""
-        return [t for t in (*self._keys, *self._values) if t is not None]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage, filled or not."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-
 class Rotary(nn.Module):
     """The angles of the rotary position embedding, computed up to the longest sequence seen:
-    cos ``[positions, 1, 1, head_dim / 2]`` and sin ``[positions, 1, 2, head_dim / 2]``, the latter
-    once with each sign, as :func:`rotate` needs them."""
+    ``[positions, 3, head_dim / 2]`` f32, the sine with minus, the sine, the cosine."""
 
-    # Positions computed at first: enough for most texts, and 256 KB for heads of 64.
+    # Positions computed at first: enough for most texts, and 384 KB for heads of 64.
     FIRST = 1024
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._table: torch.Tensor | None = None
 
     def _frequencies(self, device: torch.device) -> torch.Tensor:
         rope, dim = self.config.rope, self.config.head_dim
@@ -194,37 +168,33 @@ class Rotary(nn.Module):
             frequencies = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
         return frequencies
 
-    def forward(self, start: int, count: int, like: torch.Tensor):
-        """cos and sin of positions ``start .. start + count - 1``, in like's dtype."""
-        end = start + count
-        tables = self._tables
-        if tables is None or tables[0].shape[0] < end or tables[0].device != like.device:
+    def table(self, end: int, device: torch.device) -> torch.Tensor:
+        """The angles of at least the positions ``0 .. end - 1``."""
+        table = self._table
+        if table is None or len(table) < end or table.device != device:
             length = min(self.config.max_positions, max(self.FIRST, 2 * end))
             with torch.inference_mode(False):  # usable with autograd later
-                positions = torch.arange(length, device=like.device, dtype=torch.float32)
-                angles = positions[:, None, None, None] * self._frequencies(like.device)
+                positions = torch.arange(length, device=device, dtype=torch.float32)
+                angles = positions[:, None] * self._frequencies(device)
                 sin = angles.sin()
-                tables = self._tables = (angles.cos(), torch.cat((-sin, sin), dim=-2))
-        return tables[0][start:end].to(like.dtype), tables[1][start:end].to(like.dtype)
+                table = self._table = torch.stack((-sin, sin, angles.cos()), dim=1)
+        return table
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``x [batch, length, heads, head_dim]``, each pair ``(i, i + head_dim / 2)`` turned:
-    ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """``x [..., length, heads, head_dim]``, each pair ``(i, i + head_dim / 2)`` turned:
+    ``(a, b) -> (a cos - b sin, b cos + a sin)``; ``angles [length, 3, head_dim / 2]`` as
+    :class:`Rotary` has them."""
     halves = x.view(*x.shape[:-1], 2, -1)
-    return torch.addcmul(halves * cos, halves.flip(-2), sin).view(x.shape)
-
-
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether calling it computes RMSNorm and nothing else."""
-    return type(norm) is nn.RMSNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+    angles = angles.to(x.dtype)[:, None]
+    return torch.addcmul(halves * angles[..., 2:, :], halves.flip(-2), angles[..., :2, :]).view(x.shape)
 
 
 def linear(layer: nn.Module, x, norm=None, swiglu: bool = False, residual=None):
     """``f(layer(norm(x))) + residual``, where norm is RMSNorm and f SwiGLU's gate: one operation
     where the layer is packed and the norm is just that, several of torch's otherwise."""
     fits = not swiglu or layer.out_features % (2 * TILE_ROWS) == 0
-    if isinstance(layer, Linear) and fits and (norm is None or _is_plain(norm)):
+    if isinstance(layer, Linear) and fits and (norm is None or is_plain(norm, nn.RMSNorm)):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return layer(x, weight, eps, swiglu, residual)
     if norm is not None:
@@ -244,29 +214,42 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_dim
+        self.window = config.windows[layer] if config.windows else 0
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        for name in ("q_norm", "k_norm"):
+            norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+            self.register_module(name, norm)
 
-    def forward(self, x, norm, cos, sin, mask=None, cache: KVCache | None = None):
+    def forward(self, x, norm, angles, cache: PagedKVCache | None = None, step: Step | None = None):
+        """``x [batch, length, hidden]``; with a ``cache`` one batch entry, the new tokens of all of
+        the step's sequences."""
         batch, length, _ = x.shape
         rotated = self.heads + self.kv_heads
         qkv = linear(self.qkv_proj, x, norm).view(batch, length, -1, self.head_dim)
-        qk = rotate(qkv[:, :, :rotated], cos, sin)
-        q = qk[:, :, : self.heads]
-        k, v = qk[:, :, self.heads :].transpose(1, 2), qkv[:, :, rotated:].transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if length == 1:
-            # The query heads that share a key-value head stand as its queries: the cache is read
-            # once for all of them.
-            q = q.reshape(batch, self.kv_heads, -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is None:
+            q, k = rotate(qkv[:, :, :rotated], angles).split((self.heads, self.kv_heads), dim=2)
         else:
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True
-            ).transpose(1, 2)
+            q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        if cache is None:
+            y = self._dense(q, k, v)
+        else:
+            cache.append(step, self.layer, k[0], v[0])
+            y = cache.attend(step, self.layer, q[0], window=self.window)
         return linear(self.o_proj, y.reshape(batch, length, -1), residual=x)
+
+    def _dense(self, q, k, v):
+        """Causal attention of whole sequences, ``[batch, length, heads, head_dim]``."""
+        length, mask = q.shape[1], None
+        if 0 < self.window < length:
+            position = torch.arange(length, device=q.device)
+            distance = position[:, None] - position
+            mask = (distance >= 0) & (distance < self.window)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -291,9 +274,27 @@ class Layer(nn.Module):
         self.post_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None):
-        x = self.attention(x, self.input_norm, cos, sin, mask, cache)
+    def forward(self, x, angles, cache: PagedKVCache | None = None, step: Step | None = None):
+        x = self.attention(x, self.input_norm, angles, cache, step)
         return self.mlp(x, self.post_norm)
+
+    def parts(self) -> LayerParts | None:
+        """What the library needs to run this layer in its place; None where a module is not
+        what it was built as, or calls something besides."""
+        own, attention, mlp = self._modules, self._modules["attention"], self._modules["mlp"]
+        if not (is_plain(self, Layer) and is_plain(attention, Attention) and is_plain(mlp, MLP)):
+            return None
+        inner, outer = attention._modules, mlp._modules
+        linears = (inner["qkv_proj"], inner["o_proj"], outer["gate_up_proj"], outer["down_proj"])
+        norms = [own["input_norm"], own["post_norm"], inner["q_norm"], inner["k_norm"]]
+        if not all(is_plain(module, Linear) for module in linears):
+            return None
+        if not all(norm is None or is_plain(norm, nn.RMSNorm) for norm in norms):
+            return None
+        if len({norm.eps for norm in norms if norm is not None}) > 1:
+            return None
+        weights = [None if norm is None else norm._parameters["weight"] for norm in norms]
+        return LayerParts(*weights, norms[0].eps, *linears, attention.window)
 
 
 class Decoder(nn.Module):
@@ -302,6 +303,9 @@ class Decoder(nn.Module):
     tokenizer = None
     # What a checkpoint may hold and this model computes itself.
     hf_ignored = re.compile(r".*\.rotary_emb\.inv_freq")
+    # New tokens that go through the layers at a time, with a cache: enough to reach full speed,
+    # and what bounds the memory of activations.
+    CHUNK = 512
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -313,38 +317,104 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
+        self._native: tuple[NativeLayers, Watch] | None = None
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config.layers, self.config.max_positions)
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_native": None}  # addresses are of this process
+
+    def new_cache(self, kv: str | None = None, **settings) -> PagedKVCache:
+        """A cache for this model's keys and values, stored as ``kv``: f32, bf16, int8 or int4; None:
+        as they are (of an f16 model f32).  ``settings`` as :class:`memlm.kv_cache.PagedKVCache` has
+        them.  Where all layers have a window it holds no more than the widest needs."""
+        c, weight = self.config, self.norm.weight
+        if kv is None:
+            kv = "bf16" if weight.dtype == torch.bfloat16 else "f32"
+        window = max(c.windows) if c.windows and all(c.windows) else None
+        return PagedKVCache(
+            c.layers, c.kv_heads, c.head_dim, kv, window=window, device=weight.device, **settings
+        )
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache | None = None, last_only: bool = False
+        self, ids: torch.Tensor, cache: PagedKVCache | None = None, last_only: bool = False
     ) -> torch.Tensor:
         """Token ids ``[batch, length]`` -> logits ``[batch, length, vocab]`` in f32, or
         ``[batch, 1, vocab]`` of the last position with ``last_only``.
 
-        With a ``cache`` the ids continue what it holds, and are added to it.  Raises ValueError
-        for ids that are not a non-empty matrix, or that go beyond the model's positions.
+        With a ``cache`` row i of ids continues its i-th sequence, and is added to it; an empty cache
+        is given sequences.  The tokens go through the layers ``CHUNK`` at a time.  Raises ValueError
+        for ids that are not a non-empty matrix, of another number of rows than the cache has
+        sequences, or that go beyond the model's positions; OutOfBlocks where the cache has no room.
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(f"ids: got shape {list(ids.shape)}, expected [batch, length]")
-        past, length = cache.length if cache is not None else 0, ids.shape[1]
-        if past + length > self.config.max_positions:
-            raise ValueError(
-                f"ids: {past + length} tokens, the model takes {self.config.max_positions}"
-            )
+        batch, length = ids.shape
+        held = () if cache is None else cache.sequences
+        if held and len(held) != batch:
+            raise ValueError(f"ids: a batch of {batch}, the cache holds {len(held)}")
+        end = length + max((cache.length(sequence) for sequence in held), default=0)
+        if end > self.config.max_positions:
+            raise ValueError(f"ids: {end} tokens, the model takes {self.config.max_positions}")
+        if cache is None:
+            x, angles = self.embed_tokens(ids), self.rotary.table(length, ids.device)[:length]
+            for layer in self.layers:
+                x = layer(x, angles)
+            return self.logits(x[:, -1:] if last_only else x)
+        sequences = held or [cache.add() for _ in range(batch)]
+        logits = []
+        for part in ids.split(max(1, self.CHUNK // batch), dim=1):
+            step = cache.begin_step(dict.fromkeys(sequences, part.shape[1]))
+            x = self.run(part.reshape(-1), cache, step).view(*part.shape, -1)
+            cache.commit(step)
+            if not last_only:
+                logits.append(self.logits(x))
+        return self.logits(x[:, -1:]) if last_only else torch.cat(logits, dim=1)
+
+    def run(self, ids: torch.Tensor, cache: PagedKVCache, step: Step) -> torch.Tensor:
+        """New tokens ``ids [rows]`` of the step's sequences, one after the other, through all layers:
+        ``[rows, hidden]``.  One call of the library where the layers are packed and plain."""
         x = self.embed_tokens(ids)
-        cos, sin = self.rotary(past, length, x)
-        mask = None  # plainly causal, or one token that sees everything
-        if past and length > 1:
-            positions = torch.arange(past + length, device=x.device)
-            mask = positions <= positions[past:, None]
+        end = max(cache.length(s) + count for s, count in zip(step.sequences, step.counts))
+        angles = self.rotary.table(end, x.device)
+        native = self._native_layers(x)
+        if native is not None:
+            x = x.contiguous()
+            native.run(x, cache, step, angles)
+            return x
+        x, angles = x[None], angles[step.positions]
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
-        if cache is not None:
-            cache.advance(length)
-        x = x[:, -1:] if last_only else x
+            x = layer(x, angles, cache, step)
+        return x[0]
+
+    def _native_layers(self, x: torch.Tensor) -> NativeLayers | None:
+        """All layers as one call, where that computes what calling them would."""
+        embed = self.embed_tokens  # whose result is x, which the call overwrites
+        if not can_run(x) or not (is_plain(embed, nn.Embedding) or is_plain(embed, Embedding)):
+            return None
+        if self._native is None or not self._native[1].unchanged():
+            self._native = None
+            parts = []
+            for layer in self.layers:
+                parts.append(layer.parts())
+                if parts[-1] is None:
+                    return None
+            try:
+                self._native = NativeLayers(parts), Watch([self.layers])
+            except ValueError:
+                return None
+        native = self._native[0]
+        return native if native.dtype == x.dtype else None
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., hidden]``, what the layers made of a token -> logits ``[..., vocab]`` in f32."""
         return linear(self.lm_head, x, self.norm).float()
+
+    def top(self, x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``k`` largest of :meth:`logits`, largest first, and their ids, both ``[..., k]``; where
+        the head is packed, without storing the others (:func:`memlm.ops.matmul_topk`)."""
+        head, norm = self.lm_head, self.norm
+        if is_plain(head, Linear) and is_plain(norm, nn.RMSNorm):
+            return head.topk(x, k, norm.weight, norm.eps)
+        return self.logits(x).topk(k)
 
     def hf_tensors(self) -> dict[str, dict[str, int]]:
         """This model's tensor names -> the Hugging Face tensors they are made of and the rows of
@@ -368,6 +438,9 @@ class Decoder(nn.Module):
             tensors[f"{ours}.mlp.gate_up_proj.weight"] = {
                 f"{theirs}.mlp.{part}_proj.weight": inner for part in ("gate", "up")
             }
+            for part in ("q_norm", "k_norm") if config.qk_norm else ():
+                source = f"{theirs}.self_attn.{part}.weight"
+                tensors[f"{ours}.attention.{part}.weight"] = {source: config.head_dim}
             for mine, source in (
                 ("input_norm", "input_layernorm"),
                 ("attention.o_proj", "self_attn.o_proj"),

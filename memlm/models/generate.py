@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
-import torch
-
+from memlm.models.batch import Batch
 from memlm.models.decoder import Decoder
-
-
-def choose(
-    logits: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None,
-) -> int:
-    """One token from ``logits [vocab]``: the likeliest at temperature 0, else drawn from the
-    ``top_k`` likeliest (0: all) cut to the fewest that hold ``top_p`` of the probability (nucleus
-    sampling, arXiv:1904.09751)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    values, ids = torch.topk(logits, min(top_k, logits.numel()) if top_k else logits.numel())
-    probabilities = torch.softmax(values / temperature, dim=-1)
-    if top_p < 1:
-        # Kept: every token before which less than top_p has been collected.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+from memlm.models.sampling import Sampling
 
 
 def generate(
@@ -41,52 +19,29 @@ def generate(
     top_p: float = 1.0,
     stop_ids: Iterable[int] = (),
     seed: int | None = None,
+    kv: str | None = None,
 ) -> Iterator[int]:
     """Continues ``ids``, yielding each token as it is made: at most ``max_tokens``, up to and
     without the first of ``stop_ids``, or until the model's positions are full.
 
-    ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable.
+    The token is chosen as :class:`Sampling` says; ``seed`` makes sampling repeatable.  ``kv`` is
+    what keys and values are stored as: f32, bf16, int8 or int4 (None: as the model computes).
 
     Raises TypeError for a model that is no decoder, ValueError naming the argument that is out of
     range: at once, not when the first token is asked for.
     """
     if not isinstance(model, Decoder):
         raise TypeError(f"model: got {type(model).__name__}, expected a Decoder")
-    ids = list(ids)
-    if not ids:
-        raise ValueError("ids: the prompt is empty")
-    if not all(0 <= i < model.config.vocab_size for i in ids):
-        raise ValueError(f"ids: accepted are 0 to {model.config.vocab_size - 1}")
-    if len(ids) > model.config.max_positions:
-        raise ValueError(f"ids: {len(ids)} tokens, the model takes {model.config.max_positions}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: got {max_tokens}, at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, finite and at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k: got {top_k}, at least 1, or 0 for all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, above 0 and at most 1")
-    generator = None
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-    return _generate(model, ids, max_tokens, temperature, top_k, top_p, set(stop_ids), generator)
+    batch = Batch(model, model.new_cache(kv))
+    batch.add(ids, max_tokens, Sampling(temperature, top_k, top_p, seed), stop_ids)
+    return _tokens(batch)
 
 
-def _generate(model, ids, max_tokens, temperature, top_k, top_p, stop_ids, generator):
-    cache = model.new_cache()
-    device = model.norm.weight.device
-    step = torch.tensor([ids], device=device)
-    for _ in range(max_tokens):
-        if cache.length + step.shape[1] > model.config.max_positions:
-            return
-        with torch.inference_mode():  # not across the yield: it would hold in the caller
-            logits = model(step, cache, last_only=True)[0, -1].cpu()
-            token = choose(logits, temperature, top_k, top_p, generator)
-        if token in stop_ids:
-            return
-        yield token
-        step = torch.tensor([[token]], device=device)
+def _tokens(batch: Batch) -> Iterator[int]:
+    while len(batch):
+        for _, token in batch.step():
+            if token is not None:
+                yield token
 
 
 class TextStream:

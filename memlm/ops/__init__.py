@@ -9,6 +9,9 @@ from memlm.ops._registry import implementations
 from memlm.ops.attention import attention, attention_varlen
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
+from memlm.ops.kv_append import kv_append
+from memlm.ops.matmul_topk import matmul_topk
+from memlm.ops.paged_attention import paged_attention
 from memlm.ops.quantize_rows import quantize_rows
 from memlm.ops.quantize_weight import quantize_weight
 from memlm.ops.w2_matmul import w2_matmul
@@ -22,8 +25,9 @@ MODES = ("fast", "accurate", "w8a8")
 DEFAULT_MODES = {2: "fast", 4: "fast", 8: "accurate"}
 
 __all__ = [
-    "MODES", "attention", "attention_varlen", "dequantize", "embedding", "implementations", "matmul", "quantize_rows",
-    "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "MODES", "attention", "attention_varlen", "dequantize", "embedding", "implementations",
+    "kv_append", "matmul", "matmul_topk", "paged_attention", "quantize_rows", "quantize_weight",
+    "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 

@@ -457,6 +457,180 @@ void check_rows() {
     }
 }
 
+memlm_linear linear_of(const Weights& w, Product product, const Array* bias) {
+  const memlm_mode mode = product == Product::kAccurate ? MEMLM_ACCURATE
+                          : product == Product::kFast   ? MEMLM_FAST
+                                                        : MEMLM_W8A8;
+  return {w.packed(), w.format.bits, mode, bias ? bias->data() : nullptr};
+}
+
+// The largest logits are those of the whole product, in order.
+void check_topk() {
+  int turn = 0;
+  for (const Format& format : kFormats)
+    for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {17, 33}, {300, 96}}) {
+      const Weights w = random_weights(format, n, k, turn++ % 2 ? MEMLM_F32 : MEMLM_F16, 1);
+      const int64_t m = turn % 3 ? 1 : 7, top = std::min<int64_t>(n, 150);
+      const Array x(kDtypes[turn % 3], filled(m * k, normal)), bias(x.dtype, filled(n, normal));
+      const Array norm(x.dtype, filled(k, [] { return uniform(0.5, 1.5); }));
+      const Array x32(MEMLM_F32, x.values), bias32(MEMLM_F32, bias.values), norm32(MEMLM_F32, norm.values);
+      for (Product product : products(format)) {
+        if (product == Product::kW8A8Groups) continue;
+        on_every_isa([&] {
+          const Call call = {product, 1, {&bias32, &norm32}, nullptr};
+          const Values logits = decode(MEMLM_F32, run(w, x32, k, m, call));
+          const memlm_linear linear = linear_of(w, product, &bias);
+          memlm_matmul_args args{};
+          args.m = m;
+          args.x = x.data();
+          args.x_stride = k;
+          args.dtype = x.dtype;
+          args.norm = norm.data();
+          args.norm_eps = kEps;
+          args.threads = 3;
+          std::vector<float> values(m * top, NAN);
+          std::vector<int64_t> indices(m * top, -1);
+          require(memlm_matmul_topk(&linear, &args, top, values.data(), indices.data()));
+          for (int64_t row = 0; row < m; ++row) {
+            std::vector<int64_t> order(n);
+            for (int64_t i = 0; i < n; ++i) order[i] = i;
+            const double* y = &logits[row * n];
+            std::stable_sort(order.begin(), order.end(), [y](int64_t a, int64_t b) { return y[a] > y[b]; });
+            for (int64_t i = 0; i < top; ++i)
+              if (indices[row * top + i] != order[i] || values[row * top + i] != y[order[i]])
+                fail("matmul_topk, %s: number %d of row %d is %d", describe(w).c_str(),
+                     static_cast<int>(i), static_cast<int>(row), static_cast<int>(indices[row * top + i]));
+          }
+          count("matmul_topk", m * top);
+        });
+      }
+    }
+}
+
+// A layer is its operations one after the other, with queries and keys normalised and turned as the
+// papers have it, in double precision.  All of it in f32: what differs is how those two are rounded.
+struct LayerCase {
+  int64_t hidden, heads, kv_heads, dim, width;
+  bool normed;
+};
+
+void check_layer(const LayerCase& c, const std::vector<int64_t>& lengths) {
+  const int64_t q_width = c.heads * c.dim, kv_width = c.kv_heads * c.dim, stride = q_width + 2 * kv_width;
+  const int64_t half = c.dim / 2, count_ = static_cast<int64_t>(lengths.size()), most = 80;
+  const Format format = {Kind::kSymmetric, 4, 32};
+  const Weights qkv = random_weights(format, stride, c.hidden, MEMLM_F32, 0.2);
+  const Weights o = random_weights(format, c.hidden, q_width, MEMLM_F32, 0.2);
+  const Weights gate_up = random_weights(format, 2 * c.width, c.hidden, MEMLM_F32, 0.2);
+  const Weights down = random_weights(format, c.hidden, c.width, MEMLM_F32, 0.2);
+  const auto norm_of = [](int64_t n) { return Array(MEMLM_F32, filled(n, [] { return uniform(0.5, 1.5); })); };
+  const Array input_norm = norm_of(c.hidden), post_norm = norm_of(c.hidden);
+  const Array q_norm = norm_of(c.dim), k_norm = norm_of(c.dim);
+  const Array cosines(MEMLM_F32, filled(most * half, [] { return uniform(-1, 1); }));
+  const Array sines(MEMLM_F32, filled(most * half, [] { return uniform(-1, 1); }));
+  std::vector<int64_t> rows = {0}, positions;
+  for (int64_t length : lengths) {
+    rows.push_back(rows.back() + length);
+    for (int64_t i = 0; i < length; ++i) positions.push_back(i);
+  }
+  const int64_t m = rows.back(), blocks = 2 * count_;
+  std::vector<int32_t> tables;
+  for (int64_t i = 0; i < blocks; ++i) tables.push_back(static_cast<int32_t>(blocks - 1 - i));
+  const memlm_sequences sequences = {count_, rows.data(), lengths.data(), tables.data(), 2};
+  const Array x(MEMLM_F32, filled(m * c.hidden, normal));
+
+  on_every_isa([&] {
+    std::vector<float> stored(c.kv_heads * blocks * memlm_kv_block_bytes(MEMLM_KV_F32, 64, c.dim) / 4, 0);
+    const memlm_kv_pool pool = {stored.data(), blocks, 64, c.kv_heads, c.dim, MEMLM_KV_F32};
+    const auto copy_x = [&] { return std::vector<float>(x.values.begin(), x.values.end()); };
+
+    std::vector<float> y = copy_x(), projected(m * stride), attended(m * q_width), gated(m * c.width);
+    const auto multiply = [&](const Weights& w, const void* from, int64_t from_stride, float* to,
+                              int64_t to_stride, const Array* norm, bool swiglu, bool add) {
+      memlm_matmul_args args{};
+      args.m = m;
+      args.x = from;
+      args.x_stride = from_stride;
+      args.y = to;
+      args.y_stride = to_stride;
+      args.threads = 1;
+      if (norm) args.norm = norm->data(), args.norm_eps = kEps;
+      args.swiglu = swiglu;
+      if (add) args.residual = to, args.residual_stride = to_stride;
+      const memlm_packed packed = w.packed();
+      require(memlm_w4_matmul(&packed, &args));
+    };
+    multiply(qkv, y.data(), c.hidden, projected.data(), stride, &input_norm, false, false);
+    for (int64_t row = 0; row < m; ++row)
+      for (int64_t head = 0; head < c.heads + c.kv_heads; ++head) {
+        float* v = &projected[row * stride + head * c.dim];
+        const Array& weights = head < c.heads ? q_norm : k_norm;
+        Values values(v, v + c.dim);
+        double squares = 0;
+        for (double value : values) squares += value * value;
+        for (int64_t i = 0; c.normed && i < c.dim; ++i)
+          values[i] *= weights.values[i] / std::sqrt(squares / static_cast<double>(c.dim) + kEps);
+        for (int64_t i = 0; i < half; ++i) {
+          const double cosine = cosines.values[positions[row] * half + i];
+          const double sine = sines.values[positions[row] * half + i];
+          v[i] = static_cast<float>(values[i] * cosine - values[i + half] * sine);
+          v[i + half] = static_cast<float>(values[i + half] * cosine + values[i] * sine);
+        }
+      }
+    require(memlm_kv_append(&pool, &sequences, &projected[q_width], &projected[q_width + kv_width], stride,
+                            MEMLM_F32, 1));
+    memlm_paged_attention_args attend{};
+    attend.q = projected.data();
+    attend.q_stride = stride;
+    attend.out = attended.data();
+    attend.out_stride = q_width;
+    attend.heads = c.heads;
+    attend.scale = 1 / std::sqrt(static_cast<float>(c.dim));
+    attend.window = 3;
+    attend.threads = 1;
+    require(memlm_paged_attention(&pool, &sequences, &attend));
+    multiply(o, attended.data(), q_width, y.data(), c.hidden, nullptr, false, true);
+    multiply(gate_up, y.data(), c.hidden, gated.data(), c.width, &post_norm, true, false);
+    multiply(down, gated.data(), c.width, y.data(), c.hidden, nullptr, false, true);
+
+    const auto linear = [](const Weights& w) { return linear_of(w, Product::kAccurate, nullptr); };
+    const memlm_decoder_layer layer = {input_norm.data(), post_norm.data(),
+                                       c.normed ? q_norm.data() : nullptr,
+                                       c.normed ? k_norm.data() : nullptr,
+                                       kEps, linear(qkv), linear(o), linear(gate_up), linear(down), 3};
+    memlm_decoder_args args{};
+    args.hidden = c.hidden;
+    args.heads = c.heads;
+    args.x_stride = c.hidden;
+    args.cos = static_cast<const float*>(cosines.data());
+    args.sin = static_cast<const float*>(sines.data());
+    args.angles = most;
+    args.angle_stride = half;
+    args.positions = positions.data();
+    for (int threads : {1, 3}) {
+      std::vector<float> mine = copy_x();
+      std::fill(stored.begin(), stored.end(), NAN);
+      args.x = mine.data();
+      args.threads = threads;
+      require(memlm_decoder_layers(&layer, 1, &pool, &sequences, &args));
+      // Queries and keys differ by some units in the last place of numbers of order 1, of which sums
+      // of `dim` make scores; scores' differences pass through products with weights of order 0.1.
+      for (int64_t i = 0; i < m * c.hidden; ++i)
+        if (!(std::fabs(mine[i] - y[i]) <= 2e-5 * (1 + std::fabs(y[i]))))
+          fail("decoder_layers on %s: x[%d] is %.9g, should be %.9g", memlm_isa(), static_cast<int>(i),
+               mine[i], y[i]);
+      count("decoder_layers", m * c.hidden);
+    }
+  });
+}
+
+void check_layers() {
+  for (const bool normed : {false, true})
+    for (const LayerCase& c : {LayerCase{48, 4, 2, 24, 32, normed}, LayerCase{70, 3, 3, 80, 48, normed}}) {
+      check_layer(c, {1});
+      check_layer(c, {7, 1, 66});
+    }
+}
+
 memlm_quantize_args quantize_args(const Weights& like, bool ternary, const Array& w, int64_t stride) {
   memlm_quantize_args args{};
   args.n = like.n;
@@ -702,6 +876,8 @@ int main(int argc, char**) {
   check_tiny();
   check_gates();
   check_rows();
+  check_topk();
+  check_layers();
   check_quantize_weight();
   check_refusals();
   check_largest_magnitude();
