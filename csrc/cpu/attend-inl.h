@@ -48,6 +48,7 @@ constexpr int kStreamRows = 8;
 // c[MT][NT * 16] = c * factor + a b, where a[m][k] lies at a + m * a_row + k * a_k.  factor [MT];
 // NULL: c = a b.
 template <int MT, int NT, class T>
+__attribute__((always_inline))  // a_row and a_k are constants of most callers: up to 1.15 times as fast
 inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tiles<T>& b, int64_t k,
                           const float* factor, float* c, int64_t c_row) {
   F sums[MT][NT];
