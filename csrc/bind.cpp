@@ -35,6 +35,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("kv_block_bytes", [](int type, int64_t block_tokens, int64_t head_dim) {
     return memlm_kv_block_bytes(static_cast<memlm_kv_type>(type), block_tokens, head_dim);
   }, py::arg("type"), py::arg("block_tokens"), py::arg("head_dim"));
+  m.def("kv_tail_bytes", [](int type, int64_t block_tokens, int64_t head_dim) {
+    return memlm_kv_tail_bytes(static_cast<memlm_kv_type>(type), block_tokens, head_dim);
+  }, py::arg("type"), py::arg("block_tokens"), py::arg("head_dim"));
   m.def("limit_dram_gbps", memlm_limit_dram_gbps, py::arg("threads"), py::arg("bytes"),
         py::arg("huge_pages"), py::arg("repeats"), py::call_guard<py::gil_scoped_release>());
   m.def("limit_f32_gmacs", memlm_limit_f32_gmacs, py::arg("threads"), py::arg("repeats"),

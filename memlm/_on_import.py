@@ -9,7 +9,11 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 # A module of another library -> ours, whose import makes the two known to each other.
-JOINS = {"transformers.quantizers.auto": "memlm.hf", "peft.tuners.lora.model": "memlm.peft"}
+JOINS = {
+    "transformers.quantizers.auto": "memlm.hf",
+    "transformers.modeling_utils": "memlm.hf_attention",
+    "peft.tuners.lora.model": "memlm.peft",
+}
 
 
 class _Finder(MetaPathFinder):
@@ -45,8 +49,8 @@ def _join(name: str) -> None:
 
 
 def join_others() -> None:
-    """Imports ``memlm.hf`` where transformers' quantizers are, and ``memlm.peft`` where PEFT is: now,
-    or as soon as they are imported.  This alone imports neither."""
+    """Imports each of ``JOINS`` where the other module is: now, or as soon as it is imported.  This
+    alone imports none."""
     for name in JOINS:
         if name in sys.modules:
             _join(name)

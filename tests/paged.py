@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memlm.kv_formats import TYPES, KvFormat
+from memlm.kv_formats import KvFormat
 from memlm.ops._registry import implementations
 
 
@@ -20,7 +20,7 @@ class Paged:
     def step(self, new: list[int]):
         """rows, lengths, tables of a step with so many last tokens of each sequence."""
         rows = torch.tensor([0, *new]).cumsum(0)
-        return rows, torch.tensor(self.lengths), self.tables
+        return rows, torch.tensor(self.lengths, dtype=torch.int64), self.tables
 
     def kind(self) -> tuple[int, int]:
         """type and block_tokens, as the ops take them."""

@@ -39,8 +39,7 @@ def programs(tmp_path_factory):
         build = runpy.run_path(str(ROOT / "setup.py"))
     core = ROOT / "csrc" / "cpu"
     units = {core / f"isa/{isa}.cpp": flags for isa, flags in build["ISA_FLAGS"].items()}
-    common = [core / f"{name}.cpp" for name in ("dispatch", "pool", "threads")]
-    common.append(ROOT / "csrc/bench/limits.cpp")
+    common = [*sorted(core.glob("*.cpp")), ROOT / "csrc/bench/limits.cpp"]
     units |= {unit: [] for unit in common}
     compile = [COMPILER, *build["COMMON"], "-Wall", "-Wextra", "-Werror"]
     running = [

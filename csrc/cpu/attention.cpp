@@ -76,6 +76,13 @@ memlm_status check(const memlm_kv_pool* pool, const memlm_sequences* s) {
     return fail(MEMLM_INVALID, "count: got %lld, accepted is 0 to 2^31-1", (ll)s->count);
   if (s->count && (!s->rows || !s->lengths || !s->tables))
     return fail(MEMLM_INVALID, "rows, lengths, tables: one is NULL");
+  if (!pool->tails != !kv_has_tails(pool->type))
+    return fail(MEMLM_INVALID, "tails: %s", pool->tails ? "only INT4 has them" : "is NULL, INT4 needs them");
+  if (pool->tails && s->count && !s->tails) return fail(MEMLM_INVALID, "sequences: tails is NULL");
+  for (int64_t i = 0; pool->tails && i < s->count; ++i)
+    if (s->tails[i] < 0 || s->tails[i] >= pool->tail_count)
+      return fail(MEMLM_INVALID, "tails: number %lld is %d, the pool has %lld", (ll)i, s->tails[i],
+                  (ll)pool->tail_count);
   if (s->count && s->rows[0] != 0)
     return fail(MEMLM_INVALID, "rows: begins with %lld, not 0", (ll)s->rows[0]);
   return MEMLM_OK;
@@ -143,6 +150,11 @@ int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t h
   if (block_tokens < 32 || block_tokens > kMostKvTokens || block_tokens % 32) return 0;
   if (head_dim < 1 || head_dim > kMostHeadDim) return 0;
   return KvBlock(type, block_tokens, head_dim).bytes();
+}
+
+int64_t memlm_kv_tail_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim) {
+  if (!memlm_kv_block_bytes(type, block_tokens, head_dim) || !kv_has_tails(type)) return 0;
+  return kv_tail(KvBlock(type, block_tokens, head_dim)).bytes();
 }
 
 memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences, const void* k,

@@ -20,7 +20,7 @@ namespace memlm {
 namespace MEMLM_ISA {
 
 // Passages are cut in parts where there are fewer of them, so that there are about as many parts.
-constexpr int64_t kLeastParts = 8;
+constexpr int64_t kLeastParts = 4;
 // Floats from one row of P to the next: with those of 128 keys alone, a column of P would lie in an
 // eighth of the L1's sets.
 constexpr int64_t kMatrixRow = kDenseKeys + 16;

@@ -7,17 +7,26 @@
 namespace memlm {
 namespace MEMLM_ISA {
 
+// The transform of 16 numbers: +1, or -1 where i & j has an odd number of bits.
+struct Signs {
+  float v[16][16];
+  constexpr Signs() : v() {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) {
+        const int both = i & j;
+        v[i][j] = ((both ^ both >> 1 ^ both >> 2 ^ both >> 3) & 1) ? -1 : 1;
+      }
+  }
+};
+
 // In place, of x [n], n a multiple of 32: by the largest power of two that divides n.
 inline void hadamard(float* x, int64_t n) {
+  alignas(64) static constexpr Signs signs;
   const int64_t size = n & -n;
-  for (int64_t i = 0; i < n; i += 16) {  // distances 8, 4, 2, 1
-    for (int64_t step = 8; step >= 1; step /= 2)
-      for (int64_t a = i; a < i + 16; a += 2 * step)
-        for (int64_t j = a; j < a + step; ++j) {
-          const float sum = x[j] + x[j + step], difference = x[j] - x[j + step];
-          x[j] = sum;
-          x[j + step] = difference;
-        }
+  for (int64_t i = 0; i < n; i += 16) {
+    F sums = f_zero();
+    for (int j = 0; j < 16; ++j) sums = f_fma(f_set1(x[i + j]), f_load(signs.v[j]), sums);
+    f_store(x + i, sums);
   }
   for (int64_t step = 16; step < size; step *= 2)
     for (int64_t a = 0; a < n; a += 2 * step)

@@ -59,36 +59,31 @@ inline uint16_t round_group(const float* x, int64_t group, int bits, int* codes)
   return rounded[0];
 }
 
-// Key and value of one token of one head, as token t of the block at `to`; x is room for both.
-inline void store_token(const KvBlock& b, const void* k, const void* v, memlm_dtype dtype, int64_t at,
-                        int64_t t, float* x, char* to) {
-  for (int is_value = 0; is_value < 2; ++is_value) {
-    for (int64_t c = 0; c < b.dim; c += 16)
-      f_store(x + c, load_floats(is_value ? v : k, dtype, at + c, b.dim - c < 16 ? b.dim - c : 16));
-    for (int64_t c = round_up16(b.dim); c < b.width; ++c) x[c] = 0;
-    char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
-    if (!kv_is_quantized(b.type)) {
-      for (int64_t c = 0; c < (is_value ? b.width : b.dim); ++c)
-        if (is_value)
-          store_element(tiles + c / 16 * b.value_tile(), b.type, t, c % 16, x[c]);
-        else
-          store_element(tiles, b.type, c, t % 16, x[c]);
-      continue;
-    }
-    hadamard(x, b.channels);
-    const int bits = is_value ? b.value_bits() : b.key_bits();
-    for (int64_t g = 0; g < b.groups(); ++g) {
-      int codes[64];
-      const uint16_t scale = round_group(x + g * b.group, b.group, bits, codes);
-      const int64_t place = is_value ? g * b.tokens + t : (t / 16 * b.groups() + g) * 16 + t % 16;
-      memcpy(to + (is_value ? b.value_scales() : b.key_scales()) + place * 2, &scale, 2);
-      for (int64_t i = 0; i < b.group; ++i) {
-        const int64_t c = g * b.group + i;
-        if (is_value)
-          store_code(tiles + c / 16 * b.value_tile(), bits, t, c % 16, codes[i]);
-        else
-          store_code(tiles, bits, c, t % 16, codes[i]);
-      }
+// A key, or a value, x [channels] or [width], of token t to a block of floats.
+inline void store_floats(const KvBlock& b, bool is_value, int64_t t, const float* x, char* to) {
+  char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
+  for (int64_t c = 0; c < (is_value ? b.width : b.channels); ++c)
+    if (is_value)
+      store_element(tiles + c / 16 * b.value_tile(), b.type, t, c % 16, x[c]);
+    else
+      store_element(tiles, b.type, c, t % 16, x[c]);
+}
+
+// The same, transformed already, to a block of codes.
+inline void store_codes(const KvBlock& b, bool is_value, int64_t t, const float* x, char* to) {
+  char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
+  const int bits = is_value ? b.value_bits() : b.key_bits();
+  for (int64_t g = 0; g < b.groups(); ++g) {
+    int codes[64];
+    const uint16_t scale = round_group(x + g * b.group, b.group, bits, codes);
+    const int64_t place = is_value ? g * b.tokens + t : (t / 16 * b.groups() + g) * 16 + t % 16;
+    memcpy(to + (is_value ? b.value_scales() : b.key_scales()) + place * 2, &scale, 2);
+    for (int64_t i = 0; i < b.group; ++i) {
+      const int64_t c = g * b.group + i;
+      if (is_value)
+        store_code(tiles + c / 16 * b.value_tile(), bits, t, c % 16, codes[i]);
+      else
+        store_code(tiles, bits, c, t % 16, codes[i]);
     }
   }
 }
@@ -104,10 +99,27 @@ inline void kv_append(const memlm_kv_pool& pool, const memlm_sequences& s, const
       const int64_t first = s.rows[sequence], count = s.rows[sequence + 1] - first;
       const int64_t before = s.lengths[sequence] - count;
       for (int64_t n = 0; n < count; ++n) {
-        const int64_t t = before + n;
+        const int64_t t = before + n, from = (first + n) * stride + head * b.dim;
         const int64_t block = s.tables[sequence * s.table_stride + t / b.tokens];
         char* const to = static_cast<char*>(pool.blocks) + (head * pool.count + block) * b.bytes();
-        store_token(b, k, v, dtype, (first + n) * stride + head * b.dim, t % b.tokens, x, to);
+        for (int part = 0; part < 2; ++part) {
+          const bool is_value = part;
+          for (int64_t c = 0; c < b.dim; c += 16)
+            f_store(x + c, load_floats(is_value ? v : k, dtype, from + c, b.dim - c < 16 ? b.dim - c : 16));
+          for (int64_t c = round_up16(b.dim); c < b.width; ++c) x[c] = 0;
+          if (!kv_is_quantized(b.type)) {
+            store_floats(b, is_value, t % b.tokens, x, to);
+            continue;
+          }
+          hadamard(x, b.channels);
+          store_codes(b, is_value, t % b.tokens, x, to);
+          if (pool.tails) {
+            const KvBlock tail = kv_tail(b);
+            store_floats(tail, is_value, t % b.tokens, x,
+                         static_cast<char*>(pool.tails) +
+                             (head * pool.tail_count + s.tails[sequence]) * tail.bytes());
+          }
+        }
       }
     }
   });

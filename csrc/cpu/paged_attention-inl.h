@@ -59,6 +59,14 @@ struct PagedPassage {
     return static_cast<const char*>(call.pool.blocks) +
            (kv_head * call.pool.count + block) * call.block.bytes();
   }
+  // Its tail, if token t is in it, or NULL.
+  const char* tail_of(int64_t t) const {
+    const memlm_sequences& s = call.sequences;
+    if (!call.pool.tails || t / call.block.tokens != (s.lengths[sequence] - 1) / call.block.tokens)
+      return nullptr;
+    return static_cast<const char*>(call.pool.tails) +
+           (kv_head * call.pool.tail_count + s.tails[sequence]) * kv_tail(call.block).bytes();
+  }
   // A query, times scale; zeros up to `padded`, a multiple of 16.
   void query(int64_t row, int64_t padded, float* to) const {
     const F scale = f_set1(call.args.scale);
@@ -70,47 +78,70 @@ struct PagedPassage {
   }
 };
 
-// Keys and values as T: f32, or bf16.
+// The products with a block of T, f32 or bf16.
 template <class T>
-class PlainKeys {
-  const PagedPassage& p;
-  float* packed;  // register tile by register tile, [dim][rows of the tile]
-  int64_t tile_rows;
-  const T *k_tiles, *v_tiles;
+class FloatBlock {
+  const KvBlock block;
+  float* packed;  // queries, register tile by register tile, [channels][rows of the tile]
+  int64_t tile_rows = 0;
+  const T *k_tiles = nullptr, *v_tiles = nullptr;
 
  public:
-  static int64_t bytes(const PagedPassage& p) { return 4 * kBlockRows * round_up16(p.call.block.dim); }
-  PlainKeys(const PagedPassage& p, char* room) : p(p), packed(reinterpret_cast<float*>(room)) {}
+  static int64_t bytes(const KvBlock& b) { return 4 * kBlockRows * round_up16(b.channels); }
+  FloatBlock(const KvBlock& b, char* room) : block(b), packed(reinterpret_cast<float*>(room)) {}
 
-  int64_t keys() const { return p.call.block.tokens; }
-  void queries(int64_t first, const RowTiles& tiles) {
-    const int64_t dim = p.call.block.dim;
-    alignas(64) float x[kMostHeadDim];
-    tile_rows = tiles.rows;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int mt = tiles.rows_of(t);
-      for (int m = 0; m < mt; ++m) {
-        p.query(first + t * tile_rows + m, 0, x);
-        for (int64_t d = 0; d < dim; ++d) packed[t * tile_rows * dim + d * mt + m] = x[d];
-      }
-    }
+  // The query x [channels] as row m of the mt rows of a tile.
+  void query(int64_t tile, int64_t rows, int m, int mt, const float* x) {
+    tile_rows = rows;
+    float* const to = packed + tile * tile_rows * block.channels + m;
+    for (int64_t c = 0; c < block.channels; ++c) to[c * mt] = x[c];
   }
-  void block(int64_t j) {
-    const char* const at = p.block_of(j);
+  void set(const char* at) {
     k_tiles = reinterpret_cast<const T*>(at);
-    v_tiles = reinterpret_cast<const T*>(at + p.call.block.values());
+    v_tiles = reinterpret_cast<const T*>(at + block.values());
   }
   template <int MT>
   void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
-    const int64_t dim = p.call.block.dim;
-    multiply<MT>(packed + tile * tile_rows * dim, 1, MT, Tiles<T>{k_tiles + first * dim * 16, dim * 16},
-                 blocks, dim, nullptr, s, kMostKeys);
+    const int64_t n = block.channels;
+    multiply<MT>(packed + tile * tile_rows * n, 1, MT, Tiles<T>{k_tiles + first * n * 16, n * 16}, blocks,
+                 n, nullptr, s, kMostKeys);
   }
   template <int MT>
   void values(int64_t first, int64_t keys, const float* weights, const float* factors, float* out,
               int64_t width) const {
-    multiply<MT>(weights, kMostKeys, 1, Tiles<T>{v_tiles + first * 16, p.call.block.tokens * 16},
-                 width / 16, keys, factors, out, width);
+    multiply<MT>(weights, kMostKeys, 1, Tiles<T>{v_tiles + first * 16, block.tokens * 16}, width / 16,
+                 keys, factors, out, width);
+  }
+};
+
+// Keys and values as T.
+template <class T>
+class PlainKeys {
+  const PagedPassage& p;
+  FloatBlock<T> floats;
+
+ public:
+  static int64_t bytes(const PagedPassage& p) { return FloatBlock<T>::bytes(p.call.block); }
+  PlainKeys(const PagedPassage& p, char* room) : p(p), floats(p.call.block, room) {}
+
+  int64_t keys() const { return p.call.block.tokens; }
+  void queries(int64_t first, const RowTiles& tiles) {
+    alignas(64) float x[kMostHeadDim];
+    for (int64_t t = 0; t < tiles.count; ++t)
+      for (int m = 0; m < tiles.rows_of(t); ++m) {
+        p.query(first + t * tiles.rows + m, 0, x);
+        floats.query(t, tiles.rows, m, tiles.rows_of(t), x);
+      }
+  }
+  void block(int64_t j) { floats.set(p.block_of(j)); }
+  template <int MT>
+  void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
+    floats.template scores<MT>(tile, first, blocks, s);
+  }
+  template <int MT>
+  void values(int64_t first, int64_t keys, const float* weights, const float* factors, float* out,
+              int64_t width) const {
+    floats.template values<MT>(first, keys, weights, factors, out, width);
   }
 };
 
@@ -144,6 +175,8 @@ class CodedKeys {
   float* v_scales;  // [groups][kMostKeys]
   int64_t tile_rows;
   const char* at;
+  FloatBlock<uint16_t> tail;
+  bool in_tail;
 
   // Row x [k] to a lane of a register tile.
   template <class W>
@@ -180,11 +213,16 @@ class CodedKeys {
   static int64_t bytes(const PagedPassage& p) {
     const KvBlock& b = p.call.block;
     return kBlockRows * PerRow<K>::row_bytes(b.group) * b.groups() +
-           kTileM * PerRow<V>::row_bytes(kMostKeys) + 4 * kMostKeys * b.groups();
+           kTileM * PerRow<V>::row_bytes(kMostKeys) + 4 * kMostKeys * b.groups() +
+           (p.call.pool.tails ? FloatBlock<uint16_t>::bytes(kv_tail(b)) : 0);
   }
-  CodedKeys(const PagedPassage& p, char* room) : p(p), b(p.call.block), queries_(room) {
-    weights_ = queries_ + kBlockRows * query_bytes();
-    v_scales = reinterpret_cast<float*>(weights_ + kTileM * PerRow<V>::row_bytes(kMostKeys));
+  CodedKeys(const PagedPassage& p, char* room)
+      : p(p),
+        b(p.call.block),
+        queries_(room),
+        weights_(queries_ + kBlockRows * query_bytes()),
+        v_scales(reinterpret_cast<float*>(weights_ + kTileM * PerRow<V>::row_bytes(kMostKeys))),
+        tail(kv_tail(b), reinterpret_cast<char*>(v_scales + kMostKeys * b.groups())) {
   }
 
   int64_t keys() const { return b.tokens; }
@@ -196,6 +234,7 @@ class CodedKeys {
       for (int m = 0; m < mt; ++m) {
         p.query(first + t * tile_rows + m, b.channels, x);
         hadamard(x, b.channels);
+        if (p.call.pool.tails) tail.query(t, tile_rows, m, mt, x);
         for (int64_t g = 0; g < b.groups(); ++g)
           pack<K>(x + g * b.group, b.group, m, mt,
                   queries_ + t * tile_rows * query_bytes() + g * mt * PerRow<K>::row_bytes(b.group));
@@ -203,6 +242,9 @@ class CodedKeys {
     }
   }
   void block(int64_t j) {
+    const char* const unrounded = p.tail_of(j);
+    in_tail = unrounded != nullptr;
+    if (in_tail) return tail.set(unrounded);
     at = p.block_of(j);
     for (int64_t g = 0; g < b.groups(); ++g)
       for (int64_t t = 0; t < b.tokens; t += 16)
@@ -211,6 +253,7 @@ class CodedKeys {
   }
   template <int MT>
   void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
+    if (in_tail) return tail.template scores<MT>(tile, first, blocks, s);
     const uint16_t* const scales = reinterpret_cast<const uint16_t*>(at + b.key_scales());
     for (int64_t i = 0; i < blocks; ++i)
       for (int64_t g = 0; g < b.groups(); ++g) {
@@ -228,6 +271,7 @@ class CodedKeys {
   template <int MT>
   void values(int64_t first, int64_t keys, const float* weights, const float* factors, float* out,
               int64_t width) const {
+    if (in_tail) return tail.template values<MT>(first, keys, weights, factors, out, width);
     // Whole runs of 32 tokens: `first` is a multiple of 16, and weights reach to one.
     const int64_t from = first / kActGroup * kActGroup, skipped = first - from;
     const int64_t count = div_up(first + keys - from, kActGroup) * kActGroup;

@@ -183,10 +183,16 @@ typedef struct {
   int64_t block_tokens; /* a multiple of 32, at most 256 */
   int64_t kv_heads, head_dim; /* head_dim 1 to 512 */
   memlm_kv_type type;
+  /* INT4 only, else NULL: the newest block of each sequence, unrounded.  A query in it reads it instead
+   * of the rounded one, which quality asks for: the nearest tokens matter most. */
+  void* tails; /* [kv_heads, tail_count, memlm_kv_tail_bytes] */
+  int64_t tail_count;
 } memlm_kv_pool;
 
 /* Bytes of a block of one key-value head; 0 for what memlm_kv_pool does not accept. */
 MEMLM_API int64_t memlm_kv_block_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim);
+/* The same of a tail; 0 for types that have none. */
+MEMLM_API int64_t memlm_kv_tail_bytes(memlm_kv_type type, int64_t block_tokens, int64_t head_dim);
 
 /* The sequences of one step: new tokens, one after the other, and where their tokens are stored. */
 typedef struct {
@@ -196,6 +202,7 @@ typedef struct {
   const int32_t* tables;  /* [count, table_stride]: token t is in block tables[s][t / block_tokens] of
                              the pool, as its token t % block_tokens */
   int64_t table_stride;
+  const int32_t* tails; /* [count]: the tail of each; not looked at where the pool has none */
 } memlm_sequences;
 
 /* Stores the keys and values [rows, kv_heads, head_dim] of the new tokens, quantised one by one; rows
@@ -205,7 +212,8 @@ MEMLM_API memlm_status memlm_kv_append(const memlm_kv_pool* pool, const memlm_se
                                        memlm_dtype dtype, int threads);
 
 /* Causal attention of the new tokens over what is stored of their sequences, themselves included;
- * blocks are read as they are. */
+ * blocks are read as they are.  With tails, a sequence whose new tokens go beyond the end of a block is
+ * better passed block by block: those before its last block would read their own rounded. */
 typedef struct {
   const void* q; /* [rows, heads, head_dim] */
   int64_t q_stride, out_stride; /* elements from one row to the next */

@@ -502,7 +502,8 @@ struct Paged {
   memlm_sequences sequences;
 
   Paged(const Tensor& blocks, const Tensor& rows, const Tensor& lengths, const Tensor& tables,
-        int64_t type, int64_t block_tokens, int64_t head_dim, int64_t tokens, void* data) {
+        const OptionalTensor& tails, const OptionalTensor& tail_of, int64_t type, int64_t block_tokens,
+        int64_t head_dim, int64_t tokens) {
     STD_TORCH_CHECK(blocks.is_cpu() && blocks.is_contiguous() && blocks.dim() == 3 &&
                         blocks.scalar_type() == ScalarType::Byte,
                     "pool: must be a contiguous uint8 tensor on the CPU, [kv_heads, blocks, bytes]");
@@ -520,10 +521,20 @@ struct Paged {
     STD_TORCH_CHECK(tables.is_cpu() && tables.is_contiguous() && tables.dim() == 2 &&
                         tables.size(0) == count && tables.scalar_type() == ScalarType::Int,
                     "tables: must be a contiguous int32 tensor on the CPU, [sequences, blocks]");
-    pool = {data, blocks.size(1), block_tokens, blocks.size(0), head_dim, kv_type};
+    STD_TORCH_CHECK(tails.has_value() == tail_of.has_value(), "tails, tail_of: both or none");
+    if (tails) {
+      const int64_t of_tail = memlm_kv_tail_bytes(kv_type, block_tokens, head_dim);
+      check_part(*tails, "tails", {blocks.size(0), tails->size(1), of_tail});
+      STD_TORCH_CHECK(tails->scalar_type() == ScalarType::Byte, "tails: expected uint8");
+      check_part(*tail_of, "tail_of", {count});
+      STD_TORCH_CHECK(tail_of->scalar_type() == ScalarType::Int, "tail_of: expected int32");
+    }
+    pool = {const_cast<void*>(blocks.const_data_ptr()), blocks.size(1), block_tokens, blocks.size(0),
+            head_dim, kv_type, const_cast<void*>(data_of(tails)), tails ? tails->size(1) : 0};
     sequences = {count, static_cast<const int64_t*>(rows.const_data_ptr()),
                  static_cast<const int64_t*>(lengths.const_data_ptr()),
-                 static_cast<const int32_t*>(tables.const_data_ptr()), tables.size(1)};
+                 static_cast<const int32_t*>(tables.const_data_ptr()), tables.size(1),
+                 static_cast<const int32_t*>(data_of(tail_of))};
     STD_TORCH_CHECK(sequences.rows[count] == tokens, "rows: ends with ", sequences.rows[count],
                     ", there are ", tokens, " new tokens");
   }
@@ -536,8 +547,8 @@ void check_heads(Tensor& t, const char* name) {
     t = torch::stable::contiguous(t);
 }
 
-void kv_append(Tensor pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Tensor tables, int64_t type,
-               int64_t block_tokens) {
+void kv_append(Tensor pool, OptionalTensor tails, Tensor k, Tensor v, Tensor rows, Tensor lengths,
+               Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens) {
   check_heads(k, "k");
   check_heads(v, "v");
   STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
@@ -548,20 +559,19 @@ void kv_append(Tensor pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Ten
     k = torch::stable::contiguous(k);
     v = torch::stable::contiguous(v);
   }
-  const Paged paged(pool, rows, lengths, tables, type, block_tokens, k.size(2), k.size(0),
-                    pool.mutable_data_ptr());
+  const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, k.size(2),
+                    k.size(0));
   const int64_t stride = k.size(0) > 1 ? k.stride(0) : k.size(1) * k.size(2);
   check_status(memlm_kv_append(&paged.pool, &paged.sequences, k.const_data_ptr(), v.const_data_ptr(),
                                stride, dtype_of(k.scalar_type(), "k"), threads()));
 }
 
-Tensor paged_attention(Tensor q, Tensor pool, Tensor rows, Tensor lengths, Tensor tables, int64_t type,
-                       int64_t block_tokens, double scale, int64_t window, double softcap,
+Tensor paged_attention(Tensor q, Tensor pool, OptionalTensor tails, Tensor rows, Tensor lengths,
+                       Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens, double scale, int64_t window, double softcap,
                        OptionalTensor slopes, OptionalTensor sinks) {
   check_heads(q, "q");
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  const Paged paged(pool, rows, lengths, tables, type, block_tokens, dim, tokens,
-                    const_cast<void*>(pool.const_data_ptr()));
+  const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, dim, tokens);
   for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
     if (!*t) continue;
     check_part(**t, name, {heads});
@@ -628,12 +638,12 @@ STABLE_TORCH_LIBRARY(memlm, m) {
       "bool to_end, float softcap, Tensor? slopes, Tensor? sinks, float dropout, Tensor? seed, "
       "bool want_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   m.def(
-      "kv_append(Tensor(a!) pool, Tensor k, Tensor v, Tensor rows, Tensor lengths, Tensor tables, "
-      "int type, int block_tokens) -> ()");
+      "kv_append(Tensor(a!) pool, Tensor(b!)? tails, Tensor k, Tensor v, Tensor rows, Tensor lengths, "
+      "Tensor tables, Tensor? tail_of, int type, int block_tokens) -> ()");
   m.def(
-      "paged_attention(Tensor q, Tensor pool, Tensor rows, Tensor lengths, Tensor tables, int type, "
-      "int block_tokens, float scale, int window, float softcap, Tensor? slopes, Tensor? sinks) "
-      "-> Tensor");
+      "paged_attention(Tensor q, Tensor pool, Tensor? tails, Tensor rows, Tensor lengths, "
+      "Tensor tables, Tensor? tail_of, int type, int block_tokens, float scale, int window, "
+      "float softcap, Tensor? slopes, Tensor? sinks) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {

@@ -402,10 +402,14 @@ def attention(
         raise ValueError(f"query, key, value: {shapes} do not broadcast") from None
     mask = _four_mask(attn_mask, query, batch)
     q, k, v = (_four(x, batch) for x in (query, key, value))
-    _check(q, k, v, mask, None, None, slopes, sinks, dropout_p, seed)
-    out, _ = _op(
-        q, k, v, mask, None, None, scale, left, right, to_end, softcap, slopes, sinks, dropout_p, seed
-    )
+    try:
+        out, _ = _op(
+            q, k, v, mask, None, None, scale, left, right, to_end, softcap, slopes, sinks, dropout_p,
+            seed,
+        )  # fmt: skip
+    except Exception:  # the op checks all of this again, after autocast, which may make it fit
+        _check(q, k, v, mask, None, None, slopes, sinks, dropout_p, seed)
+        raise
     if dims == 4:
         return out
     return out[0, 0] if dims == 2 else out.reshape(*batch, *out.shape[-3:])
@@ -444,13 +448,13 @@ def attention_varlen(
     left, right = _limits(window, is_causal)
     k_offsets = q_offsets if k_offsets is None else k_offsets
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    _check(q, k, v, None, q_offsets, k_offsets, slopes, sinks, dropout_p, seed)
     try:
         out, _ = _op(
             q, k, v, None, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, sinks,
             dropout_p, seed,
         )  # fmt: skip
-    except RuntimeError:
+    except Exception:
+        _check(q, k, v, None, q_offsets, k_offsets, slopes, sinks, dropout_p, seed)
         _check_offsets("q_offsets", q_offsets, query.shape[0])
         _check_offsets("k_offsets", k_offsets, key.shape[0])
         raise

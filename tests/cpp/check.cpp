@@ -11,6 +11,7 @@
 #include <string>
 
 #include "reference.h"
+#include "reference_attention.h"
 
 using namespace reference;
 
@@ -756,6 +757,112 @@ void check_largest_magnitude() {
     }
 }
 
+void check_values(const char* operation, const char* what, const AttentionCase& c, const Values& got,
+                  const Bounded& wanted) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double value = wanted.value[i];
+    if (!(got[i] == value || std::fabs(got[i] - value) <= wanted.bound[i]))
+      fail("%s: %s, %dx%dx%d heads of %d, %d keys, dtype %d: %s[%d] is %.9g, should be %.9g within %.3g",
+           operation, memlm_isa(), static_cast<int>(c.batch), static_cast<int>(c.heads),
+           static_cast<int>(c.q_len), static_cast<int>(c.dim), static_cast<int>(c.k_len), c.dtype, what,
+           static_cast<int>(i), got[i], value, wanted.bound[i]);
+    telling += std::fabs(value) > wanted.bound[i];
+    bounded += value != 0;  // as of what no query sees
+  }
+  count(operation, static_cast<int64_t>(got.size()));
+}
+
+// Attention of random numbers, forward and backward, on every instruction set.
+void check_attention_case(const AttentionCase& c) {
+  const auto random = [&](int64_t numbers) { return Array(c.dtype, filled(numbers, normal)); };
+  const Array q = random(c.q_rows() * c.dim), k = random(c.k_rows() * c.dim);
+  const Array v = random(c.k_rows() * c.v_dim), grad = random(c.q_rows() * c.v_dim);
+  const bool is_bool = c.mask == 1;
+  const Array mask(c.dtype, filled(c.batch * c.q_len * c.k_len, [&] {
+                     return integer(0, 4) == 0 ? (is_bool ? 0 : -INFINITY) : is_bool ? 1 : normal();
+                   }));
+  const std::vector<uint8_t> seen(mask.values.begin(), is_bool ? mask.values.end() : mask.values.begin());
+  const Array slopes(MEMLM_F32, filled(c.heads, [] { return uniform(0, 0.5); }));
+  const Array sinks(MEMLM_F32, filled(c.heads, normal));
+  const AttentionResults wanted =
+      reference::attention(c, q.values, k.values, v.values, mask.values, slopes.values, sinks.values, grad.values);
+  const int64_t size = Float(c.dtype).bytes;
+
+  memlm_attention_args args{};
+  args.batch = c.batch, args.heads = c.heads, args.kv_heads = c.kv_heads;
+  args.q_len = c.q_len, args.k_len = c.k_len, args.head_dim = c.dim, args.v_dim = c.v_dim;
+  args.q = q.data(), args.k = k.data(), args.v = v.data();
+  const auto dense = [](int64_t* strides, int64_t heads, int64_t rows, int64_t columns) {
+    strides[0] = heads * rows * columns, strides[1] = rows * columns, strides[2] = columns;
+  };
+  dense(args.q_strides, c.heads, c.q_len, c.dim);
+  dense(args.k_strides, c.kv_heads, c.k_len, c.dim);
+  dense(args.v_strides, c.kv_heads, c.k_len, c.v_dim);
+  dense(args.out_strides, c.heads, c.q_len, c.v_dim);
+  args.dtype = c.dtype, args.scale = c.scale, args.left = c.left, args.right = c.right;
+  args.to_end = c.to_end, args.softcap = c.softcap, args.dropout = c.dropout, args.seed = c.seed;
+  if (c.mask) args.mask = is_bool ? seen.data() : mask.data();
+  args.mask_is_bool = is_bool;
+  args.mask_strides[0] = c.q_len * c.k_len, args.mask_strides[2] = c.k_len, args.mask_strides[3] = 1;
+  if (c.slopes) args.slopes = static_cast<const float*>(slopes.data());
+  if (c.sinks) args.sinks = static_cast<const float*>(sinks.data());
+
+  on_every_isa([&] {
+    std::vector<std::vector<uint8_t>> first;
+    for (int threads : {1, 3}) {
+      args.threads = threads;
+      const int64_t sizes[] = {c.q_rows() * c.v_dim * size, c.q_rows() * 4, c.q_rows() * c.dim * size,
+                               c.k_rows() * c.dim * size, c.k_rows() * c.v_dim * size,
+                               c.q_rows() * c.k_len * 4, c.heads * 4};
+      std::vector<std::vector<uint8_t>> results;
+      for (int64_t bytes : sizes) results.emplace_back(bytes, 0xff);
+      args.out = results[0].data();
+      args.lse = reinterpret_cast<float*>(results[1].data());
+      require(memlm_attention(&args));
+      memlm_attention_grads grads{};
+      grads.grad_out = grad.data();
+      grads.grad_q = results[2].data(), grads.grad_k = results[3].data(), grads.grad_v = results[4].data();
+      dense(grads.grad_out_strides, c.heads, c.q_len, c.v_dim);
+      dense(grads.grad_q_strides, c.heads, c.q_len, c.dim);
+      dense(grads.grad_k_strides, c.kv_heads, c.k_len, c.dim);
+      dense(grads.grad_v_strides, c.kv_heads, c.k_len, c.v_dim);
+      grads.grad_mask = reinterpret_cast<float*>(results[5].data());
+      if (c.sinks) grads.grad_sinks = reinterpret_cast<float*>(results[6].data());
+      require(memlm_attention_backward(&args, &grads));
+      if (threads > 1) {
+        if (results != first) fail("attention: %s: 3 threads give other bits than one", memlm_isa());
+        return;
+      }
+      first = results;
+      const char* const backward = "attention_backward";
+      check_values("attention", "out", c, decode(c.dtype, results[0]), wanted.out);
+      check_values("attention", "lse", c, decode(MEMLM_F32, results[1]), wanted.lse);
+      check_values(backward, "grad_q", c, decode(c.dtype, results[2]), wanted.q);
+      check_values(backward, "grad_k", c, decode(c.dtype, results[3]), wanted.k);
+      check_values(backward, "grad_v", c, decode(c.dtype, results[4]), wanted.v);
+      check_values(backward, "grad_mask", c, decode(MEMLM_F32, results[5]), wanted.mask);
+      if (c.sinks) check_values(backward, "grad_sinks", c, decode(MEMLM_F32, results[6]), wanted.sinks);
+    }
+  });
+}
+
+void check_attention() {
+  const memlm_dtype f32 = MEMLM_F32, f16 = MEMLM_F16, bf16 = MEMLM_BF16;
+  const AttentionCase cases[] = {
+      // batch, heads, kv, q, k, dim, v_dim, dtype, scale, left, right, end, cap, mask, slopes, sinks, drop
+      {2, 2, 2, 13, 29, 32, 32, f32, 0.2f, -1, -1, 0, 0, 0, false, false, 0, 0},
+      {1, 4, 2, 30, 50, 40, 24, bf16, 0.2f, -1, 0, 1, 0, 0, false, false, 0, 0},
+      {1, 3, 1, 40, 150, 16, 7, f16, 0.3f, 20, 5, 0, 0, 0, true, false, 0, 0},
+      {2, 2, 1, 9, 33, 5, 16, f32, 1, -1, -1, 0, 1.5f, 2, false, true, 0, 0},
+      {1, 2, 2, 17, 17, 80, 72, f32, 0.1f, -1, 0, 0, 0, 1, false, false, 0.3f, 0x123456789abull},
+      {2, 2, 1, 12, 40, 24, 24, bf16, -0.5f, 8, 3, 1, 2, 2, true, true, 0.2f, 7},
+      {1, 1, 1, 210, 131, 8, 8, f32, 0.4f, -1, 0, 1, 0, 0, false, false, 0, 0},  // rows before all keys
+      {1, 6, 2, 1, 300, 16, 16, f32, 0.3f, -1, 0, 1, 0, 0, false, true, 0, 0},
+      {1, 2, 2, 3, 1, 1, 1, f16, 1, -1, -1, 0, 0, 0, false, false, 0, 0},
+  };
+  for (const AttentionCase& c : cases) check_attention_case(c);
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -774,6 +881,7 @@ int main(int argc, char**) {
   check_quantize_weight();
   check_refusals();
   check_largest_magnitude();
+  check_attention();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
     std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));
