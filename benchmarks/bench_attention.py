@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,12 +62,9 @@ class Case:
         pairs = self.length * (self.length + 1) // 2
         return pairs * self.dim * self.heads * (5 if backward else 2)
 
-    def run(self, implementation: str):
-        """(the result, a function for its gradients)"""
-        *qkv, grad = self.inputs()
-        options = {"is_causal": True, "enable_gqa": self.heads != self.kv_heads}
-        out = IMPLEMENTATIONS[implementation](*qkv, **options)
-        return out, partial(torch.autograd.grad, out, qkv, grad, retain_graph=True)
+    def run(self, implementation: str, qkv: list[torch.Tensor]) -> torch.Tensor:
+        shared = self.heads != self.kv_heads
+        return IMPLEMENTATIONS[implementation](*qkv, is_causal=True, enable_gqa=shared)
 
 
 CASES = [
@@ -107,14 +104,13 @@ def times(case: Case, rounds: int) -> dict[tuple[str, bool], float]:
     """Median seconds by implementation and direction.
 
     Raises AssertionError where the two do not compute the same."""
-    *qkv, _ = case.inputs()
-    options = {"is_causal": True, "enable_gqa": case.heads != case.kv_heads}
+    *qkv, grad = case.inputs()
     calls, results = {}, []
     for name in IMPLEMENTATIONS:
-        out, back = case.run(name)
-        results.append([out.detach(), *back()])
-        calls[name, False] = torch.no_grad()(partial(IMPLEMENTATIONS[name], *qkv, **options))
-        calls[name, True] = back
+        out = case.run(name, qkv)
+        calls[name, False] = torch.no_grad()(partial(case.run, name, qkv))
+        calls[name, True] = partial(torch.autograd.grad, out, qkv, grad, retain_graph=True)
+        results.append([out.detach(), *calls[name, True]()])
     for ours, theirs in zip(*results):
         error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
         assert error < ERROR[case.torch_dtype], f"{case}: relative error {error:.2g}"
@@ -140,26 +136,29 @@ def worker(case: str, implementation: str, backward: str) -> None:
     """Prints what :func:`peak` returns."""
     memory.return_freed()
     case, backward = Case(**json.loads(case)), bool(int(backward))
-    # All that a first call does.
-    out, back = Case(64, case.dim, case.heads, case.kv_heads, case.dtype).run(implementation)
-    back()
-    *qkv, grad = case.inputs()
-    run = partial(IMPLEMENTATIONS[implementation], *qkv, is_causal=True, enable_gqa=case.heads != case.kv_heads)
+
+    def run(case: Case, inputs: list[torch.Tensor]) -> None:
+        *qkv, grad = inputs
+        with torch.set_grad_enabled(backward):
+            out = case.run(implementation, qkv)
+        if backward:
+            torch.autograd.grad(out, qkv, grad)
+
+    short = replace(case, length=64)
+    run(short, short.inputs())  # all that a first call does
+    inputs = case.inputs()
     memory.reset_peak()
     before = memory.resident_bytes()
-    if backward:
-        torch.autograd.grad(run(), qkv, grad)
-    else:
-        with torch.no_grad():
-            run()
+    run(case, inputs)
     print((memory.peak_bytes() - before) / 1e6)
 
 
 def measure(case: Case, rounds: int, threads: int, limit: float) -> list[Measurement]:
-    about = (threads, limit, memlm.isa(), limits.cpu_name(), memlm.__version__, torch.__version__, harness.commit())
+    versions = (memlm.__version__, torch.__version__, harness.commit())
+    about = (threads, limit, memlm.isa(), limits.cpu_name(), *versions)
     return [
-        Measurement(case, name, backward, 1e3 * time, peak(case, name, backward, threads), *about)
-        for (name, backward), time in times(case, rounds).items()
+        Measurement(case, name, backward, 1e3 * median, peak(case, name, backward, threads), *about)
+        for (name, backward), median in times(case, rounds).items()
     ]
 
 
@@ -172,13 +171,14 @@ BEGIN, END = "<!-- prefill -->\n", "<!-- end of prefill -->\n"
 
 def row(results: list[Measurement]) -> str:
     """Of one case."""
-    case = results[0].case
+    case, found = results[0].case, {(r.implementation, r.backward): r for r in results}
     heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads} on {case.kv_heads}"
     cells = [case.dtype, heads, str(case.dim), f"{case.length:,}"]
     for backward in (False, True):
-        ours, theirs = (next(r for r in results if (r.implementation, r.backward) == (name, backward)) for name in IMPLEMENTATIONS)  # fmt: skip
+        ours, theirs = (found[name, backward] for name in IMPLEMENTATIONS)
         cells += [f"{ours.ms:,.0f}", f"{theirs.ms:,.0f}", f"**{theirs.ms / ours.ms:.2f}**"]
-        cells += [f"{case.macs(backward) / ours.ms / 1e6:.0f}", f"{ours.peak_mb:,.0f}", f"{theirs.peak_mb:,.0f}"]
+        cells += [f"{case.macs(backward) / ours.ms / 1e6:.0f}"]
+        cells += [f"{ours.peak_mb:,.0f}", f"{theirs.peak_mb:,.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -197,8 +197,12 @@ def write(results: list[list[Measurement]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help="write docs/attention.md and the results")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each (%(default)s)")
+    parser.add_argument(
+        "--record", action="store_true", help="write docs/attention.md and the results"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="timed calls of each (%(default)s)"
+    )
     parser.add_argument("--longest", type=int, default=8192, help="tokens (%(default)s)")
     parser.add_argument("--dtype", help="only this one")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)

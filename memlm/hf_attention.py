@@ -41,7 +41,9 @@ def mask(
     # The mask functions of chunks have a size too, and are no windows.
     windowed = local_size is not None and local_size == getattr(config, "sliding_window", None)
     plain = causal and (local_size is None or windowed) and q_length > 1
-    plain = plain or (allow_is_bidirectional_skip and not allow_is_causal_skip and local_size is None)
+    plain = plain or (
+        allow_is_bidirectional_skip and not allow_is_causal_skip and local_size is None
+    )
     if not plain or torch.compiler.is_compiling():
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,

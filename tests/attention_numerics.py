@@ -54,7 +54,9 @@ def scores(q, k, mask, *, scale, left=-1, right=-1, to_end=False, softcap=0.0, s
     return s.masked_fill(unseen, -math.inf), off.masked_fill(unseen, 0), factor, factor_off
 
 
-def exact(q, k, v, mask=None, grad=None, *, sinks=None, dropout=0.0, seed=None, first=0, **rules) -> Exact:
+def exact(
+    q, k, v, mask=None, grad=None, *, sinks=None, dropout=0.0, seed=None, first=0, **rules
+) -> Exact:
     """Of q [B, H, L, D], k [B, Hk, S, D], v [B, Hk, S, Dv] of one dtype; mask broadcasts, ``grad``
     is that of out; ``first``: the number of the first batch entry."""
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
@@ -90,7 +92,11 @@ def exact(q, k, v, mask=None, grad=None, *, sinks=None, dropout=0.0, seed=None, 
         sums = (5 * math.sqrt(k_len + 1) + 2 * (1 + k_len // KEYS)) * U
         above = (lse[..., None].nan_to_num(neginf=0) - s).abs().nan_to_num(posinf=0)
         relative = off + 2 * U * above + EXP
-        off_lse = (p * relative).sum(-1, keepdim=True) + sums + 2 * U * lse[..., None].abs().nan_to_num(posinf=0)
+        off_lse = (
+            (p * relative).sum(-1, keepdim=True)
+            + sums
+            + 2 * U * lse[..., None].abs().nan_to_num(posinf=0)
+        )
         off_p = p * (relative + off_lse) + TINY
         size_v = wide["v"].abs()
         off_out = (off_p * kept) @ size_v + (sums + 4 * U) * (p * kept @ size_v)

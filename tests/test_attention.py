@@ -140,7 +140,11 @@ def test_long(path):
 def cases(draw):
     heads = draw(st.sampled_from(HEADS))
     dtype = draw(st.sampled_from(DTYPES))
-    batch, q_len, k_len = draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(st.integers(1, 150))
+    batch, q_len, k_len = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 150)),
+    )
     dim, v_dim = draw(st.sampled_from([5, 16, 40])), draw(st.sampled_from([3, 16, 40]))
     case = random_case(batch, heads, q_len, k_len, dim, v_dim, dtype, draw(st.integers(0, 5)))
     options = {}
@@ -158,7 +162,10 @@ def cases(draw):
     if draw(st.booleans()):
         options["sinks"] = torch.linspace(-2, 3, heads[0])
     if draw(st.booleans()):
-        options["dropout"], options["seed"] = draw(st.sampled_from([0.1, 0.7])), draw(st.integers(0, 2**62))
+        options["dropout"], options["seed"] = (
+            draw(st.sampled_from([0.1, 0.7])),
+            draw(st.integers(0, 2**62)),
+        )
     return case, mask, options
 
 
@@ -213,7 +220,14 @@ def test_rows_that_see_nothing(path):
 def test_extreme_scores(path):
     q, k, v, grad = random_case(1, (2, 2), 40, 150, 32)
     for scale in (1e4, -1e4, 1e-30, 0.0):
-        check(path, q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v, grad, scale=scale)
+        check(
+            path,
+            q / q.norm(dim=-1, keepdim=True),
+            k / k.norm(dim=-1, keepdim=True),
+            v,
+            grad,
+            scale=scale,
+        )
     mask = torch.zeros(1, 1, 40, 150)
     mask[..., ::3] = 1e4
     mask[..., 1::3] = -1e4
@@ -260,7 +274,9 @@ def test_strides(dtype):
     for change in (by_token, in_part, lambda x: x.mT.contiguous().mT):
         other = run("cpp", *map(change, (q, k, v, grad)), right=0)
         assert all(torch.equal(other[name], plain[name]) for name in plain)
-    assert plain["out"].transpose(1, 2).is_contiguous() and plain["k"].transpose(1, 2).is_contiguous()
+    assert (
+        plain["out"].transpose(1, 2).is_contiguous() and plain["k"].transpose(1, 2).is_contiguous()
+    )
     wide = run("cpp", q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), grad, right=0)
     alike = run("cpp", q, k[:1].repeat(2, 1, 1, 1), v[:1].repeat(2, 1, 1, 1), grad, right=0)
     assert all(torch.equal(wide[name], alike[name]) for name in wide)
@@ -301,7 +317,10 @@ def test_packed_sequences(path, dtype):
                 part = got[name][:, :, keys if name in "kv" else rows]
                 assert_within(part, wanted.value[name], wanted.bound[name])
             if "sinks" in rules:
-                sinks, sinks_bound = sinks + wanted.value["sinks"], sinks_bound + wanted.bound["sinks"]
+                sinks, sinks_bound = (
+                    sinks + wanted.value["sinks"],
+                    sinks_bound + wanted.bound["sinks"],
+                )
         if "sinks" in rules:
             assert_within(got["sinks"], sinks, sinks_bound + 1e-6 * abs(sinks))
 
@@ -326,6 +345,7 @@ def test_packed_sequences_as_a_function():
 
 def test_dropout_hash():
     """dropout_factors, from its description and in Python's integers."""
+
     def mix(x):
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x = (x ^ x >> shift) * factor % 2**32
@@ -352,7 +372,10 @@ def test_dropout_is_random():
     assert abs(share.mean() - 0.7) < 5 * deviation / math.sqrt(share.numel())
     centred = share - 0.7
     for dim in range(4):  # neighbours in every direction
-        there, here = centred.narrow(dim, 1, kept.shape[dim] - 1), centred.narrow(dim, 0, kept.shape[dim] - 1)
+        there, here = (
+            centred.narrow(dim, 1, kept.shape[dim] - 1),
+            centred.narrow(dim, 0, kept.shape[dim] - 1),
+        )
         assert abs((there * here).mean()) < 5 * 0.21 / math.sqrt(here.numel())
     a, b = (attention(ones, ones, ones, dropout_p=0.3, seed=seed) for seed in (1, 2))
     assert torch.equal(a, drawn) and not torch.equal(a, b)
@@ -363,7 +386,9 @@ def test_dropout_is_random():
 
 
 def test_gradcheck_of_the_reference():
-    forward, backward = (implementations(name)["reference"] for name in ("attention", "attention_backward"))
+    forward, backward = (
+        implementations(name)["reference"] for name in ("attention", "attention_backward")
+    )
 
     class Reference(torch.autograd.Function):
         @staticmethod
@@ -387,10 +412,12 @@ def test_gradcheck_of_the_reference():
 
     q, k, v = leaf(2, 4, 5, 3), leaf(2, 2, 6, 3), leaf(2, 2, 6, 2)
     seed = torch.tensor(3)
-    for rules in ((-1, -1, False, 0.0, None, 0.0, None), (3, 1, True, 1.5, slopes_of(4).double(), 0.3, seed)):
+    for rules in (
+        (-1, -1, False, 0.0, None, 0.0, None),
+        (3, 1, True, 1.5, slopes_of(4).double(), 0.3, seed),
+    ):
         torch.autograd.gradcheck(Reference.apply, (q, k, v, leaf(1, 4, 1, 6), leaf(4), rules))
     # sinks are f32 to the op: f64 ones are for this test only
-    
 
 
 def arguments(*case, mask=None, dropout=0.0, seed=None, sinks=None, offsets=(None, None)):
@@ -456,7 +483,11 @@ def test_gradients_of_the_function():
     for wanted in (tuple(leaves), ("q",), ("k", "mask"), ("v", "sinks")):
         mine = {name: x.clone().requires_grad_(name in wanted) for name, x in leaves.items()}
         out = attention(
-            *(mine[n] for n in "qkv"), mine["mask"], sinks=mine["sinks"], enable_gqa=True, is_causal=True
+            *(mine[n] for n in "qkv"),
+            mine["mask"],
+            sinks=mine["sinks"],
+            enable_gqa=True,
+            is_causal=True,
         )
         out.backward(grad)
         expected = exact(q, k, v, mask[None], grad, sinks=sinks, scale=24**-0.5, right=0)
@@ -495,7 +526,9 @@ def test_drop_in_for_torch(form):
         if mask is not None and mask.dtype == torch.bool:
             mask[..., 0] = True  # where a query sees nothing, torch's kernels differ
         in_f64 = mask.double() if mask is not None and mask.is_floating_point() else mask
-        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), in_f64, **rest)
+        expected = F.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), in_f64, **rest
+        )
         for dtype, error in ((F32, 1e-5), (BF16, 0.03)):
             given_mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
             out = attention(q.to(dtype), k.to(dtype), v.to(dtype), given_mask, **rest)
@@ -532,7 +565,9 @@ before = memory.resident_bytes()
 attention(*x, is_causal=True).sum().backward()
 print((memory.peak_bytes() - before) / 1e6)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert float(done.stdout) < 40
 
 
@@ -549,14 +584,31 @@ def test_bad_input():
     refused(TypeError, "key: got torch.bfloat16", q, k.bfloat16(), v, **wide)
     refused(ValueError, r"query, key, value: got \[4, 3, 4\] dimensions", q, k[0], v)
     refused(ValueError, r"key: .* have \[4, 2, 2\] heads: enable_gqa", q, k, v)
-    refused(ValueError, "key: got 3 heads", q, k[:, :1].repeat(1, 3, 1, 1), v[:, :1].repeat(1, 3, 1, 1), **wide)
+    refused(
+        ValueError,
+        "key: got 3 heads",
+        q,
+        k[:, :1].repeat(1, 3, 1, 1),
+        v[:, :1].repeat(1, 3, 1, 1),
+        **wide,
+    )
     refused(ValueError, r"key: got shape \[2, 2, 20, 23\]", q, k[..., :23], v, **wide)
     refused(ValueError, r"value: got shape \[2, 2, 19, 24\]", q, k, v[:, :, :19], **wide)
     refused(ValueError, "do not broadcast", q, k.repeat(2, 1, 1, 1)[:3], v, **wide)
     refused(ValueError, "query: got a last dimension of 513", q.new_ones(1, 1, 1, 513), q.new_ones(1, 1, 1, 513), q.new_ones(1, 1, 1, 8))  # fmt: skip
     refused(TypeError, "attn_mask: got list", q, k, v, [1], **wide)
-    refused(TypeError, "attn_mask: got torch.int64", q, k, v, torch.ones(12, 20, dtype=torch.int64), **wide)
-    refused(ValueError, r"attn_mask: got shape \[1, 1, 12, 19\]", q, k, v, torch.ones(12, 19), **wide)
+    refused(
+        TypeError,
+        "attn_mask: got torch.int64",
+        q,
+        k,
+        v,
+        torch.ones(12, 20, dtype=torch.int64),
+        **wide,
+    )
+    refused(
+        ValueError, r"attn_mask: got shape \[1, 1, 12, 19\]", q, k, v, torch.ones(12, 19), **wide
+    )
     refused(ValueError, "attn_mask: got 5 dimensions", q, k, v, torch.ones(1, 1, 1, 12, 20), **wide)
     refused(ValueError, "attn_mask: .* first dimensions", q, k, v, torch.ones(3, 1, 12, 20), **wide)
     refused(ValueError, "dropout_p: got 1.0", q, k, v, dropout_p=1.0, **wide)
@@ -564,7 +616,15 @@ def test_bad_input():
     refused(ValueError, r"window: got \(1, 2, 3\)", q, k, v, window=(1, 2, 3), **wide)
     refused(ValueError, r"slopes: got torch.float32 \[3\]", q, k, v, slopes=torch.ones(3), **wide)
     refused(ValueError, "sinks: got torch.float64", q, k, v, sinks=torch.ones(4).double(), **wide)
-    refused(ValueError, "slopes: requires a gradient", q, k, v, slopes=torch.ones(4).requires_grad_(), **wide)
+    refused(
+        ValueError,
+        "slopes: requires a gradient",
+        q,
+        k,
+        v,
+        slopes=torch.ones(4).requires_grad_(),
+        **wide,
+    )
     refused(RuntimeError, "softcap: got -1", q, k, v, softcap=-1.0, **wide)
 
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -593,6 +653,10 @@ def test_the_ops_read_nothing_they_should_not():
     ):  # fmt: skip
         with pytest.raises(RuntimeError):
             torch.ops.memlm.attention(*bad)
-    for given_grad, given_out, given_lse in ((grad[:1], out, lse), (grad, out[..., :8], lse), (grad, out, lse[:1])):
+    for given_grad, given_out, given_lse in (
+        (grad[:1], out, lse),
+        (grad, out[..., :8], lse),
+        (grad, out, lse[:1]),
+    ):
         with pytest.raises(RuntimeError):
             backward(given_grad, *arguments(q, k, v, given_out, given_lse), False)

@@ -49,7 +49,9 @@ def folder(request, tmp_path):
 
 
 def load(folder, implementation, **settings):
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation, **settings)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=implementation, **settings
+    )
 
 
 def close(a, b):
@@ -92,7 +94,9 @@ def test_steps_with_a_cache(folder):
             cache, logits = None, []
             for piece in (slice(0, 7), slice(7, 15), slice(15, 16), slice(16, 17), slice(17, 19)):
                 seen = None if mask is None else mask[:, : piece.stop]
-                step = model(IDS[:, piece], attention_mask=seen, past_key_values=cache, use_cache=True)
+                step = model(
+                    IDS[:, piece], attention_mask=seen, past_key_values=cache, use_cache=True
+                )
                 cache = step.past_key_values
                 logits.append(step.logits)
             whole = eager(IDS, attention_mask=mask).logits
@@ -104,7 +108,11 @@ def test_steps_with_a_cache(folder):
 def test_generate(folder, cache):
     tokens = [
         load(folder, implementation).generate(
-            IDS, attention_mask=PADDING, max_new_tokens=8, do_sample=False, cache_implementation=cache
+            IDS,
+            attention_mask=PADDING,
+            max_new_tokens=8,
+            do_sample=False,
+            cache_implementation=cache,
         )
         for implementation in ("memlm", "eager")
     ]
@@ -117,7 +125,9 @@ def test_set_attn_implementation_and_beams(tmp_path):
     expected = model.generate(IDS, max_new_tokens=6, num_beams=3, do_sample=False)
     model.set_attn_implementation("memlm")
     assert model.config._attn_implementation == "memlm"
-    assert torch.equal(model.generate(IDS, max_new_tokens=6, num_beams=3, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(IDS, max_new_tokens=6, num_beams=3, do_sample=False), expected
+    )
 
 
 @pytest.mark.parametrize("mask", [None, PADDING], ids=["whole", "padded"])
@@ -143,7 +153,9 @@ def test_masks_of_ones_own(tmp_path):
         expected = eager(IDS, attention_mask=added).logits
         close(model(IDS, attention_mask=added).logits, expected)
         close(model(IDS, attention_mask=seen).logits, expected)
-        with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 1, 1, 19\], expected 19 rows"):
+        with pytest.raises(
+            ValueError, match=r"attention_mask: got shape \[2, 1, 1, 19\], expected 19 rows"
+        ):
             model(IDS, attention_mask=PADDING[:, None, None].bool())
 
 
@@ -238,5 +250,7 @@ config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hid
                      num_attention_heads=2, attn_implementation="memlm")
 print(LlamaForCausalLM(config).config._attn_implementation)
 """
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+        )
         assert done.stdout.strip() == "memlm"

@@ -251,9 +251,7 @@ _op_backward = define("attention_backward", _backward_reference, _backward_fake)
 def _setup_context(ctx, inputs, output):
     q, k, v, mask, q_offsets, k_offsets, *rest = inputs
     scale, left, right, to_end, softcap, slopes, sinks, dropout, seed = rest
-    ctx.save_for_backward(
-        q, k, v, *output, mask, q_offsets, k_offsets, slopes, sinks, seed
-    )
+    ctx.save_for_backward(q, k, v, *output, mask, q_offsets, k_offsets, slopes, sinks, seed)
     ctx.rules = scale, left, right, to_end, softcap, dropout
     ctx.mark_non_differentiable(output[1])
 
@@ -394,7 +392,9 @@ def attention(
         if dims == 3 and set(heads) <= {1, max(heads)}:  # the batch, which broadcasts
             query, key, value = (x.expand(max(heads), -1, -1) for x in (query, key, value))
         else:
-            raise ValueError(f"key: query, key and value have {heads} heads: enable_gqa allows fewer")
+            raise ValueError(
+                f"key: query, key and value have {heads} heads: enable_gqa allows fewer"
+            )
     try:
         batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
     except RuntimeError:
