@@ -40,6 +40,10 @@ Pages = Annotated[
         help="Where weights lie: mapped, populated (read at once), or huge (a copy in 2 MB pages)."
     ),
 ]
+Kv = Annotated[
+    Optional[str],
+    typer.Option(help="What keys and values are stored as: f32, bf16, int8, int4 (default: as computed)."),
+]
 Linear = Annotated[str, typer.Option(help="Format of linear layers: int4, int4a-g64, int8, ...")]
 EMBEDDING_HELP = "Format of embeddings and of a head tied to one; 'float' leaves them."
 
@@ -233,6 +237,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Repeatable sampling.")] = None,
+    kv: Kv = None,
     threads: Threads = None,
     pages: Pages = "mapped",
     json_file: Json = None,
@@ -243,14 +248,14 @@ def generate(
     _set_threads(threads)
     loaded = memlm.load(resolve(model), pages=pages)
     text, tokens, seconds = stream(
-        loaded, prompt, chat, max_tokens, temperature, top_k, top_p, seed,
+        loaded, prompt, chat, max_tokens, temperature, top_k, top_p, seed, kv,
         show=str(json_file) != "-",
     )  # fmt: skip
     err.print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", highlight=False)
     write_json({"text": text, "tokens": tokens, "seconds": seconds}, json_file)
 
 
-def stream(model, prompt, chat, max_tokens, temperature, top_k, top_p, seed, show=True):
+def stream(model, prompt, chat, max_tokens, temperature, top_k, top_p, seed, kv=None, show=True):
     """Generates, printing as it goes; returns the text, its tokens and the seconds it took."""
     import time
 
@@ -271,7 +276,7 @@ def stream(model, prompt, chat, max_tokens, temperature, top_k, top_p, seed, sho
 
     for token in tokens_of(
         model, tokenizer.encode(prompt), max_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, stop_ids=tokenizer.eos_ids, seed=seed,
+        top_p=top_p, stop_ids=tokenizer.eos_ids, seed=seed, kv=kv,
     ):  # fmt: skip
         count += 1
         text += give(pieces.push(token))
@@ -292,6 +297,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many of its tokens.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    kv: Kv = None,
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
@@ -308,7 +314,7 @@ def evaluate(
     reference = memlm.load(resolve(base), dequantize=True) if base else None
     ids = loaded.tokenizer.encode(source)[:tokens]
     with Bar("evaluating") as bar:
-        result = asdict(score(loaded, ids, reference, window, bar))
+        result = asdict(score(loaded, ids, reference, window, bar, kv))
     if str(json_file) != "-":
         table = Table("measure", "value")
         for name, value in result.items():
@@ -320,13 +326,17 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Model, threads: Threads = None, pages: Pages = "mapped", json_file: Json = None
+    model: Model,
+    kv: Kv = None,
+    threads: Threads = None,
+    pages: Pages = "mapped",
+    json_file: Json = None,
 ) -> None:
     """Time a model: loading, prefill, decoding; and its resident memory by part."""
     from memlm.measure import measure
 
     _set_threads(threads)
-    result = measure(resolve(model), pages=pages).to_dict()
+    result = measure(resolve(model), pages=pages, kv=kv).to_dict()
     if str(json_file) != "-":
         table = Table("measure", "value")
         for name, value in result.items():

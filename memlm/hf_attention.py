@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.masking_utils import AttentionMaskInterface, prepare_padding_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from memlm.hf_cache import PAGED
 from memlm.ops import attention
 
 NAME = "memlm"
@@ -92,6 +93,9 @@ def forward(
     """
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: memlm's attention makes no matrix; 'eager' does")
+    paged = getattr(key, PAGED, None)
+    if paged is not None:
+        return paged.attend(query, key, value, attention_mask, scaling, softcap, s_aux), None
     q_len = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = None

@@ -463,21 +463,27 @@ class PagedKVCache:
     # Reading.
 
     def read(
-        self, sequence: int, layer: int, dtype: torch.dtype = torch.float32
+        self, sequence: int, layer: int, dtype: torch.dtype = torch.float32, step: Step | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[kv_heads, length, head_dim]`` of a sequence, dequantised; zeros where
-        they have been evicted.  Raises ValueError for an unknown sequence or layer."""
+        they have been evicted.  With the open ``step``, its tokens are among them.  Raises ValueError
+        for an unknown sequence or layer, and a step that is not open."""
         s = self._get(sequence)
+        if step is not None:
+            self._open(step)
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer: got {layer}, the cache has {self.layers}")
-        held = -(-s.length // self.format.tokens)
+        length = s.length
+        if step is not None and sequence in step.sequences:
+            length += step.counts[step.sequences.index(sequence)]
+        held = -(-length // self.format.tokens)
         first = s.blocks[:held].count(NOWHERE)
         blocks = torch.tensor(s.blocks[first:held], dtype=torch.int64, device=self.device)
         read = []
         for x in kv_formats.read(self.format, self.pools[layer][:, blocks], dtype):
-            whole = x.new_zeros(self.kv_heads, s.length, self.format.dim)
+            whole = x.new_zeros(self.kv_heads, length, self.format.dim)
             start = first * self.format.tokens
-            whole[:, start:] = x.flatten(1, 2)[:, : s.length - start]
+            whole[:, start:] = x.flatten(1, 2)[:, : length - start]
             read.append(whole)
         return read[0], read[1]
 

@@ -35,6 +35,10 @@ the number with the largest magnitude (the first of them) being the code furthes
     5 bits    s = f16(-largest / 16)    q = round(x / s) + 16, 0..31    x = s * (q - 16)
     4 bits    s = f16(-largest / 8)     q = round(x / s) + 8, 0..15     x = s * (q - 8)
 
+int4 keeps the newest block of each sequence, its *tail*, unrounded as well: as a block of bf16, whose
+channels are the transformed ones, padded.  Queries in that block read it there: the nearest tokens
+matter most.  (SmolLM2's perplexity, all rounded: +1.3 %; with tails: +0.1 %.)
+
 A group with NaN or Inf, or whose scale f16 cannot hold, becomes NaN or Inf throughout.
 ``csrc/kv_blocks.h`` holds the same for C++.
 """
@@ -111,6 +115,11 @@ class KvFormat:
         if self.quantized:
             sizes |= dict.fromkeys(("key_scales", "value_scales"), 2 * self.tokens * self.groups)
         return sizes
+
+    @property
+    def tail(self) -> KvFormat | None:
+        """The format of tails; None where there are none."""
+        return KvFormat("bf16", self.tokens, self.width) if self.type == "int4" else None
 
     @property
     def block_bytes(self) -> int:
@@ -205,13 +214,19 @@ def unpack(format: KvFormat, blocks: torch.Tensor) -> Block:
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard transform of ``x [..., n]``, its own inverse, in pieces of the
-    largest power of two that divides n; rounded as the kernels round."""
+    """The orthonormal Walsh-Hadamard transform of ``x [..., n]``, n a multiple of 32, its own inverse,
+    in pieces of the largest power of two that divides n; rounded as the kernels round."""
     n = x.shape[-1]
     size = n & -n
-    steps = [step for step in (8, 4, 2, 1) if step < size]
-    steps += [1 << i for i in range(4, size.bit_length() - 1)]
-    for step in steps:
+    both = torch.arange(16)[:, None] & torch.arange(16)
+    odd = (both ^ both >> 1 ^ both >> 2 ^ both >> 3) & 1
+    signs = (1 - 2 * odd).to(x)
+    sixteens = x.unflatten(-1, (-1, 16))
+    x = torch.zeros_like(sixteens)
+    for j in range(16):
+        x = x + sixteens[..., j : j + 1] * signs[j]
+    x = x.flatten(-2)
+    for step in (1 << i for i in range(4, size.bit_length() - 1)):
         pairs = x.unflatten(-1, (-1, 2, step))
         a, b = pairs.unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)

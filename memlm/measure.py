@@ -38,9 +38,15 @@ class Speed:
         return asdict(self)
 
 
-def measure(path: str | Path, dtype: torch.dtype | None = None, pages: str = "mapped") -> Speed:
+def measure(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    pages: str = "mapped",
+    kv: str | None = None,
+) -> Speed:
     """Loads the decoder at ``path`` (``dtype`` and ``pages`` as :func:`memlm.load` has them) and times
-    it.  For honest memory call it in a fresh process.
+    it, with a cache of type ``kv`` (:meth:`Decoder.new_cache`).  For honest memory call it in a fresh
+    process.
 
     Raises TypeError for a model that is no decoder.
     """
@@ -58,15 +64,15 @@ def measure(path: str | Path, dtype: torch.dtype | None = None, pages: str = "ma
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
-            model(ids, last_only=True)
+            model(ids, model.new_cache(kv), last_only=True)
             prefill.append(time.perf_counter() - start)
     stamps = [
         time.perf_counter()
-        for _ in generate(model, ids[0, :DECODE_PROMPT].tolist(), DECODE_TOKENS + 1)
+        for _ in generate(model, ids[0, :DECODE_PROMPT].tolist(), DECODE_TOKENS + 1, kv=kv)
     ]
     steps = [b - a for a, b in zip(stamps, stamps[1:])]
     resident = memory.resident_bytes() - before
-    cache = model.new_cache()
+    cache = model.new_cache(kv)
     with torch.inference_mode():
         model(ids, cache, last_only=True)
     return Speed(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memlm.kv_formats import TYPES, KvFormat
+from memlm.kv_formats import KvFormat
 from memlm.ops._registry import implementations
 
 
@@ -12,19 +12,26 @@ from memlm.ops._registry import implementations
 class Paged:
     format: KvFormat
     pool: torch.Tensor
+    tails: torch.Tensor | None
     tables: torch.Tensor
+    tail_of: torch.Tensor | None
     lengths: list[int]
     k: list[torch.Tensor]  # of each sequence [length, kv_heads, dim]
     v: list[torch.Tensor]
 
     def step(self, new: list[int]):
-        """rows, lengths, tables of a step with so many last tokens of each sequence."""
+        """From rows to block_tokens, as the ops take them: of a step with so many last tokens of each
+        sequence."""
         rows = torch.tensor([0, *new]).cumsum(0)
-        return rows, torch.tensor(self.lengths), self.tables
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return rows, lengths, self.tables, self.tail_of, self.format.index, self.format.tokens
 
-    def kind(self) -> tuple[int, int]:
-        """type and block_tokens, as the ops take them."""
-        return self.format.index, self.format.tokens
+    def part(self, i: int, length: int):
+        """Sequence i alone, of so many tokens."""
+        tail_of = None if self.tail_of is None else self.tail_of[i : i + 1]
+        return Paged(
+            self.format, self.pool, self.tails, self.tables[i : i + 1], tail_of, [length], [], []
+        )
 
 
 def tables_for(lengths: list[int], tokens: int, seed: int) -> tuple[torch.Tensor, int]:
@@ -52,13 +59,18 @@ def paged(
     format = KvFormat(type, tokens, dim)
     tables, blocks = tables_for(lengths, tokens, seed)
     pool = torch.full((kv_heads, blocks, format.block_bytes), 255, dtype=torch.uint8)
+    tails = tail_of = None
+    if format.tail:
+        shape = (kv_heads, len(lengths) + 1, format.tail.block_bytes)
+        tails = torch.full(shape, 255, dtype=torch.uint8)
+        tail_of = torch.arange(len(lengths), 0, -1, dtype=torch.int32)
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     k, v = torch.randn(2, total, kv_heads, dim, generator=generator)
     k[..., 0] *= 8
     k, v = k.to(dtype), v.to(dtype)
-    made = Paged(format, pool, tables, lengths, k.split(lengths), v.split(lengths))
+    made = Paged(format, pool, tails, tables, tail_of, lengths, k.split(lengths), v.split(lengths))
     if lengths:
         append = implementations("kv_append")[implementation]
-        append(pool, k, v, *made.step(lengths), *made.kind())
+        append(pool, tails, k, v, *made.step(lengths))
     return made

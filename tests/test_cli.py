@@ -101,6 +101,7 @@ def test_generate(packed):
     assert first["text"] == run_json(*arguments)["text"]
     assert first["text"] in run(*arguments)
     assert first["text"] == run_json(*arguments, "--pages", "huge")["text"]
+    assert first["text"] == run_json(*arguments, "--kv", "f32")["text"]
     sampled = ("--temperature", "90", "--top-k", "50", "--top-p", "0.9", "--seed")
     texts = {run_json(*arguments, *sampled, seed)["text"] for seed in range(5)}
     assert len(texts) > 1
@@ -117,6 +118,8 @@ def test_eval(source, packed, tmp_path):
     assert against["perplexity"] == alone["perplexity"] and against["kl"] > 0
     assert 0 <= against["agreement"] <= 1
     assert "perplexity" in run(*arguments)
+    rounded = run_json(*arguments, "--kv", "int4")["perplexity"]
+    assert rounded != alone["perplexity"] and rounded == pytest.approx(alone["perplexity"], rel=0.5)
 
 
 def test_bench(packed):
@@ -125,6 +128,7 @@ def test_bench(packed):
     for key in ("load_s", "prefill_tps", "decode_tps"):
         assert result[key] > 0
     assert "decode_tps" in run("bench", packed)
+    assert run_json("bench", packed, "--kv", "int8")["memory"]["kv_cache"] < 0.6 * result["memory"]["kv_cache"]
 
 
 def test_json_goes_to_a_file(packed, tmp_path):

@@ -44,6 +44,16 @@ def by_definition(model, base, ids, window):
     return math.exp(nll / count), kl / count, agree / count, count
 
 
+@pytest.mark.parametrize("kv, least, most", [("f32", 0, 1e-7), ("int8", 1e-7, 1e-4), ("int4", 1e-4, 0.2)])
+def test_through_a_cache(model, kv, least, most):
+    """What rounding keys and values does: nothing in f32, and little in 8 bits."""
+    cached = evaluate(model, ids_of(300), model, 100, kv=kv)
+    plain = evaluate(model, ids_of(300), model, 100)
+    assert cached.tokens == plain.tokens and plain.kl == 0
+    assert least <= abs(cached.kl) <= most
+    assert cached.perplexity == pytest.approx(plain.perplexity, rel=10 * most + 1e-5)
+
+
 @pytest.mark.parametrize("window", [2, 50, 100, 130])
 def test_scores_are_as_defined(model, window):
     """Windows within, across and not dividing the blocks of the sums; a last short one dropped."""

@@ -80,8 +80,9 @@ def test_is_streamed_and_leaves_the_callers_mode_alone(model):
 
 def frequencies(logits, count=4000, **settings):
     generator = torch.Generator().manual_seed(0)
-    arguments = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
-    drawn = torch.tensor([choose(logits, generator=generator, **arguments) for _ in range(count)])
+    sampling = Sampling(**{"temperature": 1.0, **settings})
+    values, ids = logits.topk(min(sampling.candidates or len(logits), len(logits)))
+    drawn = torch.tensor([sampling.choose(values, ids, generator) for _ in range(count)])
     return torch.bincount(drawn, minlength=len(logits)) / count
 
 

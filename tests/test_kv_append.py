@@ -9,7 +9,7 @@ from memlm.kv_formats import LEAST, TYPES, ZEROS, KvFormat
 from memlm.ops import kv_append
 from memlm.ops._registry import implementations
 
-from .paged import paged, tables_for
+from .paged import paged
 
 PATHS = memlm.isas()
 DIMS = [1, 16, 33, 64, 80, 96, 128, 256]
@@ -28,6 +28,8 @@ def test_equals_the_specification(type, isa, restore_isa):
         made = paged(type, dim, **case, dtype=dtype)
         wanted = paged(type, dim, **case, dtype=dtype, implementation="reference")
         assert torch.equal(made.pool, wanted.pool)  # what belongs to no token is still 255
+        if made.tails is not None:
+            assert torch.equal(made.tails, wanted.tails)
 
 
 @types
@@ -108,6 +110,7 @@ def test_independent_of_chunks_and_threads(type, restore_threads):
     for chunk, threads in ((1, 1), (7, 2), (64, 3), (65, 8)):
         torch.set_num_threads(threads)
         pool = torch.full_like(whole.pool, 255)
+        tails = None if whole.tails is None else torch.full_like(whole.tails, 255)
         for start in range(0, 133, chunk):
             ends = torch.tensor([min(n, start + chunk) for n in whole.lengths])
             starts = [min(n, start) for n in whole.lengths]
@@ -117,8 +120,9 @@ def test_independent_of_chunks_and_threads(type, restore_threads):
                 for both in (whole.k, whole.v)
             )
             rows = torch.tensor([0, *new]).cumsum(0)
-            kv_append(pool, k, v, rows, ends, whole.tables, *whole.kind())
+            kv_append(pool, tails, k, v, rows, ends, *whole.step([])[2:])
         assert torch.equal(pool, whole.pool)
+        assert tails is None or torch.equal(tails, whole.tails)
 
 
 @types
@@ -130,7 +134,7 @@ def test_rows_that_lie_apart(type):
     pools = []
     for k_, v_ in ((k, v), (k.contiguous(), v.contiguous()), (k, v.contiguous())):
         pools.append(made.pool.clone())
-        kv_append(pools[-1], k_, v_, *made.step([50]), *made.kind())
+        kv_append(pools[-1], made.tails, k_, v_, *made.step([50]))
     assert torch.equal(pools[0], pools[1]) and torch.equal(pools[0], pools[2])
 
 
@@ -138,32 +142,31 @@ def test_rows_that_lie_apart(type):
 @pytest.mark.parametrize("isa", PATHS)
 def test_extremes(type, isa, restore_isa):
     memlm.set_isa(isa)
-    format = KvFormat(type, 32, 32)
-    tables, blocks = tables_for([5], 32, 0)
-    pool = torch.full((1, blocks, format.block_bytes), 255, dtype=torch.uint8)
+    made = paged(type, 32, [5], kv_heads=1, tokens=32)
     k = torch.ones(5, 1, 32)
     k[0, 0, 3], k[1, 0, 3], k[2], k[3] = torch.nan, torch.inf, 0, 1e-30
     v = torch.ones(5, 1, 32)
     v[2] = 1e30
-    kv_append(pool, k, v, torch.tensor([0, 5]), torch.tensor([5]), tables, *(format.index, 32))
-    keys, values = kv_formats.read(format, pool[0, tables[0, 0]])
+    kv_append(made.pool, made.tails, k, v, *made.step([5]))
+    keys, values = kv_formats.read(made.format, made.pool[0, made.tables[0, 0]])
     assert not keys[:2].isfinite().any() and not keys[2:4].any() and not values[2].isfinite().any()
     torch.testing.assert_close(keys[4], torch.ones(32), rtol=2**-10, atol=2**-10)
     torch.testing.assert_close(values[[0, 1, 3, 4]], torch.ones(4, 32), rtol=2**-10, atol=2**-10)
 
 
-def test_torch():
-    made = paged("int4", 64, [40, 3])
-    args = (made.pool, torch.randn(3, 2, 64), torch.randn(3, 2, 64), *made.step([2, 1]), *made.kind())
+@types
+def test_torch(type):
+    made = paged(type, 64, [40, 3])
+    args = (made.pool, made.tails, torch.randn(3, 2, 64), torch.randn(3, 2, 64), *made.step([2, 1]))
     torch.library.opcheck(torch.ops.memlm.kv_append.default, args)
 
 
 def test_bad_input_changes_nothing():
     made = paged("int8", 64, [40, 3])
-    rows, lengths, tables = made.step([2, 1])
+    rows, lengths, tables = made.step([2, 1])[:3]
     before = made.pool.clone()
     good = {
-        "pool": made.pool, "k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 64), "rows": rows,
+        "pool": made.pool, "tails": None, "tail_of": None, "k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 64), "rows": rows,
         "lengths": lengths, "tables": tables, "type": 2, "block_tokens": 64,
     }  # fmt: skip
     far = tables.clone()
@@ -186,6 +189,8 @@ def test_bad_input_changes_nothing():
         (ValueError, "tables: 1 blocks do not hold the 65", {"lengths": torch.tensor([65, 3])}),
         (ValueError, "tables: got .* the pool has", {"tables": far}),
         (ValueError, "tables: got .*-1", {"tables": torch.full_like(tables, -1)}),
+        (ValueError, "tails: int4 has tails", {"tails": made.pool}),
+        (ValueError, "tails: int4 has tails", {"type": 3}),
         (ValueError, "type: got 4", {"type": 4}),
         (ValueError, "block_tokens: got 40", {"block_tokens": 40}),
     ]:
@@ -196,3 +201,19 @@ def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="the pool has"):
         reference(**{**good, "tables": far})
     assert torch.equal(made.pool, before)
+
+
+def test_a_wrong_tail_changes_nothing():
+    made = paged("int4", 64, [40, 3])
+    rows, lengths, tables, tail_of, *kind = made.step([2, 1])
+    before, k = made.pool.clone(), torch.randn(3, 2, 64)
+    for error, match, tails, wrong in [
+        (ValueError, r"tail_of: got \[2, 3\]", made.tails, tail_of + torch.tensor([0, 2], dtype=torch.int32)),
+        (ValueError, "tail_of: got shape", made.tails, tail_of[:1]),
+        (TypeError, "tail_of: got torch.int64", made.tails, tail_of.long()),
+        (ValueError, "tails: got shape", made.tails[:, :, 1:].contiguous(), tail_of),
+        (ValueError, "tail_of: int4 has tails", made.tails, None),
+    ]:
+        with pytest.raises(error, match=match):
+            kv_append(made.pool, tails, k, k, rows, lengths, tables, wrong, *kind)
+        assert torch.equal(made.pool, before)

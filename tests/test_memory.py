@@ -85,7 +85,7 @@ def test_float_weights_are_private_and_parts_add_up():
     )
     before, after, resident, rss, cache_bytes = found
     assert before["private_weights"] == WEIGHT_BYTES and before["mapped_weights"] == 0
-    # 300 of 512 positions of each head's storage were written: 75 KB of 128 KB.
+    # 5 of 8 blocks of 64 tokens were written to, the last one in part.
     written = cache_bytes * 300 // 512
     assert written <= before["kv_cache"] <= cache_bytes
     assert abs(resident - rss) < TOLERANCE

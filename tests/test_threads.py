@@ -11,6 +11,7 @@ import torch
 from memlm import ops
 from memlm.cpu import lib_path
 
+from . import tiny
 from .matmul_checks import random_case
 from .test_packaging import ROOT
 
@@ -144,6 +145,41 @@ stop = True
 other.join()
 print("done")
 """) == "done\n"  # fmt: skip
+
+
+GENERATE = """
+from memlm.models.generate import generate
+model = memlm.quantize_(memlm.load(sys.argv[1]), memlm.QuantConfig("int4", "int8", "int8"))
+tokens = list(generate(model, [5, 200, 31], 20))
+
+def check():
+    torch.set_num_threads(3)  # a thread's own setting
+    assert list(generate(model, [5, 200, 31], 20)) == tokens
+"""
+
+
+def test_whole_layers_from_several_threads_and_in_children(tmp_path):
+    """A team holds the host's threads for the time of a call; others' calls go on without."""
+    tiny.llama(tmp_path, hidden_size=256, intermediate_size=1024)
+    script = f"import sys; sys.argv.append({str(tmp_path)!r})" + AWAKE + GENERATE + FORK + """
+def call():
+    for _ in range(5):
+        check()
+    done.append(True)
+
+done = []
+callers = [threading.Thread(target=call) for _ in range(3)]
+for caller in callers:
+    caller.start()
+fork()
+for caller in callers:
+    caller.join()
+assert done == [True] * 3
+fork()
+check()
+print("done")
+"""  # fmt: skip
+    assert run_script(script) == "done\n"
 
 
 def test_set_num_threads_is_followed():

@@ -109,9 +109,6 @@ inline F lanes() {
   return f_load(numbers);
 }
 
-// e^x, and 0 where x is below the smallest normal power.
-inline F f_exp_or_zero(F x) { return f_if_less(x, f_set1(-87.3f), f_zero(), f_exp(x)); }
-
 inline F f_softcap(F s, float cap) {  // cap * tanh(s / cap)
   const F e = f_exp(f_mul(s, f_set1(2 / cap)));
   const F t = f_sub(f_set1(1), f_div(f_set1(2), f_add(e, f_set1(1))));
@@ -155,34 +152,45 @@ inline F whole_score(const ScoreRules& rules, const Row& row, int64_t j, F s) {
   return s;
 }
 
-// Scores s of keys j .. j + count - 1 (count a multiple of 16) become weights relative to the largest
-// so far; max and sum follow.  Returns what earlier weights are to be multiplied with.
-inline float soften(const ScoreRules& rules, const Row& row, int64_t j, int64_t count, float* s,
-                    float& max, float& sum) {
-  const bool plain = rules.softcap <= 0 && !rules.biased && j >= row.lo && j + count <= row.hi;
-  F most = f_set1(max);
-  for (int64_t i = 0; i < count; i += 16) {
-    F score = f_load(s + i);
-    if (!plain) f_store(s + i, score = whole_score(rules, row, j + i, score));
-    most = f_max(most, score);
+// Scores of MT rows, kMostKeys apart, with keys j .. j + count - 1 (count a multiple of 16) become weights
+// relative to each row's largest so far; max and sum [MT] follow.  factors [MT]: what earlier weights are
+// to be multiplied with.
+template <int MT>
+inline void soften(const ScoreRules& rules, const Row* rows, int64_t j, int64_t count, float* scores,
+                   float* max, float* sum, float* factors) {
+  // All rows take each step together: their reductions, which take long, then overlap.
+  float bases[MT];
+  for (int m = 0; m < MT; ++m) {
+    float* const s = scores + m * kMostKeys;
+    const Row& row = rows[m];
+    const bool plain = rules.softcap <= 0 && !rules.biased && j >= row.lo && j + count <= row.hi;
+    for (int64_t i = 0; !plain && i < count; i += 16)
+      f_store(s + i, whole_score(rules, row, j + i, f_load(s + i)));
+    F most = f_set1(max[m]);
+    for (int64_t i = 0; i < count; i += 16) most = f_max(most, f_load(s + i));
+    const float now = f_reduce_max(most);
+    bases[m] = now == -INFINITY ? 0 : now;
+    factors[m] = max[m] == now ? 1 : expf(max[m] - bases[m]);
+    max[m] = now;
   }
-  const float now = f_reduce_max(most), base = now == -INFINITY ? 0 : now;
-  F total = f_zero();
-  for (int64_t i = 0; i < count; i += 16) {
-    const F below = f_sub(f_load(s + i), f_set1(base));
-    F weight = plain ? f_exp(below) : f_exp_or_zero(below);
-    total = f_add(total, weight);
-    if (rules.dropped) {
-      alignas(64) float factors[16];
-      dropout_factors(row.dropout, j + i, rules.dropped, rules.kept, factors);
-      weight = f_mul(weight, f_load(factors));
+  for (int m = 0; m < MT; ++m) {
+    float* const s = scores + m * kMostKeys;
+    const F base = f_set1(bases[m]);
+    F total = f_zero();
+    for (int64_t i = 0; i < count; i += 16) {
+      const F weight = f_exp(f_sub(f_load(s + i), base));
+      f_store(s + i, weight);
+      total = f_add(total, weight);
     }
-    f_store(s + i, weight);
+    sum[m] = sum[m] * factors[m] + f_reduce_add(total);
   }
-  const float factor = max == now ? 1 : expf(max - base);
-  max = now;
-  sum = sum * factor + f_reduce_add(total);
-  return factor;
+  for (int m = 0; rules.dropped && m < MT; ++m)
+    for (int64_t i = 0; i < count; i += 16) {
+      float* const s = scores + m * kMostKeys + i;
+      alignas(64) float kept[16];
+      dropout_factors(rows[m].dropout, j + i, rules.dropped, rules.kept, kept);
+      f_store(s, f_mul(f_load(s), f_load(kept)));
+    }
 }
 
 // Where rows stand in their passage: [rows] largest score, sum, and values [rows][width].
@@ -231,9 +239,7 @@ void attend(Keys& keys, const ScoreRules& rules, const Row* rows, const RowTiles
         keys.template scores<MT>(t, begin / 16, blocks, scores);
         const Progress at = {so_far.max + t * tiles.rows, so_far.sum + t * tiles.rows,
                              so_far.values + t * tiles.rows * so_far.width, so_far.width};
-        for (int m = 0; m < MT; ++m)
-          factors[m] = soften(rules, row[m], j + begin, blocks * 16, scores + m * kMostKeys,
-                              at.max[m], at.sum[m]);
+        soften<MT>(rules, row, j + begin, blocks * 16, scores, at.max, at.sum, factors);
         keys.template values<MT>(begin, end - begin, scores, factors, at.values, at.width);
       });
     }

@@ -102,7 +102,7 @@ inline void softmax_gradient(const ScoreRules& rules, const Row& row, float lse,
   if (rules.softcap <= 0 && !rules.biased && !rules.dropped && !grad_mask && j >= row.lo &&
       j + count <= row.hi) {
     for (int64_t i = 0; i < count; i += 16) {
-      const F p = f_exp_or_zero(f_sub(f_load(s + i), base));
+      const F p = f_exp(f_sub(f_load(s + i), base));
       f_store(s + i, p);
       f_store(dp + i, f_mul(p, f_sub(f_load(dp + i), mean)));
     }
@@ -117,7 +117,7 @@ inline void softmax_gradient(const ScoreRules& rules, const Row& row, float lse,
       const F t = f_mul(score, f_set1(1 / rules.softcap));
       slope = f_sub(slope, f_mul(t, t));
     }
-    F p = f_exp_or_zero(f_sub(whole_score(after_cap, row, j + i, score), base));
+    F p = f_exp(f_sub(whole_score(after_cap, row, j + i, score), base));
     F grad = f_load(dp + i), kept = p;
     if (rules.dropped) {
       alignas(64) float factors[16];

@@ -1,6 +1,6 @@
 // paged_attention: over keys and values in blocks, read as they are stored (csrc/kv_blocks.h).
 //
-// Quantised blocks are read by integer products (per_row-inl.h): queries are rounded to int8, with one
+// Quantised blocks are read by integer products: queries are rounded to int8, with one
 // scale for each row and group of channels; so are softmax weights times the scales of the values, with
 // one for each row and block.
 #pragma once
@@ -8,7 +8,6 @@
 #include "attention-inl.h"
 #include "hadamard-inl.h"
 #include "kv_append-inl.h"
-#include "per_row-inl.h"
 #include "w4_matmul-inl.h"
 #include "w8_matmul-inl.h"
 
@@ -145,11 +144,10 @@ class PlainKeys {
   }
 };
 
-// Integer sums of codes that are numbers from 0 up.
+// Codes that are numbers from 0 up.
 template <int kZeroPoint>
 struct UnsignedCodes {
-  static constexpr int kZero = kZeroPoint, kDotBias = kZeroPoint;
-  static constexpr bool kOffsets = false, kUnit = false;
+  static constexpr int kDotBias = kZeroPoint;
   static I dot(I acc, B w, const int8_t* x) { return i_dot_u7(acc, w, x); }
 };
 
@@ -165,65 +163,110 @@ struct Code5 : UnsignedCodes<16> {
   }
 };
 
+// Rows rounded to int8, kStride apart, each with a scale and, of all products, where the sums of codes of
+// type W start.
+template <class W>
+struct RoundedRows {
+  static constexpr int64_t kStride = kMostHeadDim;
+  static_assert(kMostKeys <= kStride, "rows are queries or weights");
+  static constexpr int64_t bytes(int64_t rows) { return rows * (kStride + 4 + 4); }
+
+  int8_t* codes;
+  float* scales;
+  int32_t* starts;
+
+  RoundedRows(char* room, int64_t rows)
+      : codes(reinterpret_cast<int8_t*>(room)),
+        scales(reinterpret_cast<float*>(room + rows * kStride)),
+        starts(reinterpret_cast<int32_t*>(scales + rows)) {}
+  RoundedRows from(int64_t row) const { return {codes + row * kStride, scales + row, starts + row}; }
+
+  // Row `row` becomes x(0), x(16), .., x(k - 16).
+  template <class X>
+  void set(int64_t row, int64_t k, const X& x) const {
+    I largest = i_zero(), sum = i_zero();
+    for (int64_t i = 0; i < k; i += 16) largest = i_max(largest, f_magnitude_bits(x(i)));
+    const Rounding rounding(i_reduce_max(largest));
+    for (int64_t i = 0; i < k; i += 16) {
+      const I rounded = rounding.codes(x(i));
+      i_store_i8(codes + row * kStride + i, rounded);
+      sum = i_add(sum, rounded);
+    }
+    scales[row] = rounding.scale;
+    starts[row] = -W::kDotBias * i_reduce_add(sum);
+  }
+  // use(m, products of row m with a tile of codes [k]), for the first MT rows.
+  template <int MT, class Use>
+  void multiply(const char* tile, int64_t k, const Use& use) const {
+    constexpr int kChains = chains(MT);
+    I sums[MT][kChains];
+    for (int m = 0; m < MT; ++m)
+      for (int c = 0; c < kChains; ++c) sums[m][c] = c ? i_zero() : i_set1(starts[m]);
+    const W codec{};
+    const uint8_t* at = reinterpret_cast<const uint8_t*>(tile);
+    const int8_t* x = codes;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; i += kActGroup, at += tile_bytes(W::kBits, kActGroup)) {
+      prefetch(at, tile_bytes(W::kBits, kActGroup));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j, x += 2 * kLaneK) {
+        B b0, b1;
+        codec.load2(at, j, b0, b1);
+        for (int m = 0; m < MT; ++m) {
+          I& even = sums[m][2 * j % kChains];
+          even = W::dot(even, b0, x + m * kStride);
+        }
+        for (int m = 0; m < MT; ++m) {
+          I& odd = sums[m][(2 * j + 1) % kChains];
+          odd = W::dot(odd, b1, x + m * kStride + kLaneK);
+        }
+      }
+    }
+    for (int m = 0; m < MT; ++m) {
+      I total = sums[m][0];
+      for (int c = 1; c < kChains; ++c) total = i_add(total, sums[m][c]);
+      use(m, f_mul(f_from_i(total), f_set1(scales[m])));
+    }
+  }
+
+ private:
+  RoundedRows(int8_t* codes, float* scales, int32_t* starts)
+      : codes(codes), scales(scales), starts(starts) {}
+};
+
 // Keys and values as codes of types K and V.
 template <class K, class V>
 class CodedKeys {
   const PagedPassage& p;
   const KvBlock& b;
-  char* queries_;   // register tiles of PerRow<K>, for each the groups of channels one after the other
-  char* weights_;   // one register tile of PerRow<V>
-  float* v_scales;  // [groups][kMostKeys]
-  int64_t tile_rows;
-  const char* at;
+  char* const room;
+  const RoundedRows<V> weights_;
+  float* const v_scales;  // [groups][kMostKeys]
   FloatBlock<uint16_t> tail;
-  bool in_tail;
+  int64_t tile_rows = 0;
+  const char* at = nullptr;
+  bool in_tail = false;
 
-  // Row x [k] to a lane of a register tile.
-  template <class W>
-  static void pack(const float* x, int64_t k, int lane, int lanes, char* to) {
-    I largest = i_zero(), sum = i_zero();
-    for (int64_t i = 0; i < k; i += 16) largest = i_max(largest, f_magnitude_bits(f_load(x + i)));
-    const Rounding rounding(i_reduce_max(largest));
-    for (int64_t i = 0; i < k; i += 16) {
-      int8_t codes[16];
-      const I rounded = rounding.codes(f_load(x + i));
-      i_store_i8(codes, rounded);
-      sum = i_add(sum, rounded);
-      for (int j = 0; j < 16; j += kLaneK) memcpy(to + (i + j) * lanes + lane * kLaneK, codes + j, kLaneK);
-    }
-    const RowEnds ends = PerRow<W>::ends(to, k, lanes);
-    ends.scale(lane) = rounding.scale;
-    ends.start(lane) = -W::kDotBias * i_reduce_add(sum);
+  // Queries' channels of group g.
+  RoundedRows<K> queries_of(int64_t g) const {
+    return {room + g * RoundedRows<K>::bytes(kBlockRows), kBlockRows};
   }
-  // The product of a register tile x [MT][k] with a tile of codes; use(m, sums of row m times its scale).
-  template <class W, int MT, class Use>
-  static void multiply_codes(const char* codes, int64_t k, const char* x, const Use& use) {
-    const W codec{};
-    const Stretch<W> s(codec, codes, Scales{}, 1, k / kActGroup);
-    alignas(64) float sums[MT * 16];
-    PerRow<W>::start(x, k, MT, sums);
-    PerRow<W>::template direct<MT>(s, x, sums);
-    const RowEnds ends = PerRow<W>::ends(x, k, MT);
-    for (int m = 0; m < MT; ++m)
-      use(m, f_mul(f_from_i(i_load(sums + m * 16)), f_set1(ends.scale(m))));
-  }
-  int64_t query_bytes() const { return PerRow<K>::row_bytes(b.group) * b.groups(); }
+  static int64_t queries_bytes(const KvBlock& b) { return RoundedRows<K>::bytes(kBlockRows) * b.groups(); }
+  static int64_t scales_bytes(const KvBlock& b) { return 4 * kMostKeys * b.groups(); }
 
  public:
   static int64_t bytes(const PagedPassage& p) {
     const KvBlock& b = p.call.block;
-    return kBlockRows * PerRow<K>::row_bytes(b.group) * b.groups() +
-           kTileM * PerRow<V>::row_bytes(kMostKeys) + 4 * kMostKeys * b.groups() +
-           (p.call.pool.tails ? FloatBlock<uint16_t>::bytes(kv_tail(b)) : 0);
+    return queries_bytes(b) + scales_bytes(b) + FloatBlock<uint16_t>::bytes(kv_tail(b)) +
+           (RoundedRows<V>::bytes(kTileM) + 63) / 64 * 64;
   }
   CodedKeys(const PagedPassage& p, char* room)
       : p(p),
         b(p.call.block),
-        queries_(room),
-        weights_(queries_ + kBlockRows * query_bytes()),
-        v_scales(reinterpret_cast<float*>(weights_ + kTileM * PerRow<V>::row_bytes(kMostKeys))),
-        tail(kv_tail(b), reinterpret_cast<char*>(v_scales + kMostKeys * b.groups())) {
-  }
+        room(room),
+        weights_(room + queries_bytes(b) + scales_bytes(b) + FloatBlock<uint16_t>::bytes(kv_tail(b)), kTileM),
+        v_scales(reinterpret_cast<float*>(room + queries_bytes(b))),
+        tail(kv_tail(b), room + queries_bytes(b) + scales_bytes(b)) {}
 
   int64_t keys() const { return b.tokens; }
   void queries(int64_t first, const RowTiles& tiles) {
@@ -232,12 +275,12 @@ class CodedKeys {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int mt = tiles.rows_of(t);
       for (int m = 0; m < mt; ++m) {
-        p.query(first + t * tile_rows + m, b.channels, x);
+        const int64_t row = t * tile_rows + m;
+        p.query(first + row, b.channels, x);
         hadamard(x, b.channels);
         if (p.call.pool.tails) tail.query(t, tile_rows, m, mt, x);
         for (int64_t g = 0; g < b.groups(); ++g)
-          pack<K>(x + g * b.group, b.group, m, mt,
-                  queries_ + t * tile_rows * query_bytes() + g * mt * PerRow<K>::row_bytes(b.group));
+          queries_of(g).set(row, b.group, [&](int64_t i) { return f_load(x + g * b.group + i); });
       }
     }
   }
@@ -246,50 +289,49 @@ class CodedKeys {
     in_tail = unrounded != nullptr;
     if (in_tail) return tail.set(unrounded);
     at = p.block_of(j);
-    for (int64_t g = 0; g < b.groups(); ++g)
-      for (int64_t t = 0; t < b.tokens; t += 16)
+    const uint16_t* const scales = reinterpret_cast<const uint16_t*>(at + b.value_scales());
+    // Zeros for tokens that are not there: theirs may be NaN.
+    const F end = f_set1(static_cast<float>(p.before + p.count - j));
+    for (int64_t t = 0; t < b.tokens; t += 16) {
+      const F token = f_add(lanes(), f_set1(static_cast<float>(t)));
+      for (int64_t g = 0; g < b.groups(); ++g)
         f_store(v_scales + g * kMostKeys + t,
-                f_load_f16(reinterpret_cast<const uint16_t*>(at + b.value_scales()) + g * b.tokens + t));
+                f_if_less(token, end, f_load_f16(scales + g * b.tokens + t), f_zero()));
+    }
   }
   template <int MT>
   void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
     if (in_tail) return tail.template scores<MT>(tile, first, blocks, s);
     const uint16_t* const scales = reinterpret_cast<const uint16_t*>(at + b.key_scales());
-    for (int64_t i = 0; i < blocks; ++i)
-      for (int64_t g = 0; g < b.groups(); ++g) {
+    for (int64_t g = 0; g < b.groups(); ++g) {
+      const RoundedRows<K> x = queries_of(g).from(tile * tile_rows);
+      for (int64_t i = 0; i < blocks; ++i) {
         const F scale = f_load_f16(scales + ((first + i) * b.groups() + g) * 16);
-        const char* const x =
-            queries_ + tile * tile_rows * query_bytes() + g * MT * PerRow<K>::row_bytes(b.group);
-        multiply_codes<K, MT>(
-            at + (first + i) * b.key_tile() + tile_bytes(K::kBits, g * b.group), b.group, x,
-            [&](int m, F sum) {
-              float* const to = s + m * kMostKeys + i * 16;
-              f_store(to, g ? f_fma(sum, scale, f_load(to)) : f_mul(sum, scale));
-            });
+        const char* const codes = at + (first + i) * b.key_tile() + tile_bytes(K::kBits, g * b.group);
+        x.template multiply<MT>(codes, b.group, [&](int m, F sum) {
+          float* const to = s + m * kMostKeys + i * 16;
+          f_store(to, g ? f_fma(sum, scale, f_load(to)) : f_mul(sum, scale));
+        });
       }
+    }
   }
   template <int MT>
   void values(int64_t first, int64_t keys, const float* weights, const float* factors, float* out,
               int64_t width) const {
     if (in_tail) return tail.template values<MT>(first, keys, weights, factors, out, width);
-    // Whole runs of 32 tokens: `first` is a multiple of 16, and weights reach to one.
+    // Whole runs of 32 tokens: `first` is a multiple of 16, and so many weights are there.
     const int64_t from = first / kActGroup * kActGroup, skipped = first - from;
-    const int64_t count = div_up(first + keys - from, kActGroup) * kActGroup;
+    const int64_t end = skipped + div_up(keys, 16) * 16, count = div_up(end, kActGroup) * kActGroup;
     for (int64_t g = 0; g < b.groups(); ++g) {
-      const float* const scales = v_scales + g * kMostKeys + from;
-      for (int m = 0; m < MT; ++m) {
-        alignas(64) float scaled[kMostKeys];
-        for (int64_t t = 0; t < count; t += 16) {
-          const bool seen = t >= skipped && t < skipped + keys;
-          // By comparison: the scale of a token that is not there may be NaN.
-          const F w = seen ? f_load(weights + m * kMostKeys + t - skipped) : f_zero();
-          f_store(scaled + t, f_if_less(f_zero(), w, f_mul(w, f_load(scales + t)), w));
-        }
-        pack<V>(scaled, count, m, MT, weights_);
-      }
+      for (int m = 0; m < MT; ++m)
+        weights_.set(m, count, [&](int64_t t) {
+          if (t < skipped || t >= end) return f_zero();
+          return f_mul(f_load(weights + m * kMostKeys + t - skipped),
+                       f_load(v_scales + g * kMostKeys + from + t));
+        });
       for (int64_t c = g * b.group; c < (g + 1) * b.group; c += 16)
-        multiply_codes<V, MT>(
-            at + b.values() + c / 16 * b.value_tile() + tile_bytes(V::kBits, from), count, weights_,
+        weights_.template multiply<MT>(
+            at + b.values() + c / 16 * b.value_tile() + tile_bytes(V::kBits, from), count,
             [&](int m, F sum) {
               float* const to = out + m * width + c;
               f_store(to, f_fma(f_load(to), f_set1(factors[m]), sum));

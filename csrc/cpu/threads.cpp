@@ -42,24 +42,22 @@ struct HostLoop {
   }
 };
 
-// Spins until `done()`; from kSpin on, yields the CPU between two looks.
+// Spins until `done()`, and yields the CPU between two looks after kSpin, or where the thread that
+// is waited for was last seen on this one.
 template <class Done>
-void wait_until(const Done& done) {
+void wait_until(const Done& done, const std::atomic<int>& cpu) {
   using Clock = std::chrono::steady_clock;
-  constexpr std::chrono::microseconds kSpin{50};  // as in pool.cpp
-  constexpr int kPauses = 64;                     // between two looks at the clock: some 3 us
-  const auto looks = [&] {
+  // Where other processes keep the CPUs busy, who yields waits for a slice of some ms to end.
+  constexpr std::chrono::milliseconds kSpin{1};
+  constexpr int kPauses = 64;  // between two looks at the clock: some 3 us
+  const auto end = Clock::now() + kSpin;
+  for (bool yields = false;; yields = yields || Clock::now() > end) {
     for (int i = 0; i < kPauses; ++i) {
-      if (done()) return true;
+      if (done()) return;
       pause();
     }
-    return false;
-  };
-  if (looks()) return;
-  const auto end = Clock::now() + kSpin;
-  while (Clock::now() < end)
-    if (looks()) return;
-  while (!done()) sched_yield();
+    if (yields || sched_getcpu() == cpu.load(std::memory_order_relaxed)) sched_yield();
+  }
 }
 
 // The threads that the host lends to one with_team.  Who comes first leads: it runs f, whose loops
@@ -87,6 +85,7 @@ class Team {
   alignas(64) std::atomic<uint64_t> open_{0};
   alignas(64) std::atomic<int64_t> unfinished_{0};
   alignas(64) std::atomic<bool> ended_{false};
+  std::atomic<int> leader_cpu_{-1}, helper_cpu_{-1};  // of the last helper that took pieces
 
   void join();
   // How many pieces are open to this member.
@@ -116,7 +115,7 @@ void Team::join() {
     wait_until([&] {
       ended = ended_.load(std::memory_order_acquire);
       return ended || open_to(member, open_.load(std::memory_order_relaxed));
-    });
+    }, leader_cpu_);
   }
 }
 
@@ -132,6 +131,7 @@ void Team::work(int member) {
     if (!open_.compare_exchange_weak(open, open - taken, std::memory_order_acquire,
                                      std::memory_order_relaxed))
       continue;
+    if (member > 0 && !done) helper_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
     const WithFloatMode mode(loop_.mode);
     const int64_t first = loop_.pieces() - left;
     for (uint32_t i = 0; i < taken; ++i) loop_.piece(first + i, member);
@@ -145,12 +145,13 @@ void Team::run(const Loop& loop, int64_t threads) {
   const int64_t pieces = loop.pieces();
   loop_ = loop;
   unfinished_.store(pieces, std::memory_order_relaxed);
+  leader_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
   open_.store(static_cast<uint64_t>(threads) << kHalf | static_cast<uint32_t>(pieces),
               std::memory_order_release);
   g_team = nullptr;  // loops within a piece are no loops of the team: it has one at a time
   work(0);
   g_team = this;
-  wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
+  wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; }, helper_cpu_);
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ inline I f_round(F x) {
   MEMLM_LANES r.v[i] = static_cast<int32_t>((x.v[i] + 0x1.8p23f) - 0x1.8p23f);
   return r;
 }
-// 2^n for n in -126..127.
+// 2^n for n in -126..127, and 0 for -127.
 inline F f_exp2(I n) {
   F r;
   MEMLM_LANES r.v[i] = float_of_bits(static_cast<uint32_t>(n.v[i] + 127) << 23);

@@ -178,7 +178,7 @@ class Batch:
             logits, ids = (t.cpu() for t in self.model.top(x, k))
         else:
             logits, ids = self.model.logits(x).cpu().sort(dim=-1, descending=True, stable=True)
-        if max(most) == 1:
+        if all(n == 1 for n in most):
             return ids[:, 0].tolist()
         return [
             s.sampling.choose(values[: n or None], candidates[: n or None], s.generator)

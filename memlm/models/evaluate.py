@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memlm.kv_cache import PagedKVCache
 from memlm.models.decoder import Decoder
 
 WINDOW = 512  # tokens per window; each is scored on its own, without a beginning-of-text token
@@ -33,9 +34,10 @@ def evaluate(
     base: Decoder | None = None,
     window: int = WINDOW,
     progress: Callable[[int, int, str], None] | None = None,
+    kv: str | None = None,
 ) -> Score:
     """Scores one model: see :func:`evaluate_all`."""
-    return evaluate_all({"model": model}, ids, base, window, progress)["model"]
+    return evaluate_all({"model": model}, ids, base, window, progress, kv)["model"]
 
 
 def evaluate_all(
@@ -44,15 +46,18 @@ def evaluate_all(
     base: Decoder | None = None,
     window: int = WINDOW,
     progress: Callable[[int, int, str], None] | None = None,
+    kv: str | None = None,
 ) -> dict[str, Score]:
     """Scores ``models`` on a text's token ids, cut into windows (a last, shorter one is dropped);
     against ``base``, which may be one of them, where it is given.
 
-    Every token of a window but the first is predicted from those before it.  Sums are f64; the
-    memory beyond the models is that of two windows' logits.
+    Every token of a window but the first is predicted from those before it.  With ``kv`` the models,
+    but not the base, see the keys and values before it as a cache of that type holds them
+    (:meth:`Decoder.new_cache`).  Sums are f64; the memory beyond the models is that of two windows'
+    logits.
 
     Raises TypeError for a model that is no decoder, ValueError for no models, a text shorter than
-    one window, a window out of range, or vocabularies that differ.
+    one window, a window out of range, vocabularies that differ, or another kv.
     """
     everyone = [*models.values(), *([base] if base is not None else [])]
     if not models:
@@ -69,11 +74,13 @@ def evaluate_all(
         raise ValueError("base: has another vocabulary than the models")
     windows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    caches = {name: None if kv is None else model.new_cache(kv) for name, model in models.items()}
     with torch.inference_mode():
         for done, row in enumerate(windows, 1):
             base_logits = None if base is None else base(row[None])[0, :-1]
             for name, model in models.items():
-                logits = base_logits if model is base else model(row[None])[0, :-1]
+                same = model is base and kv is None
+                logits = base_logits if same else _logits(model, row, caches[name])
                 sums[name] += _sums(logits, row[1:], base_logits)
                 del logits
             if progress:
@@ -85,6 +92,14 @@ def evaluate_all(
         perplexity = math.inf if nll > LARGEST else math.exp(nll)
         scores[name] = Score(perplexity, tokens, *against)
     return scores
+
+
+def _logits(model: Decoder, row: torch.Tensor, cache: PagedKVCache | None) -> torch.Tensor:
+    """``[n - 1, vocab]`` for the tokens of a window ``[n]``; the cache is empty before and after."""
+    logits = model(row[None], cache)[0, :-1]
+    for sequence in cache.sequences if cache is not None else ():
+        cache.free(sequence)
+    return logits
 
 
 def _sums(

@@ -14,10 +14,13 @@ from memlm.ops.kv_append import check_heads, check_paged, check_sequences
 
 
 def _check(
-    q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
-) -> KvFormat:
+    q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+    slopes, sinks,
+) -> KvFormat:  # fmt: skip
     check_heads("q", q)
-    format = check_paged(pool, rows, lengths, tables, type, block_tokens, q.shape[2])
+    format = check_paged(
+        pool, tails, rows, lengths, tables, tail_of, type, block_tokens, q.shape[2]
+    )
     heads, kv_heads = q.shape[1], pool.shape[0]
     if heads < 1 or heads % kv_heads:
         raise ValueError(f"q: got {heads} heads, expected a multiple of the pool's {kv_heads}")
@@ -35,47 +38,64 @@ def _check(
     return format
 
 
-def stored(format: KvFormat, pool: torch.Tensor, table: torch.Tensor, first: int, end: int, dtype):
-    """Keys ``[kv_heads, end - first, dim or width]`` and values ``[.., width]`` of tokens first ..
-    end - 1 of a sequence as queries meet them: of int8 and int4 after the Hadamard transform."""
-    blocks = range(first // format.tokens, -(-end // format.tokens))
-    parts = kv_formats.unpack(format, pool[:, table[blocks.start : blocks.stop].long()])
-    keys, values = parts.keys.to(dtype), parts.values.to(dtype)
+def stored(format: KvFormat, pool, tails, table, tail, first: int, end: int, dtype: torch.dtype):
+    """Keys and values ``[kv_heads, end - first, size]`` of tokens first .. end - 1 of a sequence of
+    ``end``, as :func:`queries` and their results are: of int8 and int4 after the Hadamard transform.
+    Keys of int4 have twice the channels: of tokens in the tail, number ``tail``, the first half is
+    zero, of others the second."""
+    start = first // format.tokens * format.tokens
+    blocks = table[start // format.tokens : -(-end // format.tokens)].long()
+    parts = kv_formats.unpack(format, pool[:, blocks])
+    keys, values = (x.to(dtype).flatten(1, 2) for x in (parts.keys, parts.values))
     if format.quantized:
-        bits = format.bits
-        keys = kv_formats.rotated(format, parts.keys, parts.key_scales, bits[0], dtype)
-        values = kv_formats.rotated(format, parts.values, parts.value_scales, bits[1], dtype)
-    skipped = slice(first - blocks.start * format.tokens, end - blocks.start * format.tokens)
-    return keys.flatten(1, 2)[:, skipped], values.flatten(1, 2)[:, skipped]
+        keys = kv_formats.rotated(format, parts.keys, parts.key_scales, format.bits[0], dtype)
+        values = kv_formats.rotated(format, parts.values, parts.value_scales, format.bits[1], dtype)
+        keys, values = keys.flatten(1, 2), values.flatten(1, 2)
+    if format.tail and len(blocks):
+        unrounded = kv_formats.unpack(format.tail, tails[:, tail])
+        newest = slice(keys.shape[1] - format.tokens, None)
+        keys = torch.cat((keys, torch.zeros_like(keys)), dim=-1)
+        keys[:, newest, : format.width] = 0
+        keys[:, newest, format.width :] = unrounded.keys.to(dtype)
+        values[:, newest] = unrounded.values.to(dtype)
+    return keys[:, first - start : end - start], values[:, first - start : end - start]
 
 
 def queries(format: KvFormat, q: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """``q [T, H, D]`` times scale, as the kernels multiply it with keys: for int8 and int4 after the
-    Hadamard transform, rounded to int8 with a scale for each group of channels."""
+    Hadamard transform, rounded to int8 with a scale for each group of channels, which for int4 the
+    unrounded ones follow."""
     x = q.float() * scale
     if format.quantized:
         x = kv_formats.hadamard(torch.nn.functional.pad(x, (0, format.width - format.dim)))
         codes, scales = quantize_activations(x.flatten(0, 1), format.group)
-        x = (codes.to(dtype) * scales.to(dtype)).flatten(1).view(x.shape)
+        rounded = (codes.to(dtype) * scales.to(dtype)).flatten(1).view(x.shape)
+        x = torch.cat((rounded, x.to(dtype)), dim=-1) if format.tail else rounded
     return x.to(dtype)
 
 
 def _reference(
-    q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
-):
+    q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+    slopes, sinks,
+):  # fmt: skip
     format = _check(
-        q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
-    )
-    new = check_sequences(rows, lengths, tables, q.shape[0], pool.shape[1], block_tokens, window)
+        q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+        slopes, sinks,
+    )  # fmt: skip
+    sizes = (q.shape[0], pool.shape[1], block_tokens)
+    new = check_sequences(rows, lengths, tables, *sizes, tail_of, tails, window)
     x, group = queries(format, q, scale, torch.float32), q.shape[1] // pool.shape[0]
     out, row = torch.empty_like(q, memory_format=torch.contiguous_format), 0
-    for table, tokens in zip(tables, new):
+    for i, tokens in enumerate(new):
         if not tokens:
             continue
         first = max(0, tokens.start - window + 1) if window else 0
+        tail = None if tail_of is None else tail_of[i]
         keys, values = (
             part.repeat_interleave(group, dim=0)
-            for part in stored(format, pool, table, first, tokens.stop, torch.float32)
+            for part in stored(
+                format, pool, tails, tables[i], tail, first, tokens.stop, torch.float32
+            )
         )
         here = slice(row, row + len(tokens))
         scores = x[here].transpose(0, 1) @ keys.transpose(1, 2)
@@ -100,11 +120,13 @@ def _reference(
 
 
 def _fake(
-    q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
-):
+    q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+    slopes, sinks,
+):  # fmt: skip
     _check(
-        q, pool, rows, lengths, tables, type, block_tokens, scale, window, softcap, slopes, sinks
-    )
+        q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+        slopes, sinks,
+    )  # fmt: skip
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -114,9 +136,11 @@ _op = define("paged_attention", _reference, _fake)
 def paged_attention(
     q: torch.Tensor,
     pool: torch.Tensor,
+    tails: torch.Tensor | None,
     rows: torch.Tensor,
     lengths: torch.Tensor,
     tables: torch.Tensor,
+    tail_of: torch.Tensor | None,
     type: int,
     block_tokens: int,
     scale: float | None = None,
@@ -127,7 +151,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of new tokens, ``q [T, heads, head_dim]`` (f32, bf16, f16), over what
     ``pool`` holds of their sequences, themselves included (:func:`kv_append`, which also says what
-    pool, rows, lengths, tables, type and block_tokens are); returns q's shape and dtype.
+    the other arguments before ``scale`` are); returns q's shape and dtype.
 
     Query head h reads key-value head ``h // (heads / kv_heads)``.  ``scale`` is by default
     ``head_dim ** -0.5``.  ``window``: tokens that a query sees, itself included, 0 for all; table
@@ -139,7 +163,9 @@ def paged_attention(
     Sums are f32, in one pass over the blocks with a running maximum (arXiv:2205.14135), and the
     result does not depend on the number of threads.  Over int8 and int4 products are of integers:
     queries are rounded to int8 with a scale for each group of channels, and so are softmax weights
-    times the values' scales, one for each block.  Time is that of reading the blocks seen where rows
+    times the values' scales, one for each block.  Tails are multiplied as they are, in f32: new tokens
+    before a sequence's newest block find their own rounded, so that a step that goes beyond the end of
+    a block is better passed block by block (:meth:`memlm.kv_cache.PagedKVCache.attend` does).  Time is that of reading the blocks seen where rows
     are few; memory beside the result is O(T).  No gradient.
 
     Raises TypeError or ValueError naming the argument that does not fit.
@@ -147,10 +173,14 @@ def paged_attention(
     check_heads("q", q)
     if scale is None:
         scale = q.shape[2] ** -0.5
-    rules = (scale, window, softcap, slopes, sinks)
+    args = (
+        q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap,
+        slopes, sinks,
+    )  # fmt: skip
     try:
-        return _op(q, pool, rows, lengths, tables, type, block_tokens, *rules)
+        return _op(*args)
     except Exception:
-        _check(q, pool, rows, lengths, tables, type, block_tokens, *rules)
-        check_sequences(rows, lengths, tables, q.shape[0], pool.shape[1], block_tokens, window)
+        _check(*args)
+        sizes = (q.shape[0], pool.shape[1], block_tokens)
+        check_sequences(rows, lengths, tables, *sizes, tail_of, tails, window)
         raise
