@@ -236,8 +236,7 @@ class Attention(nn.Module):
         if cache is None:
             y = self._dense(q, k, v)
         else:
-            cache.append(step, self.layer, k[0], v[0])
-            y = cache.attend(step, self.layer, q[0], window=self.window)
+            y = cache.attend(step, self.layer, q[0], k[0], v[0], window=self.window)
         return linear(self.o_proj, y.reshape(batch, length, -1), residual=x)
 
     def _dense(self, q, k, v):
