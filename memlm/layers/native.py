@@ -163,12 +163,18 @@ class NativeLayers:
         sine = angles.data_ptr() + half * angles.element_size()
         self._native(
             [pool.data_ptr() for pool in cache.pools],
-            (cache.count, format.tokens, cache.kv_heads, format.dim, format.index, format.block_bytes),
+            [tails.data_ptr() for tails in cache.tails],
+            (
+                cache.count, format.tokens, cache.kv_heads, format.dim, format.index, format.block_bytes,
+                cache.tails[0].shape[1] if cache.tails else 0,
+                format.tail.block_bytes if cache.tails else 0,
+            ),
             len(step.sequences),
             step.rows.data_ptr(),
             step.lengths.data_ptr(),
             step.tables.data_ptr(),
             step.tables.shape[1],
+            _address(step.tail_of),
             x.data_ptr(),
             self.hidden,
             DTYPES[x.dtype],

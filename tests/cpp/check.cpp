@@ -477,7 +477,7 @@ void check_topk() {
       for (Product product : products(format)) {
         if (product == Product::kW8A8Groups) continue;
         on_every_isa([&] {
-          const Call call = {product, 1, {&bias32, &norm32}, nullptr};
+          const Call call = {product, 1, {&bias32, &norm32, nullptr, false}, nullptr};
           const Values logits = decode(MEMLM_F32, run(w, x32, k, m, call));
           const memlm_linear linear = linear_of(w, product, &bias);
           memlm_matmul_args args{};
