@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_attention [--record]
 
-Times: both by turns in one process, each call alone after all threads have come to rest; the median.
-Peaks: a process of its own for each; by how much its resident memory grew over the inputs, results
-included.
+Times: both by turns in one process, each call alone after all threads have come to rest; the
+median.  Peaks: a process of its own for each; by how much its resident memory grew over the inputs,
+results included.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def measure(case: Case, rounds: int, threads: int, limit: float) -> list[Measure
 
 
 HEAD = (
-    "| dtype | heads | size | tokens | forward, ms | torch | ratio | GMAC/s | MB | torch | backward, ms | "
-    "torch | ratio | GMAC/s | MB | torch |\n| --- | --- |" + " ---: |" * 14 + "\n"
+    "| dtype | heads | size | tokens | forward, ms | torch | ratio | GMAC/s | MB | torch | "
+    "backward, ms | torch | ratio | GMAC/s | MB | torch |\n| --- | --- |" + " ---: |" * 14 + "\n"
 )
 BEGIN, END = "<!-- prefill -->\n", "<!-- end of prefill -->\n"
 

@@ -1,9 +1,9 @@
 """memlm's attention as one that Hugging Face models select by name:
 ``from_pretrained(..., attn_implementation="memlm")``, ``model.set_attn_implementation("memlm")``.
 
-Imported by itself as soon as transformers' models are.  Causal masks and sliding windows are limits of
-the kernel and padding is a row of the mask, so that no matrix is made of either; other masks are, as
-for transformers' "sdpa".
+Imported by itself as soon as transformers' models are.  Causal masks and sliding windows are limits
+of the kernel and padding is a row of the mask, so that no matrix is made of them; other masks are
+matrices, as for transformers' "sdpa".
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from memlm.hf_cache import PAGED
 from memlm.ops import attention
 
 NAME = "memlm"
-# The attribute of a mask [batch or 1, 1, 1, keys] that says what stands beside it: whether later keys
-# are unseen, and the window or None.
+# The attribute of a mask [batch or 1, 1, 1, keys] that says what stands beside it: whether later
+# keys are unseen, and the window or None.
 LIMITS = "memlm_limits"
 
 
@@ -48,7 +48,8 @@ def mask(
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
             local_size=local_size, allow_is_causal_skip=causal and q_length == 1,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip, config=config, device=device, **kwargs,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip, config=config, device=device,
+            **kwargs,
         )  # fmt: skip
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -108,9 +109,10 @@ def forward(
         is_causal = False
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, False, query, key)
+    sinks = None if s_aux is None else s_aux.float()
     out = attention(
         query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=True,
-        window=window, to_end=True, softcap=softcap or 0.0, sinks=None if s_aux is None else s_aux.float(),
+        window=window, to_end=True, softcap=softcap or 0.0, sinks=sinks,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 

@@ -1,5 +1,5 @@
-"""Attention in f64 by its definition, with torch's own gradients, and what a kernel's results may be
-off by (see numerics: a sum of n terms 5 sqrt(n) u, u the unit roundoff of f32)."""
+"""Attention in f64 by its definition, with torch's own gradients, and what a kernel's results may
+be off by (see numerics: a sum of n terms 5 sqrt(n) u, u the unit roundoff of f32)."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TINY = 1e-37  # exponentials below f32's normal numbers are dropped
 
 @dataclass
 class Exact:
-    """Results in f64 and their bounds, by name: out, lse, and with a gradient q, k, v, mask, sinks."""
+    """Results in f64 and their bounds, by name: out, lse, and of gradients q, k, v, mask, sinks."""
 
     value: dict[str, torch.Tensor]
     bound: dict[str, torch.Tensor]
@@ -100,7 +100,10 @@ def exact(
         off_p = p * (relative + off_lse) + TINY
         size_v = wide["v"].abs()
         off_out = (off_p * kept) @ size_v + (sums + 4 * U) * (p * kept @ size_v)
-        stored = lambda x, off: off + ROUNDOFF[dtype] * (x.abs() + off) + SMALLEST[dtype]  # noqa: E731
+
+        def stored(x, off):
+            return off + ROUNDOFF[dtype] * (x.abs() + off) + SMALLEST[dtype]
+
         bound = {"out": stored(out, off_out), "lse": off_lse[..., 0]}
     value = {"out": out.detach(), "lse": lse}
     if grad is None:
@@ -110,7 +113,7 @@ def exact(
     value |= dict(zip(differentiable, grads))
     with torch.no_grad():
         g, rows = grad.double(), q.shape[2] * group
-        dim, v_dim = q.shape[-1], v.shape[-1]
+        v_dim = v.shape[-1]
         delta = (g * out).sum(-1, keepdim=True)
         off_delta = (g.abs() * bound["out"]).sum(-1, keepdim=True)
         off_delta += 5 * math.sqrt(v_dim) * U * (g * out).abs().sum(-1, keepdim=True)

@@ -1,5 +1,5 @@
-"""attention: every implementation on every instruction set against f64, forward and backward, and as
-a torch op and a function."""
+"""attention: every implementation on every instruction set against f64, forward and backward, and
+as a torch op and a function."""
 
 import itertools
 import math
@@ -48,8 +48,8 @@ def random_case(batch, heads, q_len, k_len, dim, v_dim=None, dtype=F32, seed=0, 
     generator = torch.Generator().manual_seed(seed)
     v_dim = v_dim or dim
     shapes = [
-        (batch, heads[0], q_len, dim), (batch, heads[1], k_len, dim), (batch, heads[1], k_len, v_dim),
-        (batch, heads[0], q_len, v_dim),
+        (batch, heads[0], q_len, dim), (batch, heads[1], k_len, dim),
+        (batch, heads[1], k_len, v_dim), (batch, heads[0], q_len, v_dim),
     ]  # fmt: skip
     q, k, v, grad = (torch.randn(shape, generator=generator) for shape in shapes)
     return [x.to(dtype) for x in (q * size, k, v, grad)]
@@ -595,7 +595,8 @@ def test_bad_input():
     refused(ValueError, r"key: got shape \[2, 2, 20, 23\]", q, k[..., :23], v, **wide)
     refused(ValueError, r"value: got shape \[2, 2, 19, 24\]", q, k, v[:, :, :19], **wide)
     refused(ValueError, "do not broadcast", q, k.repeat(2, 1, 1, 1)[:3], v, **wide)
-    refused(ValueError, "query: got a last dimension of 513", q.new_ones(1, 1, 1, 513), q.new_ones(1, 1, 1, 513), q.new_ones(1, 1, 1, 8))  # fmt: skip
+    long = torch.ones(1, 1, 1, 513)
+    refused(ValueError, "query: got a last dimension of 513", long, long, long[..., :8])
     refused(TypeError, "attn_mask: got list", q, k, v, [1], **wide)
     refused(
         TypeError,

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM, BertModel, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM,
-    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM,
-    Qwen3Config, Qwen3ForCausalLM,
+    AutoModelForCausalLM, BertModel, Gemma2Config, Gemma2ForCausalLM, GptOssConfig,
+    GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+    Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )  # fmt: skip
 
 from memlm import hf_attention
@@ -22,7 +22,8 @@ MODELS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
     "gemma2": (
         Gemma2ForCausalLM, Gemma2Config,
-        {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+        {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0,
+         "query_pre_attn_scalar": 8},
     ),
     "gpt_oss": (
         GptOssForCausalLM, GptOssConfig,
@@ -32,8 +33,8 @@ MODELS = {
     # Its layers do not tell their attention that there is a window.
     "qwen2_moe": (
         Qwen2MoeForCausalLM, Qwen2MoeConfig,
-        {**EXPERTS, "shared_expert_intermediate_size": 16, "sliding_window": 5, "use_sliding_window": True,
-         "max_window_layers": 1},
+        {**EXPERTS, "shared_expert_intermediate_size": 16, "sliding_window": 5,
+         "use_sliding_window": True, "max_window_layers": 1},
     ),
 }  # fmt: skip
 IDS = torch.randint(256, (2, 19), generator=torch.Generator().manual_seed(0))
@@ -73,7 +74,7 @@ def test_logits_and_gradients(folder, mask):
 
 
 def test_window_sinks_and_cap_matter(folder, request):
-    """What the models above have beside Llama changes their results: it is not left out on both sides."""
+    """What the models above have beside Llama changes their results: it isn't left out on both sides."""
     model = load(folder, "memlm")
     before = tiny.logits(model, IDS)
     config = model.config

@@ -38,7 +38,7 @@ def _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed) ->
         sizes = (batch, heads, q_len, k_len)
         if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, sizes)):
             raise ValueError(
-                f"attn_mask: got shape {list(mask.shape)}, expected one that broadcasts to {list(sizes)}"
+                f"attn_mask: got shape {list(mask.shape)}, expected what broadcasts to {list(sizes)}"
             )
         if q_offsets is not None:
             raise ValueError("attn_mask: is not for packed sequences")
@@ -175,8 +175,8 @@ class _Matrices:
 
 
 def _pieces(q, k, q_offsets, k_offsets):
-    """(sequences, their numbers, their queries, their keys): all of a batch at once, packed ones one
-    by one."""
+    """(numbers of sequences, their queries, their keys): all of a batch at once, packed ones one by
+    one."""
     if q_offsets is None:
         yield torch.arange(q.shape[0], device=q.device), slice(None), slice(None)
         return
@@ -286,7 +286,7 @@ def _limits(window, is_causal: bool) -> tuple[int, int]:
         left, right = window
     else:
         raise ValueError(
-            f"window: got {window!r}, accepted are the number of keys, at least 1, (left, right), None"
+            f"window: got {window!r}, accepted are a number of keys from 1, (left, right), None"
         )
     return left, 0 if is_causal else right
 
@@ -331,7 +331,8 @@ def _four_mask(mask, query: torch.Tensor, batch: tuple[int, ...]):
         return _four(mask, batch)
     except RuntimeError:
         raise ValueError(
-            f"attn_mask: got shape {list(mask.shape)}, its first dimensions must broadcast to {list(batch)}"
+            f"attn_mask: got shape {list(mask.shape)}, "
+            f"its first dimensions must broadcast to {list(batch)}"
         ) from None
 
 
@@ -356,9 +357,9 @@ def attention(
     ``torch.nn.functional.scaled_dot_product_attention`` and more; exact, in memory of the order of
     the sequence, forward and backward (arXiv:2112.05682, arXiv:2205.14135).
 
-    query ``[..., H, L, E]``, key ``[..., Hk, S, E]``, value ``[..., Hk, S, Ev]``: f32, bf16 or f16, of
-        any strides; E and Ev 1 to 512; the first dimensions broadcast.  Returns ``[..., H, L, Ev]``
-        in query's dtype.  Scores and sums are f32.
+    query ``[..., H, L, E]``, key ``[..., Hk, S, E]``, value ``[..., Hk, S, Ev]``: f32, bf16 or f16,
+        of any strides; E and Ev 1 to 512; the first dimensions broadcast.  Returns
+        ``[..., H, L, Ev]`` in query's dtype.  Scores and sums are f32.
     attn_mask: broadcasts to ``[..., H, L, S]``.  bool: True where the query sees the key; else of
         query's dtype (f32 is cast to it) and added to the scores.
     dropout_p: share of the probabilities set to zero, the others grow by 1 / (1 - dropout_p).
@@ -404,8 +405,8 @@ def attention(
     q, k, v = (_four(x, batch) for x in (query, key, value))
     try:
         out, _ = _op(
-            q, k, v, mask, None, None, scale, left, right, to_end, softcap, slopes, sinks, dropout_p,
-            seed,
+            q, k, v, mask, None, None, scale, left, right, to_end, softcap, slopes, sinks,
+            dropout_p, seed,
         )  # fmt: skip
     except Exception:  # the op checks all of this again, after autocast, which may make it fit
         _check(q, k, v, mask, None, None, slopes, sinks, dropout_p, seed)
@@ -439,7 +440,7 @@ def attention_varlen(
     q_offsets: int64 ``[n + 1]``, from 0 to T: sequence b has the queries ``q_offsets[b]`` to
         ``q_offsets[b + 1] - 1``, and by ``k_offsets`` (None: the same) its keys.
 
-    The other arguments are those of :func:`attention`; positions count from the start of each sequence.
+    The other arguments are those of :func:`attention`; positions count from each sequence's start.
     """
     scale, seed = _prepare(query, key, value, dropout_p, scale, slopes, sinks, seed)
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -477,7 +477,7 @@ void check_topk() {
       for (Product product : products(format)) {
         if (product == Product::kW8A8Groups) continue;
         on_every_isa([&] {
-          const Call call = {product, 1, {&bias32, &norm32}, nullptr};
+          const Call call = {product, 1, {&bias32, &norm32, nullptr, false}, nullptr};
           const Values logits = decode(MEMLM_F32, run(w, x32, k, m, call));
           const memlm_linear linear = linear_of(w, product, &bias);
           memlm_matmul_args args{};
@@ -535,12 +535,12 @@ void check_layer(const LayerCase& c, const std::vector<int64_t>& lengths) {
   const int64_t m = rows.back(), blocks = 2 * count_;
   std::vector<int32_t> tables;
   for (int64_t i = 0; i < blocks; ++i) tables.push_back(static_cast<int32_t>(blocks - 1 - i));
-  const memlm_sequences sequences = {count_, rows.data(), lengths.data(), tables.data(), 2};
+  const memlm_sequences sequences = {count_, rows.data(), lengths.data(), tables.data(), 2, nullptr};
   const Array x(MEMLM_F32, filled(m * c.hidden, normal));
 
   on_every_isa([&] {
     std::vector<float> stored(c.kv_heads * blocks * memlm_kv_block_bytes(MEMLM_KV_F32, 64, c.dim) / 4, 0);
-    const memlm_kv_pool pool = {stored.data(), blocks, 64, c.kv_heads, c.dim, MEMLM_KV_F32};
+    const memlm_kv_pool pool = {stored.data(), blocks, 64, c.kv_heads, c.dim, MEMLM_KV_F32, nullptr, 0};
     const auto copy_x = [&] { return std::vector<float>(x.values.begin(), x.values.end()); };
 
     std::vector<float> y = copy_x(), projected(m * stride), attended(m * q_width), gated(m * c.width);
