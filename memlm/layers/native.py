@@ -146,16 +146,29 @@ class NativeLayers:
         linears = [_linear(linear) for linear in parts[5:9]]
         return _core.LayerArguments(*norms, parts.eps, *linears, parts.window)
 
-    def run(self, x: torch.Tensor, cache: PagedKVCache, step: Step, angles: torch.Tensor) -> None:
-        """A step's new tokens ``x [rows, hidden]`` through the layers, which are the cache's, in
-        place.
+    def run(
+        self,
+        x: torch.Tensor,
+        cache: PagedKVCache,
+        step: Step,
+        angles: torch.Tensor,
+        first: int = 0,
+        by_row: bool = False,
+    ) -> None:
+        """A step's new tokens ``x [rows, hidden]`` through the layers, which are the cache's from
+        number ``first`` on, in place.
 
-        ``angles`` f32 ``[positions, 3, head_dim / 2]`` (:class:`memlm.models.decoder.Rotary`).
-        Raises ValueError for what does not fit together; then nothing has changed.
+        ``angles`` f32 ``[positions, 3, head_dim / 2]`` (:class:`memlm.models.decoder.Rotary`), or with
+        ``by_row`` ``[rows, 3, head_dim / 2]``.  Raises ValueError for what does not fit together; then
+        nothing has changed.
         """
         format, half = cache.format, cache.format.dim // 2
-        if len(cache.pools) != len(self._layers):
-            raise ValueError(f"cache: has {len(cache.pools)} layers, there are {len(self._layers)}")
+        own = slice(first, first + len(self._layers))
+        pools, tails = cache.pools[own], cache.tails[own]
+        if len(pools) != len(self._layers):
+            raise ValueError(
+                f"cache: has {len(cache.pools)} layers, these are {len(self._layers)} from {first} on"
+            )
         if x.shape != (len(step.positions), self.hidden) or x.dtype != self.dtype:
             raise ValueError(
                 f"x: got {x.dtype} {list(x.shape)}, expected {self.dtype} "
@@ -163,8 +176,8 @@ class NativeLayers:
             )
         sine = angles.data_ptr() + half * angles.element_size()
         self._native(
-            [pool.data_ptr() for pool in cache.pools],
-            [tails.data_ptr() for tails in cache.tails],
+            [pool.data_ptr() for pool in pools],
+            [t.data_ptr() for t in tails],
             (
                 cache.count,
                 format.tokens,
@@ -172,8 +185,8 @@ class NativeLayers:
                 format.dim,
                 format.index,
                 format.block_bytes,
-                cache.tails[0].shape[1] if cache.tails else 0,
-                format.tail.block_bytes if cache.tails else 0,
+                tails[0].shape[1] if tails else 0,
+                format.tail.block_bytes if tails else 0,
             ),
             len(step.sequences),
             step.rows.data_ptr(),
@@ -190,6 +203,6 @@ class NativeLayers:
             sine,
             len(angles),
             3 * half,
-            step.positions.data_ptr(),
+            0 if by_row else step.positions.data_ptr(),
             torch.get_num_threads(),
         )
