@@ -15,7 +15,6 @@ import functools
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memlm.formats import TILE_ROWS, split_rows, stack_rows
 from memlm.hf_cache import PagedCache
@@ -141,8 +140,7 @@ def _window(attention: nn.Module) -> int:
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return [m for m in found if {c.__name__ for c in type(m).__mro__} & set(LAYERS)]
+    return [m for m in model.modules() if {c.__name__ for c in type(m).__mro__} & set(LAYERS)]
 
 
 def fuse_layers(model: nn.Module, kv: str | None = None) -> nn.Module:
