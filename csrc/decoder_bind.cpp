@@ -46,23 +46,30 @@ struct Layers {
   }
 };
 
-void run(const Layers& layers, const std::vector<Address>& blocks,
-         std::tuple<int64_t, int64_t, int64_t, int64_t, int, int64_t> pool, int64_t count, Address rows,
-         Address lengths, Address tables, int64_t table_stride, Address x, int64_t x_stride, int dtype,
+using PoolShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int64_t, int64_t, int64_t>;
+
+void run(const Layers& layers, const std::vector<Address>& blocks, const std::vector<Address>& tails,
+         PoolShape pool, int64_t count, Address rows, Address lengths, Address tables,
+         int64_t table_stride, Address tail_of, Address x, int64_t x_stride, int dtype,
          int64_t hidden, int64_t heads, Address cos, Address sin, int64_t angles, int64_t angle_stride,
          Address positions, int threads) {
   if (blocks.size() != layers.list.size())
     throw py::value_error("blocks: expected one address for each layer");
-  const auto [pool_count, block_tokens, kv_heads, head_dim, type, bytes] = pool;
-  if (memlm_kv_block_bytes(static_cast<memlm_kv_type>(type), block_tokens, head_dim) != bytes)
+  const auto [pool_count, block_tokens, kv_heads, head_dim, number, bytes, tail_count, tail_bytes] = pool;
+  const auto type = static_cast<memlm_kv_type>(number);
+  if (memlm_kv_block_bytes(type, block_tokens, head_dim) != bytes ||
+      memlm_kv_tail_bytes(type, block_tokens, head_dim) != tail_bytes)
     throw py::value_error("pool: its blocks are of another size than the library's");
+  if (tail_bytes && tails.size() != blocks.size())
+    throw py::value_error("tails: expected one address for each layer");
   std::vector<memlm_kv_pool> pools;
-  for (const Address address : blocks)
-    pools.push_back({const_cast<void*>(at(address)), pool_count, block_tokens, kv_heads, head_dim,
-                     static_cast<memlm_kv_type>(type)});
+  for (size_t i = 0; i < blocks.size(); ++i)
+    pools.push_back({const_cast<void*>(at(blocks[i])), pool_count, block_tokens, kv_heads, head_dim, type,
+                     tail_bytes ? const_cast<void*>(at(tails[i])) : nullptr, tail_count});
   const memlm_sequences sequences = {count, static_cast<const int64_t*>(at(rows)),
                                      static_cast<const int64_t*>(at(lengths)),
-                                     static_cast<const int32_t*>(at(tables)), table_stride};
+                                     static_cast<const int32_t*>(at(tables)), table_stride,
+                                     static_cast<const int32_t*>(at(tail_of))};
   memlm_decoder_args args = {};
   args.x = const_cast<void*>(at(x));
   args.x_stride = x_stride;
@@ -97,12 +104,13 @@ void bind_decoder(py::module_& m) {
            py::arg("down"), py::arg("window"));
   py::class_<Layers>(m, "DecoderLayers")
       .def(py::init<const std::vector<const memlm_decoder_layer*>&>(), py::arg("layers"))
-      .def("__call__", &run, py::arg("blocks"), py::arg("pool"), py::arg("count"), py::arg("rows"),
-           py::arg("lengths"), py::arg("tables"), py::arg("table_stride"), py::arg("x"),
+      .def("__call__", &run, py::arg("blocks"), py::arg("tails"), py::arg("pool"), py::arg("count"), py::arg("rows"),
+           py::arg("lengths"), py::arg("tables"), py::arg("table_stride"), py::arg("tail_of"), py::arg("x"),
            py::arg("x_stride"), py::arg("dtype"), py::arg("hidden"), py::arg("heads"), py::arg("cos"),
            py::arg("sin"), py::arg("angles"), py::arg("angle_stride"), py::arg("positions"),
            py::arg("threads"),
-           "memlm_decoder_layers; pool: count, block_tokens, kv_heads, head_dim, type, bytes of a block.");
+           "memlm_decoder_layers; pool: count, block_tokens, kv_heads, head_dim, type, bytes of a block, "
+           "tails, bytes of a tail.");
 }
 
 }  // namespace memlm

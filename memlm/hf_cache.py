@@ -144,10 +144,9 @@ class PagedCache(Cache):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         whole = bool(stored.all())
         q, k, v = (x.flatten(0, 1) if whole else x[stored] for x in (q, k, v))
-        self.pages.append(self._step, layer.index, k, v)
         sinks = None if sinks is None else sinks.float()
         y = self.pages.attend(
-            self._step, layer.index, q, scale, layer.window, softcap or 0.0, sinks=sinks
+            self._step, layer.index, q, k, v, scale, layer.window, softcap or 0.0, sinks=sinks
         )
         self._end(layer)
         if whole:

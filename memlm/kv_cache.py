@@ -9,6 +9,7 @@ block for each sequence beyond.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,19 @@ class _Sequence:
     # were committed.
     ids: list[int] | None = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
+    tail: int = NOWHERE  # where it has one
+    unrounded: int = NOWHERE  # which of its blocks that holds
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """New tokens of some sequences, one after the other, as the ops take them: ``rows`` int64
     ``[n + 1]``, ``lengths`` int64 ``[n]`` (new tokens included), ``tables`` int32 ``[n, blocks]``;
-    ``positions`` int64 ``[tokens]``, of each new token in its sequence."""
+    ``positions`` int64 ``[tokens]``, of each new token in its sequence; ``tail_of`` int32 ``[n]``,
+    for int4.
+
+    ``pieces``: what attends at once, as (tokens of the step, their own step).  With tails, tokens
+    that go beyond the end of a block are cut there, otherwise that is all of the step."""
 
     sequences: tuple[int, ...]
     counts: tuple[int, ...]
@@ -47,6 +54,8 @@ class Step:
     lengths: torch.Tensor
     tables: torch.Tensor
     positions: torch.Tensor
+    tail_of: torch.Tensor | None
+    pieces: list[tuple[slice, Step]] = field(default_factory=list)
 
 
 class PagedKVCache:
@@ -58,8 +67,7 @@ class PagedKVCache:
         s = cache.add()
         step = cache.begin_step({s: 5})             # blocks for 5 more tokens
         for layer in range(layers):
-            cache.append(step, layer, k, v)         # [5, kv_heads, head_dim]
-            y = cache.attend(step, layer, q)        # [5, heads, head_dim]
+            y = cache.attend(step, layer, q, k, v)  # [5, heads or kv_heads, head_dim]
         cache.commit(step, {s: ids})                # now they count; ids only for prefix sharing
 
     ``blocks`` fixes the size of the pool (of each layer); None lets it double when it is full, one
@@ -67,8 +75,13 @@ class PagedKVCache:
     that is not resident until it is used.  With ``window``, queries see that many tokens, themselves
     included, and blocks wholly before are given back at each :meth:`commit`.
 
+    int4 keeps the newest block of each sequence unrounded as well, its tail (memlm/kv_formats.py);
+    where a tail is lost, because a sequence was cut back beyond its newest block, it is made again of
+    the rounded numbers.
+
     All methods but those that write keys and values cost time in the number of blocks concerned, not
-    in their bytes; ``append`` that of the new tokens, ``attend`` that of the blocks seen.
+    in their bytes, and for int4 in those of a tail; ``append`` takes that of the new tokens, ``attend``
+    that of the blocks seen.
 
     Whatever a method raises, the cache is as it was before.  Raises ValueError for sizes out of
     range.
@@ -98,7 +111,10 @@ class PagedKVCache:
         self.fixed = blocks is not None
         self.device = torch.device(device)
         self.count = blocks or 0  # blocks of the pool
-        self.pools = [self._store(self.count) for _ in range(layers)]
+        self.pools = [self._store(self.format, self.count) for _ in range(layers)]
+        # Of int4: a tail for each sequence, [kv_heads, tails, bytes].
+        self.tails = [self._store(self.format.tail, 0) for _ in range(layers if self.format.tail else 0)]
+        self._free_tails: list[int] = []
         self._users: list[int] = [0] * self.count  # of each block
         self._free = list(range(self.count - 1, -1, -1))
         self._sequences: dict[int, _Sequence] = {}
@@ -115,8 +131,8 @@ class PagedKVCache:
 
     # Sizes.
 
-    def _store(self, blocks: int) -> torch.Tensor:
-        shape = (self.kv_heads, blocks, self.format.block_bytes)
+    def _store(self, format: KvFormat, blocks: int) -> torch.Tensor:
+        shape = (self.kv_heads, blocks, format.block_bytes)
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     @property
@@ -131,13 +147,19 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool, filled or not."""
-        return sum(pool.numel() for pool in self.pools)
+        """Bytes of the pool and of tails, filled or not."""
+        return sum(store.numel() for store in (*self.pools, *self.tails))
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of a sequence's tail, in all layers; 0 but for int4."""
+        return self.layers * self.kv_heads * self.format.tail.block_bytes if self.tails else 0
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks that sequences hold, shared ones once."""
-        return self.used_blocks * self.block_bytes
+        """Bytes of the blocks that sequences hold, shared ones once, and of their tails."""
+        tails = sum(s.tail != NOWHERE for s in self._sequences.values())
+        return self.used_blocks * self.block_bytes + tails * self.tail_bytes
 
     @property
     def used_blocks(self) -> int:
@@ -153,12 +175,15 @@ class PagedKVCache:
         block_tokens: int = 64,
         fixed: bool = False,
     ) -> int:
-        """Bytes of the pool of a cache that holds sequences of these lengths, nothing shared, no
-        window: of a growing pool, or with ``fixed`` of the smallest that has room for them."""
+        """``nbytes`` of a cache that holds sequences of these lengths, nothing shared, no window: with
+        a growing pool, or with ``fixed`` the smallest that has room for them."""
         format = KvFormat(dtype, block_tokens, head_dim)
-        needed = sum(-(-length // block_tokens) for length in lengths)
-        blocks = needed if fixed else _power(needed)
-        return blocks * layers * kv_heads * format.block_bytes
+        counts = [-(-length // block_tokens) for length in lengths]
+        blocks = sum(counts) if fixed else _power(sum(counts))
+        size = blocks * format.block_bytes
+        if format.tail:
+            size += _power(sum(count > 0 for count in counts)) * format.tail.block_bytes
+        return layers * kv_heads * size
 
     # Sequences.
 
@@ -204,17 +229,26 @@ class PagedKVCache:
         sequence."""
         old = self._get(sequence)
         self._give_up()
+        ids = None if old.ids is None else old.ids.copy()
+        made = _Sequence(old.length, old.blocks.copy(), ids, old.nodes.copy())
+        if self.tails and old.length % self.format.tokens:
+            self._give_tails([made])
+            made.unrounded = old.unrounded
+            for store in self.tails:
+                store[:, made.tail] = store[:, old.tail]
         for block in old.blocks:
             self._take(block)
-        ids = None if old.ids is None else old.ids.copy()
-        return self._enter(_Sequence(old.length, old.blocks.copy(), ids, old.nodes.copy()))
+        return self._enter(made)
 
     def free(self, sequence: int) -> None:
         """Gives a sequence's blocks back.  Ends an open step.  Raises ValueError for an unknown
         sequence, such as one freed before."""
         self._get(sequence)
         self._give_up()
-        self._drop(self._sequences.pop(sequence).blocks)
+        s = self._sequences.pop(sequence)
+        self._drop(s.blocks)
+        if s.tail != NOWHERE:
+            self._free_tails.append(s.tail)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forgets all tokens from ``length`` on.  Ends an open step.  Raises ValueError for an unknown
@@ -234,6 +268,7 @@ class PagedKVCache:
         if s.ids is not None:
             del s.ids[length:]
         s.length = length
+        self._restore_tail(s)
 
     def _get(self, sequence: int) -> _Sequence:
         try:
@@ -299,12 +334,48 @@ class PagedKVCache:
     def _grow(self, count: int) -> None:
         for i in range(self.layers):
             # Where this raises, the layers before have room that is not counted; nothing else.
-            store = self._store(count)
+            store = self._store(self.format, count)
             store[:, : self.count] = self.pools[i][:, : self.count]
             self.pools[i] = store
         self._free[:0] = range(count - 1, self.count - 1, -1)
         self._users += [0] * (count - self.count)
         self.count = count
+
+    # Tails.
+
+    def _give_tails(self, sequences: list[_Sequence]) -> None:
+        """A tail to each that has none."""
+        without = [s for s in sequences if s.tail == NOWHERE]
+        if len(without) > len(self._free_tails):
+            before = min(store.shape[1] for store in self.tails)
+            count = _power(before - len(self._free_tails) + len(without))
+            for i in range(self.layers):
+                store = self._store(self.format.tail, count)
+                store[:, :before] = self.tails[i][:, :before]
+                self.tails[i] = store
+            self._free_tails[:0] = range(count - 1, before - 1, -1)
+        for s in without:
+            s.tail = self._free_tails.pop()
+
+    def _restore_tail(self, s: _Sequence) -> None:
+        """Makes a tail that holds another block of the rounded tokens of the newest, if that is not
+        full."""
+        newest = s.length // self.format.tokens
+        if not self.tails or s.length % self.format.tokens == 0 or s.unrounded == newest:
+            return
+        self._give_tails([s])
+        s.unrounded = newest
+        bits = self.format.bits
+        for store, pool in zip(self.tails, self.pools):
+            block = kv_formats.unpack(self.format, pool[:, s.blocks[-1]])
+            both = (
+                kv_formats.rotated(self.format, codes, scales, n, torch.float32).bfloat16()
+                for codes, scales, n in (
+                    (block.keys, block.key_scales, bits[0]),
+                    (block.values, block.value_scales, bits[1]),
+                )
+            )
+            store[:, s.tail] = kv_formats.pack(self.format.tail, kv_formats.Block(*both))
 
     # Steps.
 
@@ -314,8 +385,11 @@ class PagedKVCache:
             for sequence in self._step.sequences:
                 s = self._sequences[sequence]
                 held = -(-s.length // self.format.tokens)
-                self._drop(s.blocks[held:])
-                del s.blocks[held:]
+                if held < len(s.blocks):
+                    self._drop(s.blocks[held:])
+                    del s.blocks[held:]
+                    s.unrounded = NOWHERE  # tokens of another block may have come over it
+                    self._restore_tail(s)
             self._step, self._tables = None, None
 
     def begin_step(self, new: Mapping[int, int]) -> Step:
@@ -345,6 +419,8 @@ class PagedKVCache:
         # Of a block whose users all write, one keeps it.
         needed += sum(min(count, self._users[block] - 1) for block, count in writers.items())
         self._provide(needed)
+        if self.tails:
+            self._give_tails([s for s, _ in plan])
         for s, more in plan:
             if s.length % tokens:
                 self._own(s)
@@ -372,14 +448,52 @@ class PagedKVCache:
             lists = [self._sequences[s].blocks for s in new]
             most = max(map(len, lists), default=0)
             filled = [blocks + [NOWHERE] * (most - len(blocks)) for blocks in lists]
-            tables = torch.tensor(filled, dtype=torch.int32, device=self.device)
-            self._tables = sequences, tables.view(len(new), most)
-        before = torch.tensor([self._sequences[s].length for s in new], dtype=torch.int64)
-        new_tokens = torch.tensor(counts, dtype=torch.int64)
-        rows = torch.nn.functional.pad(new_tokens.cumsum(0), (1, 0))
-        positions = (before - rows[:-1]).repeat_interleave(new_tokens) + torch.arange(int(rows[-1]))
-        parts = (x.to(self.device) for x in (rows, before + new_tokens))
-        return Step(sequences, counts, *parts, self._tables[1], positions.to(self.device))
+            self._tables = sequences, self._tensor(filled, torch.int32).view(len(new), most)
+        # Numbers in lists: before every token, tensor operations would take several times as long.
+        starts = [self._sequences[s].length for s in new]
+        ends = [start + count for start, count in zip(starts, counts)]
+        rows = [0, *itertools.accumulate(counts)]
+        positions = itertools.chain.from_iterable(map(range, starts, ends))
+        step = Step(
+            sequences,
+            counts,
+            self._tensor(rows, torch.int64),
+            self._tensor(ends, torch.int64),
+            self._tables[1],
+            self._tensor(list(positions), torch.int64),
+            self._tensor([self._sequences[s].tail for s in new], torch.int32) if self.tails else None,
+        )
+        step.pieces.extend(self._pieces(step))
+        return step
+
+    def _tensor(self, numbers: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=self.device)
+
+    def _pieces(self, step: Step) -> list[tuple[slice, Step]]:
+        """Runs of sequences that stay within a block, and others block by block."""
+        tokens, pieces, row, run = self.format.tokens, [], 0, 0
+        if not self.tails:
+            return [(slice(None), step)]
+        first_row = 0  # of the run of sequences from number `run` on
+        for i, (s, count) in enumerate(zip(step.sequences, step.counts)):
+            start = self._sequences[s].length
+            end = start + count
+            if start // tokens == (end - 1) // tokens:
+                row += count
+                continue
+            if run < i:
+                pieces.append(_part(step, slice(run, i), slice(first_row, row)))
+            while start < end:
+                stop = min(end, (start // tokens + 1) * tokens)
+                here = slice(row, row + stop - start)
+                pieces.append(_part(step, slice(i, i + 1), here, stop))
+                row, start = here.stop, stop
+            run, first_row = i + 1, row
+        if run == 0:
+            return [(slice(None), step)]
+        if run < len(step.sequences):
+            pieces.append(_part(step, slice(run, None), slice(first_row, row)))
+        return pieces
 
     def _open(self, step: Step, layer: int = 0) -> None:
         if step is not self._step:
@@ -389,35 +503,46 @@ class PagedKVCache:
 
     def append(self, step: Step, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores keys and values ``[tokens, kv_heads, head_dim]`` (f32, bf16, f16) of the step's new
-        tokens in a layer.  Raises ValueError for a step that is not open or a layer that is not there,
-        and what :func:`memlm.ops.kv_append` raises."""
+        tokens in a layer, without attending.  Raises ValueError for a step that is not open or a layer
+        that is not there, and what :func:`memlm.ops.kv_append` raises."""
         self._open(step, layer)
-        kv_append(
-            self.pools[layer], k, v, step.rows, step.lengths, step.tables, self.format.index,
-            self.format.tokens,
-        )  # fmt: skip
+        kv_append(self.pools[layer], self._tails(layer), k, v, *self._arguments(step))
 
     def attend(
         self,
         step: Step,
         layer: int,
         q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         scale: float | None = None,
         window: int | None = None,
         softcap: float = 0.0,
         slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of the new tokens, ``q [tokens, heads, head_dim]``, over what the layer
-        holds of their sequences: :func:`memlm.ops.paged_attention`.  ``window`` is by default the
-        cache's, and at most that.  Raises as :meth:`append` does."""
+        """Stores the new tokens' keys and values, as :meth:`append` does; returns their causal
+        attention, ``q [tokens, heads, head_dim]``, over what the layer then holds of their sequences:
+        :func:`memlm.ops.paged_attention`.  ``window`` is by default the cache's, and at most that; 0
+        is none of its own.  Results do not depend on how many tokens a step has, but for the rounding
+        of sums.  Raises as :meth:`append` does, and what paged_attention raises."""
         self._open(step, layer)
-        if window is None or (self.window and window > self.window):
+        if not window or (self.window and window > self.window):
             window = self.window
-        return paged_attention(
-            q, self.pools[layer], step.rows, step.lengths, step.tables, self.format.index,
-            self.format.tokens, scale, window or 0, softcap, slopes, sinks,
-        )  # fmt: skip
+        rules = (scale, window or 0, softcap, slopes, sinks)
+        pool, tails, results = self.pools[layer], self._tails(layer), []
+        for rows, piece in step.pieces:
+            arguments = self._arguments(piece)
+            kv_append(pool, tails, k[rows], v[rows], *arguments)
+            results.append(paged_attention(q[rows], pool, tails, *arguments, *rules))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _tails(self, layer: int) -> torch.Tensor | None:
+        return self.tails[layer] if self.tails else None
+
+    def _arguments(self, step: Step) -> tuple:
+        format = self.format
+        return step.rows, step.lengths, step.tables, step.tail_of, format.index, format.tokens
 
     def commit(self, step: Step, ids: Mapping[int, Sequence[int]] | None = None) -> None:
         """Counts a step's new tokens.  With their token ids, ``ids[s]`` of sequence s, blocks that
@@ -434,6 +559,8 @@ class PagedKVCache:
         for sequence, count in zip(step.sequences, step.counts):
             s = self._sequences[sequence]
             s.length += count
+            if self.tails:
+                s.unrounded = (s.length - 1) // self.format.tokens
             if s.ids is not None and sequence in ids:
                 s.ids += (int(i) for i in ids[sequence])
                 self._index(s)
@@ -491,3 +618,14 @@ class PagedKVCache:
 def _power(blocks: int) -> int:
     """The least power of two that is no less; 0 for 0."""
     return 1 << (blocks - 1).bit_length() if blocks else 0
+
+
+def _part(step: Step, which: slice, rows: slice, stop: int | None = None) -> tuple[slice, Step]:
+    """Some sequences of a step, with the new tokens ``rows`` of them; ``stop``: the tokens of a single
+    one after them."""
+    counts, lengths = step.counts[which], step.lengths[which]
+    if stop is not None:
+        counts, lengths = (rows.stop - rows.start,), torch.full_like(lengths, stop)
+    starts = torch.tensor([0, *counts], device=step.rows.device).cumsum(0)
+    parts = (starts, lengths, step.tables[which], step.positions[rows], step.tail_of[which])
+    return rows, Step(step.sequences[which], counts, *parts)

@@ -42,13 +42,20 @@ VARIANTS = {
     "mistral": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": None},
     "window": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": 33},
     "qwen2 window": {
-        "cls": Qwen2ForCausalLM, "config": Qwen2Config,
-        "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1,
+        "cls": Qwen2ForCausalLM,
+        "config": Qwen2Config,
+        "use_sliding_window": True,
+        "sliding_window": 50,
+        "max_window_layers": 1,
     },
     "qwen3": {"cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24},
     "qwen3 window": {
-        "cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24, "sliding_window": 20,
-        "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"],
+        "cls": Qwen3ForCausalLM,
+        "config": Qwen3Config,
+        "head_dim": 24,
+        "sliding_window": 20,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
 }
 
@@ -113,6 +120,29 @@ def test_cache_of_every_variant(tmp_path, settings, packed, monkeypatch):
             torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
     # 147 tokens of 2 sequences in chunks of 32, and 3 times one.
     assert calls == ([] if not packed else [64] * 4 + [38] + [2] * 3) * 2
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8", "int4"])
+def test_chunks_and_calls_make_no_difference(tmp_path, kv, monkeypatch):
+    """With keys and values rounded, too: what a token sees does not depend on what came with it, nor
+    on who computes it."""
+    tiny.llama(tmp_path)
+    model = memlm.load(tmp_path)
+    memlm.quantize_(model, memlm.QuantConfig("int8", "int8", "int8", mode="accurate"))
+    ids, results = ids_of(2, 150), []
+    for one_call in (True, False):
+        if not one_call:
+            monkeypatch.setattr(Decoder, "_native_layers", lambda *_: None)
+        for chunk in (512, 90, 2):
+            monkeypatch.setattr(Decoder, "CHUNK", chunk)
+            with torch.inference_mode():
+                results.append(model(ids, model.new_cache(kv)))
+    # A last bit of a number may round a key, a value or a query the other way: by 1/127 of the largest
+    # of its group, or in 4 bits by 1/15 of it.
+    off = {"f32": 5e-5, "bf16": 0.05, "int8": 0.05, "int4": 0.3}[kv]
+    for other in results[1:]:
+        error = (other - results[0]).abs()
+        assert error.max() < off and error.square().mean().sqrt() < off / 10
 
 
 def count_native_calls(monkeypatch) -> list[int]:
@@ -206,7 +236,9 @@ def test_changes_between_calls_are_noticed(packed, change, one_call, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "context", [torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["grad", "autocast"]
+    "context",
+    [torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["grad", "autocast"],
 )
 def test_not_one_call_where_operations_are_recorded_or_cast(packed, context, monkeypatch):
     calls, ids = count_native_calls(monkeypatch), ids_of(1, 6)

@@ -45,6 +45,21 @@ def run_step(cache: PagedKVCache, new: dict[int, list[int]], with_ids=True, comm
         cache.commit(step, new if with_ids else None)
 
 
+def tail_of(cache: PagedKVCache, s: int, ids: list[int], layer: int):
+    """Of keys and of values, what the tail has of the block that is not full, what it should hold
+    without rounding, and the steps to which the block's codes are rounded; [tokens, HEADS, width]."""
+    format, count = cache.format, len(ids) % BLOCK
+    if count == 0:
+        return
+    tail = cache.tails[layer][:, cache._sequences[s].tail]
+    held = kv_formats.unpack(format.tail, tail)
+    padding = (0, format.width - DIM)
+    for got, x, bits in zip((held.keys, held.values), vectors(ids[-count:], layer), format.bits):
+        exact = kv_formats.hadamard(torch.nn.functional.pad(x, padding))
+        steps = kv_formats.quantize(format, x, bits)[1].float().abs()
+        yield got[:, :count].transpose(0, 1).float(), exact, steps
+
+
 def state(cache: PagedKVCache):
     """All that can be seen of a cache but for what its blocks hold."""
     tables = {s: (cache.length(s), cache.table(s)) for s in cache.sequences}
@@ -111,15 +126,15 @@ class Machine(RuleBasedStateMachine):
             first = data.draw(st.integers(0, 3))
             new[self.some(data)] = [(first + i // 30) % 500 for i in range(length)]
         counts = {s: len(ids) for s, ids in new.items()}
-        room = self.cache.nbytes - self.cache.used_bytes
+        room = self.cache.count - self.cache.used_blocks
         needed, before = blocks_needed(self.cache, counts), state(self.cache)
         try:
             run_step(self.cache, new, kind == "ids", kind != "given up")
         except OutOfBlocks:
-            assert self.cache.fixed and needed * self.cache.block_bytes > room
+            assert self.cache.fixed and needed > room
             assert state(self.cache) == before
             return
-        assert not self.cache.fixed or needed * self.cache.block_bytes <= room
+        assert not self.cache.fixed or needed <= room
         if kind == "given up":  # any change of the cache ends it
             s = self.cache.add()
             self.cache.free(s)
@@ -132,9 +147,9 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data):
         if len(self.model) < 5:
-            old, used = self.some(data), self.cache.used_bytes
+            old, used = self.some(data), self.cache.used_blocks
             self.model[self.cache.fork(old)] = self.model[old].copy()
-            assert self.cache.used_bytes == used
+            assert self.cache.used_blocks == used
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -190,14 +205,28 @@ class Machine(RuleBasedStateMachine):
                     assert torch.equal(got[:, evicted * BLOCK :], want[:, evicted * BLOCK :])
 
     @invariant()
+    def tails_are_of_the_newest_tokens(self):
+        """Unrounded, or made again of what was."""
+        if not hasattr(self, "cache") or not self.cache.tails:
+            return
+        for s, ids in self.model.items():
+            for layer in range(LAYERS):
+                for got, exact, step in tail_of(self.cache, s, ids, layer):
+                    assert ((got - exact).abs() <= 1.01 * step + 2**-8 * exact.abs()).all()
+
+    @invariant()
     def counts_its_blocks(self):
         if not hasattr(self, "cache"):
             return
         cache = self.cache
         held = {b for s in self.model for b in cache.table(s) if b != NOWHERE}
         assert held <= set(range(cache.count))
-        assert cache.used_bytes == len(held) * cache.block_bytes
-        assert cache.nbytes == cache.count * cache.block_bytes
+        tails = [s.tail for s in cache._sequences.values() if s.tail != NOWHERE]
+        assert cache.used_blocks == len(held)
+        assert cache.used_bytes == len(held) * cache.block_bytes + len(tails) * cache.tail_bytes
+        count = cache.tails[0].shape[1] if cache.tails else 0
+        assert cache.nbytes == cache.count * cache.block_bytes + count * cache.tail_bytes
+        assert sorted(tails + cache._free_tails) == list(range(count))
         # Each block is held, idle or free: none leaks.
         idle, free = set(cache._idle), set(cache._free)
         assert len(cache._free) == len(free) and not (held & idle or held & free or idle & free)
@@ -294,10 +323,10 @@ def test_growing_keeps_one_old_store():
     made, alive = [], []
 
     class Counted(PagedKVCache):
-        def _store(self, blocks):
+        def _store(self, format, blocks):
             alive.append(sum(p.shape[1] == 4 for p in self.pools))
             made.append(blocks)
-            return super()._store(blocks)
+            return super()._store(format, blocks)
 
     cache.__class__ = Counted
     run_step(cache, {s: [1]})
@@ -313,11 +342,11 @@ def test_growth_that_fails_changes_nothing():
     class Full(PagedKVCache):
         left = 1
 
-        def _store(self, blocks):
+        def _store(self, format, blocks):
             if not self.left:
                 raise MemoryError
             self.left -= 1
-            return super()._store(blocks)
+            return super()._store(format, blocks)
 
     cache.__class__ = Full
     with pytest.raises(MemoryError):
@@ -343,9 +372,8 @@ def test_attention_is_that_of_the_dense_matrices():
     cache, (s, t) = cache_of([70, 33], window=50)
     step = cache.begin_step({s: 3, t: 1})
     k, v = vectors([1, 2, 3, 4], 1)
-    cache.append(step, 1, k, v)
     q = torch.randn(4, 3 * HEADS, DIM, generator=torch.Generator().manual_seed(1))
-    got = cache.attend(step, 1, q)
+    got = cache.attend(step, 1, q, k, v)
     cache.commit(step)
     for sequence, rows in ((s, slice(0, 3)), (t, slice(3, 4))):
         keys, values = (x.double().repeat_interleave(3, dim=0) for x in cache.read(sequence, 1))
@@ -355,6 +383,77 @@ def test_attention_is_that_of_the_dense_matrices():
         scores = scores.masked_fill((distance < 0) | (distance >= 50), -torch.inf)
         exact = (scores.softmax(-1) @ values).transpose(0, 1)
         torch.testing.assert_close(got[rows].double(), exact, rtol=0, atol=1e-5)
+
+
+def test_tails_are_unrounded():
+    cache = PagedKVCache(LAYERS, HEADS, DIM, "int4", BLOCK)
+    ids = [i % 7 for i in range(140)]
+    s = cache.add()
+
+    def exactly(sequence, ids):
+        for layer in range(LAYERS):
+            for got, exact, _ in tail_of(cache, sequence, ids, layer):
+                if not torch.equal(got, exact.bfloat16().float()):
+                    return False
+        return True
+
+    for start, end in ((0, 10), (10, 11), (11, 70), (70, 140)):
+        run_step(cache, {s: ids[start:end]})
+        assert exactly(s, ids[:end])
+    other = cache.fork(s)
+    run_step(cache, {s: [1]})
+    assert exactly(other, ids) and exactly(s, [*ids, 1])
+    cache.truncate(s, 135)
+    assert exactly(s, ids[:135])
+    cache.truncate(s, 128)
+    cache.truncate(s, 100)  # in the block before: of rounded numbers
+    assert not exactly(s, ids[:100])
+    run_step(cache, {other: ids[:30]}, commit=False)  # into the next block, and given up
+    cache.free(s)
+    assert not exactly(other, ids)
+    run_step(cache, {other: ids[:21]})
+    assert exactly(other, [*ids, *ids[:21]])
+
+
+@pytest.mark.parametrize("dtype", kv_formats.TYPES)
+def test_attention_by_any_steps(dtype):
+    """All at once, in pieces, together with others: the same but for the rounding of sums (of int8 and
+    int4: of weights to int8, each to half a step of 1/127 of the largest)."""
+    n, results = 150, []
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(n, 2 * HEADS, DIM, generator=generator)
+    k, v = vectors([i % 499 for i in range(n)], 0)
+    for piece, others in ((150, 0), (1, 0), (40, 2), (7, 1)):
+        cache = PagedKVCache(1, HEADS, DIM, dtype, BLOCK)
+        s, beside = cache.add(), [cache.add() for _ in range(others)]
+        rows = []
+        for start in range(0, n, piece):
+            end = min(n, start + piece)
+            new = {**{o: 3 for o in beside[:1]}, s: end - start, **{o: 40 for o in beside[1:]}}
+            step, first = cache.begin_step(new), 3 * (others > 0)
+            x = [torch.randn(len(step.positions), *t.shape[1:]) for t in (q, k, v)]
+            for t, whole in zip(x, (q, k, v)):
+                t[first : first + end - start] = whole[start:end]
+            rows.append(cache.attend(step, 0, *x)[first : first + end - start])
+            cache.commit(step)
+        results.append(torch.cat(rows))
+    off = {"f32": 1e-5, "bf16": 1e-5, "int8": 0.1, "int4": 0.1}[dtype]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=off)
+
+
+def test_pieces_of_a_step():
+    cache = PagedKVCache(1, 1, 16, "int4", BLOCK)
+    a, b, c, d = (cache.add() for _ in range(4))
+    step = cache.begin_step({a: 3, b: 70, c: 2, d: 1})
+    pieces = [(rows.start, rows.stop, p.sequences, p.lengths.tolist()) for rows, p in step.pieces]
+    assert pieces == [
+        (0, 3, (a,), [3]), (3, 35, (b,), [32]), (35, 67, (b,), [64]), (67, 73, (b,), [70]),
+        (73, 76, (c, d), [2, 1]),
+    ]  # fmt: skip
+    cache.commit(step)
+    (rows, whole), = cache.begin_step({a: 1, b: 1}).pieces
+    assert rows == slice(None) and whole.lengths.tolist() == [4, 71]
 
 
 def test_bad_input():

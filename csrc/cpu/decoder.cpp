@@ -63,10 +63,14 @@ memlm_status check(const memlm_decoder_layer* layers, int64_t count, const memlm
       return fail(MEMLM_INVALID, "layers[%lld].window: got %lld, accepted is 0 or above", (ll)i,
                   (ll)layers[i].window);
     if (memlm_status s = check_paged(pools + i, sequences, layers[i].window)) return s;
-    if (pools[i].kv_heads != pools[0].kv_heads || pools[i].head_dim != pools[0].head_dim)
-      return fail(MEMLM_INVALID, "pools[%lld]: %lld heads of %lld, the first has %lld of %lld", (ll)i,
-                  (ll)pools[i].kv_heads, (ll)pools[i].head_dim, (ll)pools[0].kv_heads,
-                  (ll)pools[0].head_dim);
+    const memlm_kv_pool &one = pools[i], &first = pools[0];
+    if (one.kv_heads != first.kv_heads || one.head_dim != first.head_dim || one.type != first.type ||
+        one.block_tokens != first.block_tokens)
+      return fail(MEMLM_INVALID,
+                  "pools[%lld]: type %d, blocks of %lld tokens, %lld heads of %lld; the first has %d, "
+                  "%lld, %lld, %lld", (ll)i, one.type, (ll)one.block_tokens, (ll)one.kv_heads,
+                  (ll)one.head_dim, first.type, (ll)first.block_tokens, (ll)first.kv_heads,
+                  (ll)first.head_dim);
   }
   const int64_t rows = sequences->count ? sequences->rows[sequences->count] : 0;
   shape = {rows, a.hidden, a.heads, pools[0].kv_heads, pools[0].head_dim};
@@ -104,11 +108,83 @@ struct Activations {
       : qkv(room), attended(room + shape.rows * shape.qkv_width() * size), gated(room) {}
 };
 
+// What is appended and attends at once: with tails, new tokens that go beyond the end of a block are
+// cut there (memlm_paged_attention says why); runs of sequences that do not are one piece.
+class Pieces {
+ public:
+  struct Piece {
+    int64_t row;  // of its first token
+    memlm_sequences sequences;
+  };
+
+  // False where there is no memory.
+  bool cut(const memlm_sequences& all, const memlm_kv_pool& pool, int64_t rows) {
+    const int64_t most = 2 * all.count + 1 + rows / pool.block_tokens;
+    pieces_ = workspace<Piece>(most);
+    numbers_ = workspace<int64_t>(2 * all.count + 3 * most);
+    if (!pieces_ || !numbers_) return false;
+    next_ = numbers_.get();
+    if (!pool.tails) {
+      pieces_[count_++] = {0, all};
+      return true;
+    }
+    int64_t run = 0;  // the first sequence of the run
+    for (int64_t s = 0; s < all.count; ++s) {
+      const int64_t end = all.lengths[s], tokens = pool.block_tokens;
+      int64_t start = end - (all.rows[s + 1] - all.rows[s]);
+      if (start == end || start / tokens == (end - 1) / tokens) continue;
+      add(all, run, s);
+      for (int64_t row = all.rows[s]; start < end;) {
+        const int64_t stop = std::min(end, (start / tokens + 1) * tokens);
+        add(all, s, s + 1, row, stop, stop - start);
+        row += stop - start;
+        start = stop;
+      }
+      run = s + 1;
+    }
+    add(all, run, all.count);
+    return true;
+  }
+  const Piece* begin() const { return pieces_.get(); }
+  const Piece* end() const { return pieces_.get() + count_; }
+
+ private:
+  std::unique_ptr<Piece[], Free> pieces_;
+  std::unique_ptr<int64_t[], Free> numbers_;
+  int64_t* next_ = nullptr;
+  int64_t count_ = 0;
+
+  int64_t* numbers(int64_t count) {
+    next_ += count;
+    return next_ - count;
+  }
+  // Sequences first .. end - 1, whole.
+  void add(const memlm_sequences& all, int64_t first, int64_t end) {
+    if (first == end) return;
+    int64_t* rows = numbers(end - first + 1);
+    for (int64_t s = first; s <= end; ++s) rows[s - first] = all.rows[s] - all.rows[first];
+    push(all, first, end, all.rows[first], rows, all.lengths + first);
+  }
+  // `count` tokens of sequence first, up to its token number `length`.
+  void add(const memlm_sequences& all, int64_t first, int64_t end, int64_t row, int64_t length,
+           int64_t count) {
+    int64_t* own = numbers(3);
+    own[0] = 0;
+    own[1] = count;
+    own[2] = length;
+    push(all, first, end, row, own, own + 2);
+  }
+  void push(const memlm_sequences& all, int64_t first, int64_t end, int64_t row, const int64_t* rows,
+            const int64_t* lengths) {
+    pieces_[count_++] = {row, {end - first, rows, lengths, all.tables + first * all.table_stride,
+                               all.table_stride, all.tails ? all.tails + first : nullptr}};
+  }
+};
+
 class Runner {
  public:
-  Runner(const Shape& shape, const memlm_sequences& sequences, const memlm_decoder_args& args,
-         char* room)
-      : shape_(shape), sequences_(sequences), args_(args), size_(args.dtype == MEMLM_F32 ? 4 : 2),
+  Runner(const Shape& shape, const Pieces& pieces, const memlm_decoder_args& args, char* room)
+      : shape_(shape), pieces_(pieces), args_(args), size_(args.dtype == MEMLM_F32 ? 4 : 2),
         activations_(room, shape, size_) {}
 
   memlm_status run(const memlm_decoder_layer& layer, const memlm_kv_pool& pool) const {
@@ -124,7 +200,7 @@ class Runner {
 
  private:
   const Shape shape_;
-  const memlm_sequences& sequences_;
+  const Pieces& pieces_;
   const memlm_decoder_args& args_;
   const int64_t size_;
   const Activations activations_;
@@ -164,21 +240,25 @@ class Runner {
     qkv.y_stride = stride;
     if (memlm_status s = multiply(layer.qkv, qkv)) return s;
     turn_heads(layer);
-    const char* k = activations_.qkv + q_width * size_;
-    const char* v = k + shape_.kv_heads * shape_.head_dim * size_;
-    if (memlm_status s = memlm_kv_append(&pool, &sequences_, k, v, stride, args_.dtype, args_.threads))
-      return s;
     memlm_paged_attention_args attend = {};
-    attend.q = activations_.qkv;
     attend.q_stride = stride;
-    attend.out = activations_.attended;
     attend.out_stride = q_width;
     attend.heads = shape_.heads;
     attend.dtype = args_.dtype;
     attend.scale = 1 / std::sqrt(static_cast<float>(shape_.head_dim));
     attend.window = layer.window;
     attend.threads = args_.threads;
-    if (memlm_status s = memlm_paged_attention(&pool, &sequences_, &attend)) return s;
+    for (const Pieces::Piece& piece : pieces_) {
+      const char* q = activations_.qkv + piece.row * stride * size_;
+      const char* k = q + q_width * size_;
+      const char* v = k + shape_.kv_heads * shape_.head_dim * size_;
+      const memlm_sequences* sequences = &piece.sequences;
+      if (memlm_status s = memlm_kv_append(&pool, sequences, k, v, stride, args_.dtype, args_.threads))
+        return s;
+      attend.q = q;
+      attend.out = activations_.attended + piece.row * q_width * size_;
+      if (memlm_status s = memlm_paged_attention(&pool, sequences, &attend)) return s;
+    }
     return multiply(layer.o, onto_x(activations_.attended, q_width));
   }
 
@@ -211,8 +291,9 @@ memlm_status memlm_decoder_layers(const memlm_decoder_layer* layers, int64_t cou
   for (int64_t i = 0; i < count; ++i) width = std::max(width, layers[i].gate_up.w.n / 2);
   const auto room =
       workspace<char>(Activations::bytes(shape, width, args->dtype == MEMLM_F32 ? 4 : 2));
-  if (!room) return said(MEMLM_NO_MEMORY);
-  const Runner runner(shape, *sequences, *args, room.get());
+  Pieces pieces;
+  if (!room || !pieces.cut(*sequences, pools[0], shape.rows)) return said(MEMLM_NO_MEMORY);
+  const Runner runner(shape, pieces, *args, room.get());
   memlm_status status = MEMLM_OK;
   with_team(args->threads, [&] {
     for (int64_t i = 0; i < count && status == MEMLM_OK; ++i) status = runner.run(layers[i], pools[i]);

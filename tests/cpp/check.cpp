@@ -11,7 +11,7 @@
 #include <string>
 
 #include "reference.h"
-#include "reference_attention.h"
+#include "reference_paged.h"
 
 using namespace reference;
 
@@ -863,6 +863,192 @@ void check_attention() {
   for (const AttentionCase& c : cases) check_attention_case(c);
 }
 
+struct PagedCase {
+  memlm_kv_type type;
+  int64_t tokens, dim, kv_heads, group;
+  memlm_dtype dtype;
+  int64_t window;
+  float softcap;
+  bool slopes, sinks;
+  std::vector<int64_t> lengths, news;
+};
+
+// Sequences stored at once, byte by byte, and their last tokens' attention.
+void check_paged_case(const PagedCase& c) {
+  const KvFormat f = {c.type, c.tokens, c.dim};
+  const int64_t count_ = static_cast<int64_t>(c.lengths.size()), heads = c.kv_heads * c.group;
+  const int64_t width = f.width(), key_width = f.key_width(), kv_width = c.kv_heads * c.dim;
+  std::vector<int64_t> all = {0}, rows = {0};
+  int64_t most = 0, blocks = 1;
+  for (int64_t i = 0; i < count_; ++i) {
+    all.push_back(all.back() + c.lengths[i]);
+    rows.push_back(rows.back() + c.news[i]);
+    most = std::max(most, (c.lengths[i] + c.tokens - 1) / c.tokens);
+    blocks += (c.lengths[i] + c.tokens - 1) / c.tokens;
+  }
+  std::vector<int32_t> tables(count_ * most, -1), tail_of;
+  int32_t block = 0;
+  for (int64_t i = 0; i < count_; ++i) {
+    for (int64_t j = 0; j * c.tokens < c.lengths[i]; ++j) tables[i * most + j] = ++block;
+    tail_of.push_back(static_cast<int32_t>(count_ - 1 - i));
+  }
+  const Array k(c.dtype, filled(all.back() * kv_width, normal));
+  const Array v(c.dtype, filled(all.back() * kv_width, normal));
+  const Array q(c.dtype, filled(rows.back() * heads * c.dim, normal));
+  const Array slopes(MEMLM_F32, filled(heads, [] { return uniform(0, 0.3); }));
+  const Array sinks(MEMLM_F32, filled(heads, normal));
+  const float scale = 1 / std::sqrt(static_cast<float>(c.dim));
+
+  const int64_t tail_bytes = f.tails() ? f.tail().bytes() : 0;
+  const std::vector<uint8_t> unwritten(c.kv_heads * blocks * f.bytes(), 0xff);
+  const std::vector<uint8_t> no_tails(c.kv_heads * count_ * tail_bytes, 0xff);
+  std::vector<uint8_t> stored = unwritten, tails = no_tails;
+  Bounded wanted(rows.back() * heads * c.dim);
+  for (int64_t i = 0; i < count_; ++i) {
+    const int64_t length = c.lengths[i], n = c.news[i], wide = key_width * (f.tails() ? 2 : 1);
+    const int64_t newest = f.tails() ? (length - 1) / c.tokens * c.tokens : length;
+    // Of each head: what attention finds, and steps and codes of values apart.
+    Values keys(c.kv_heads * length * wide), values(c.kv_heads * length * width), parts = values;
+    for (int64_t h = 0; h < c.kv_heads; ++h)
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t from = (all[i] + t) * kv_width + h * c.dim, at = h * length + t;
+        uint8_t* to = &stored[(h * blocks + tables[i * most + t / c.tokens]) * f.bytes()];
+        Values key = store(f, to, false, t % c.tokens, &k.values[from]);
+        Values value = store(f, to, true, t % c.tokens, &v.values[from]);
+        std::copy(value.begin(), value.end(), &parts[at * width]);
+        if (f.tails()) {
+          to = &tails[(h * count_ + tail_of[i]) * tail_bytes];
+          Values unrounded[2];
+          for (bool is_value : {false, true}) {
+            std::vector<float> x(width);
+            for (int64_t d = 0; d < c.dim; ++d)
+              x[d] = static_cast<float>((is_value ? v : k).values[from + d]);
+            hadamard(x.data(), width);
+            const Values numbers(x.begin(), x.end());
+            unrounded[is_value] = store(f.tail(), to, is_value, t % c.tokens, numbers.data());
+          }
+          if (t >= newest) key = unrounded[0], value = unrounded[1];
+        }
+        std::copy(key.begin(), key.end(), &keys[at * wide + (t >= newest ? key_width : 0)]);
+        std::copy(value.begin(), value.end(), &values[at * width]);
+      }
+    if (n == 0) continue;
+    Values queries(heads * n * wide);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t r = 0; r < n; ++r) {
+        const Query query(f, &q.values[((rows[i] + r) * heads + h) * c.dim], scale);
+        double* const to = &queries[(h * n + r) * wide];
+        std::copy(query.rounded.begin(), query.rounded.end(), to);
+        if (f.tails()) std::copy(query.exact.begin(), query.exact.end(), to + key_width);
+      }
+    AttentionCase dense = {1, heads, c.kv_heads, n, length, wide, width, MEMLM_F32, 1,
+                           c.window ? c.window - 1 : -1, 0, 1, c.softcap, 0, c.slopes, c.sinks, 0, 0};
+    const auto attend = [&](const Values& of) {
+      return reference::attention(dense, queries, keys, of, {}, slopes.values, sinks.values,
+                                  Values(heads * n * dense.v_dim)).out;
+    };
+    Bounded out = attend(values);
+    // The weights themselves.
+    dense.v_dim = length;
+    Values each(c.kv_heads * length * length);
+    for (int64_t t = 0; t < c.kv_heads * length; ++t) each[t * length + t % length] = 1;
+    const Values p = f.quantized() ? attend(each).value : Values();
+    const int64_t size = f.quantized() ? width & -width : 1;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = h * n + r;
+        double* const y = &out.value[row * width];
+        double* const off = &out.bound[row * width];
+        Values variance(width);
+        for (int64_t g = 0; f.quantized() && g < f.groups(); ++g)
+          for (int64_t start = 0; start < newest; start += c.tokens) {
+            // Weights times the values' scales are rounded to 1/127 of the largest of a block.
+            const int64_t end = std::min(start + c.tokens, newest), kv = h / c.group;
+            std::vector<float> scales;
+            double largest = 0;
+            for (int64_t t = start; t < end; ++t) {
+              const uint8_t* at = &stored[(kv * blocks + tables[i * most + t / c.tokens]) * f.bytes()];
+              uint32_t half = 0;
+              std::memcpy(&half, at + f.value_scales() + 2 * (g * c.tokens + t % c.tokens), 2);
+              scales.push_back(static_cast<float>(std::fabs(Float(MEMLM_F16).decode(half))));
+              largest = std::max(largest, p[row * length + t] * scales.back());
+            }
+            for (int64_t t = start; t < end; ++t) {
+              if (scales[t - start] == 0) continue;
+              std::vector<float> codes(width);
+              for (int64_t d = g * f.group(); d < (g + 1) * f.group(); ++d)
+                codes[d] = static_cast<float>(parts[(kv * length + t) * width + d] / scales[t - start]);
+              hadamard(codes.data(), width);
+              for (int64_t d = 0; d < width; ++d)
+                variance[d] += largest / 127 * largest / 127 / 12 * codes[d] * codes[d];
+            }
+          }
+        if (f.quantized()) {
+          std::vector<float> turned(y, y + width);
+          hadamard(turned.data(), width);
+          for (int64_t piece = 0; piece < width; piece += size) {
+            double sum = 0;
+            for (int64_t d = piece; d < piece + size; ++d)
+              sum += off[d] + 16 * Float(MEMLM_F32).roundoff() * std::fabs(y[d]);
+            std::fill(off + piece, off + piece + size, sum / std::sqrt(static_cast<double>(size)));
+          }
+          std::copy(turned.begin(), turned.end(), y);
+        }
+        const Float result(c.dtype);
+        for (int64_t d = 0; d < c.dim; ++d) {
+          const double bound = off[d] + 7 * std::sqrt(variance[d]);
+          wanted.add(((rows[i] + r) * heads + h) * c.dim + d, y[d],
+                     bound + result.roundoff() * (std::fabs(y[d]) + bound) + result.smallest());
+        }
+      }
+  }
+
+  on_every_isa([&] {
+    for (int threads : {1, 3}) {
+      std::vector<uint8_t> mine = unwritten, my_tails = no_tails;
+      const memlm_kv_pool pool = {mine.data(), blocks, c.tokens, c.kv_heads, c.dim, c.type,
+                                  f.tails() ? my_tails.data() : nullptr, f.tails() ? count_ : 0};
+      memlm_sequences sequences = {count_, all.data(), c.lengths.data(), tables.data(), most,
+                                   tail_of.data()};
+      require(memlm_kv_append(&pool, &sequences, k.data(), v.data(), kv_width, c.dtype, threads));
+      if (mine != stored || my_tails != tails)
+        fail("kv_append on %s: type %d, heads of %d, dtype %d: other bytes", memlm_isa(), c.type,
+             static_cast<int>(c.dim), c.dtype);
+      count("kv_append", all.back() * kv_width);
+      sequences.rows = rows.data();
+      std::vector<uint8_t> y(rows.back() * heads * c.dim * Float(c.dtype).bytes, 0xff);
+      memlm_paged_attention_args args{};
+      args.q = q.data(), args.out = y.data();
+      args.q_stride = args.out_stride = heads * c.dim;
+      args.heads = heads, args.dtype = c.dtype, args.scale = scale;
+      args.window = c.window, args.softcap = c.softcap;
+      if (c.slopes) args.slopes = static_cast<const float*>(slopes.data());
+      if (c.sinks) args.sinks = static_cast<const float*>(sinks.data());
+      args.threads = threads;
+      require(memlm_paged_attention(&pool, &sequences, &args));
+      const Values got = decode(c.dtype, y);
+      for (size_t i = 0; i < got.size(); ++i) {
+        if (!(std::fabs(got[i] - wanted.value[i]) <= wanted.bound[i]))
+          fail("paged_attention on %s: type %d, heads of %d, dtype %d: y[%d] is %.9g, should be %.9g "
+               "within %.3g", memlm_isa(), c.type, static_cast<int>(c.dim), c.dtype, static_cast<int>(i),
+               got[i], wanted.value[i], wanted.bound[i]);
+        telling += std::fabs(wanted.value[i]) > wanted.bound[i];
+      }
+      bounded += static_cast<int64_t>(got.size());
+      count("paged_attention", static_cast<int64_t>(got.size()));
+    }
+  });
+}
+
+void check_paged() {
+  for (const memlm_kv_type type : {MEMLM_KV_F32, MEMLM_KV_BF16, MEMLM_KV_INT8, MEMLM_KV_INT4})
+    for (const PagedCase& c : {
+             PagedCase{type, 64, 64, 2, 3, MEMLM_F32, 0, 0, false, false, {130, 1, 64, 5}, {1, 1, 3, 0}},
+             PagedCase{type, 32, 33, 1, 2, MEMLM_F16, 20, 0, false, true, {70, 40}, {9, 1}},
+             PagedCase{type, 32, 96, 1, 1, MEMLM_BF16, 0, 2, true, false, {33, 66}, {33, 2}}})
+      check_paged_case(c);
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -882,6 +1068,7 @@ int main(int argc, char**) {
   check_refusals();
   check_largest_magnitude();
   check_attention();
+  check_paged();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
     std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));
