@@ -305,8 +305,9 @@ class Decoder(nn.Module):
     tokenizer = None
     # What a checkpoint may hold and this model computes itself.
     hf_ignored = re.compile(r".*\.rotary_emb\.inv_freq")
-    # New tokens that go through the layers at a time, with a cache: enough to reach full speed,
-    # and what bounds the memory of activations.
+    # New tokens that go through the layers at a time, with a cache: what bounds the memory of
+    # activations.  512 of SmolLM2 in 4 bits by 64 take 1.17 times as long as at once, by 128 1.07,
+    # by 256 1.02.
     CHUNK = 512
 
     def __init__(self, config: DecoderConfig):
