@@ -88,7 +88,7 @@ def test_arguments_that_do_not_fit(model):
     refused(model, layers, r"positions: got 39 for row 42, there are 39 angles", angles=torch.ones(39, 3, 8))
     c = model.config
     for layers_, heads, dim, message in (
-        (3, c.kv_heads, c.head_dim, "cache: has 3 layers, there are 2"),
+        (1, c.kv_heads, c.head_dim, "cache: has 1 layers, these are 2 from 0 on"),
         (2, 3, c.head_dim, "heads: got 4, accepted are multiples of the pool's 3"),
         (2, 4, c.head_dim, r"layers\[0\].qkv: is \[128, 64\], expected \[192, 64\]"),
         (2, 4, 15, "head_dim: got 15, accepted are even ones"),
