@@ -99,7 +99,21 @@ def decode(model: Decoder, kv: str, lengths: list[int]) -> float:
 
 def llama_bench(program: str, file: Path, threads: int) -> tuple[float, float]:
     """Tokens per second of prefill and of decoding, as llama-bench says."""
-    command = [program, "-m", file, "-t", threads, "-p", PREFILL, "-n", TOKENS, "-r", 1, "-o", "json"]
+    command = [
+        program,
+        "-m",
+        file,
+        "-t",
+        threads,
+        "-p",
+        PREFILL,
+        "-n",
+        TOKENS,
+        "-r",
+        1,
+        "-o",
+        "json",
+    ]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{program}: {done.stderr[-2000:]}")
@@ -121,7 +135,9 @@ def folder_of(name: str, work: Path) -> Path:
     return packed
 
 
-def measure(name: str, work: Path, kvs: list[str], rivals: dict[str, str], rounds: int) -> list[Measurement]:
+def measure(
+    name: str, work: Path, kvs: list[str], rivals: dict[str, str], rounds: int
+) -> list[Measurement]:
     folder, threads = folder_of(name, work), torch.get_num_threads()
     model, gguf = memlm.load(folder), work / f"{name}-int4.gguf"
     if rivals and not gguf.exists():
@@ -135,7 +151,9 @@ def measure(name: str, work: Path, kvs: list[str], rivals: dict[str, str], round
             figures = prefill(model, kv), decode(model, kv, [PROMPT]), decode(model, kv, lengths)
             found.setdefault(("memlm", kv), []).append(figures)
         for rival, program in rivals.items():
-            found.setdefault((rival, "f16"), []).append((*llama_bench(program, gguf, threads), None))
+            found.setdefault((rival, "f16"), []).append(
+                (*llama_bench(program, gguf, threads), None)
+            )
         for (implementation, kv), rows in found.items():
             print(name, implementation, kv, rows[-1], file=sys.stderr)
     about = (
@@ -178,16 +196,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models are made and kept")
     parser.add_argument("--models", default="smollm2,1.1b")
     parser.add_argument("--kv", default="f32,bf16,int8,int4")
-    parser.add_argument("--rival", action="append", default=[], metavar="NAME=PATH", help="a llama-bench")
+    parser.add_argument(
+        "--rival", action="append", default=[], metavar="NAME=PATH", help="a llama-bench"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="write docs/decoding.md and the results")
+    parser.add_argument(
+        "--record", action="store_true", help="write docs/decoding.md and the results"
+    )
     options = parser.parse_args()
     rivals = dict(rival.split("=", 1) for rival in options.rival)
     options.work.mkdir(parents=True, exist_ok=True)
     results = [
         measurement
         for name in options.models.split(",")
-        for measurement in measure(name, options.work, options.kv.split(","), rivals, options.rounds)
+        for measurement in measure(
+            name, options.work, options.kv.split(","), rivals, options.rounds
+        )
     ]
     print(page(results))
     if options.record:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from memlm.io import safetensors
 from memlm.models.load import build
@@ -64,5 +65,16 @@ def write(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16) -> Path
         index |= dict.fromkeys(names, file)
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text)
+    _tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _tokenizer(size: int) -> Tokenizer:
+    """A byte-level one with a single merge (llama.cpp wants one), and tokens that no text has."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens += [f"<{i}>" for i in range(len(tokens), size)]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("a", "b")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made

@@ -79,6 +79,7 @@ class PagedCache(Cache):
         self._stores_padding: bool | None = None
         self._step: Step | None = None
         self._new: torch.Tensor | None = None  # [B, L]: of the step, what is stored
+        self._angles: tuple | None = None  # those given to run, and the same for the library
         super().__init__(layers=[PagedLayer(self, i, w) for i, w in enumerate(windows)])
 
     @property
@@ -117,7 +118,7 @@ class PagedCache(Cache):
         if layer.index == len(self.layers) - 1:
             self.pages.commit(self._step)
             self._valid = torch.cat((self._valid, self._new), dim=1)
-            self._step = self._new = None
+            self._step = self._new = self._angles = None
 
     def dense(self, layer: PagedLayer, key: torch.Tensor, value: torch.Tensor):
         """Stores new keys and values, padding too; returns all ``[B, kv_heads, seen + L, head_dim]``,
@@ -137,10 +138,7 @@ class PagedCache(Cache):
         query ``[B, H, L, D]``, key and value ``[B, kv_heads, L, D]``; mask as transformers makes it,
         causal beside padding and the layer's window; other masks raise ValueError.
         """
-        if layer.index == 0:
-            new = self._seen_new(mask, query.shape[0], query.shape[2], layer.window)
-            self._begin(new, stores_padding=False)
-        stored = self._new
+        stored = self._stored(layer, mask, query.shape[0], query.shape[2])
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         whole = bool(stored.all())
         q, k, v = (x.flatten(0, 1) if whole else x[stored] for x in (q, k, v))
@@ -154,6 +152,30 @@ class PagedCache(Cache):
         out = y.new_zeros(*stored.shape, *y.shape[1:])
         out[stored] = y
         return out
+
+    def run(self, native, index: int, x: torch.Tensor, angles, mask) -> torch.Tensor:
+        """Layer ``index`` as one call (:class:`memlm.layers.native.NativeLayers`) of ``x [B, L, hidden]``;
+        what it makes of padding is zeros.  ``angles``: transformers' cosines and sines, each
+        ``[B or 1, L, head_dim]``; mask as :meth:`attend` takes it."""
+        layer = self.layers[index]
+        stored = self._stored(layer, mask, *x.shape[:2])
+        if self._angles is None or self._angles[0] is not angles:
+            cos, sin = (t.float()[..., : t.shape[-1] // 2].expand(*stored.shape, -1) for t in angles)
+            self._angles = angles, torch.stack((-sin, sin, cos), dim=-2)[stored]
+        y = x[stored]  # a copy: the layer works in place
+        native.run(y, self.pages, self._step, self._angles[1], index, by_row=True)
+        self._end(layer)
+        if len(y) == stored.numel():
+            return y.view_as(x)
+        out = torch.zeros_like(x)
+        out[stored] = y
+        return out
+
+    def _stored(self, layer: PagedLayer, mask, batch: int, count: int) -> torch.Tensor:
+        """Of the step's tokens, what is stored, ``[B, L]``; the first layer opens the step."""
+        if layer.index == 0:
+            self._begin(self._seen_new(mask, batch, count, layer.window), stores_padding=False)
+        return self._new
 
     def _seen_new(self, mask, batch: int, count: int, window: int | None) -> torch.Tensor:
         """Which new tokens are no padding, ``[B, L]``; ValueError for a mask that hides more than

@@ -9,6 +9,7 @@ block for each sequence beyond.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -447,20 +448,26 @@ class PagedKVCache:
             lists = [self._sequences[s].blocks for s in new]
             most = max(map(len, lists), default=0)
             filled = [blocks + [NOWHERE] * (most - len(blocks)) for blocks in lists]
-            tables = torch.tensor(filled, dtype=torch.int32, device=self.device)
-            self._tables = sequences, tables.view(len(new), most)
-        before = torch.tensor([self._sequences[s].length for s in new], dtype=torch.int64)
-        new_tokens = torch.tensor(counts, dtype=torch.int64)
-        rows = torch.nn.functional.pad(new_tokens.cumsum(0), (1, 0))
-        positions = (before - rows[:-1]).repeat_interleave(new_tokens) + torch.arange(int(rows[-1]))
-        parts = (rows, before + new_tokens, self._tables[1], positions)
-        tail_of = None
-        if self.tails:
-            tail_of = [self._sequences[s].tail for s in new]
-            tail_of = torch.tensor(tail_of, dtype=torch.int32, device=self.device)
-        step = Step(sequences, counts, *(x.to(self.device) for x in parts), tail_of)
+            self._tables = sequences, self._tensor(filled, torch.int32).view(len(new), most)
+        # Numbers in lists: before every token, tensor operations would take several times as long.
+        starts = [self._sequences[s].length for s in new]
+        ends = [start + count for start, count in zip(starts, counts)]
+        rows = [0, *itertools.accumulate(counts)]
+        positions = itertools.chain.from_iterable(map(range, starts, ends))
+        step = Step(
+            sequences,
+            counts,
+            self._tensor(rows, torch.int64),
+            self._tensor(ends, torch.int64),
+            self._tables[1],
+            self._tensor(list(positions), torch.int64),
+            self._tensor([self._sequences[s].tail for s in new], torch.int32) if self.tails else None,
+        )
         step.pieces.extend(self._pieces(step))
         return step
+
+    def _tensor(self, numbers: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=self.device)
 
     def _pieces(self, step: Step) -> list[tuple[slice, Step]]:
         """Runs of sequences that stay within a block, and others block by block."""

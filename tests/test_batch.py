@@ -92,7 +92,9 @@ def test_joining_and_leaving_between_steps(models, kind):
     batch.remove(gone)
     waiting = batch.add([1, 2, 3], 50)
     batch.remove(waiting)
-    assert {made[handle]: tokens for handle, tokens in run(batch, results).items() if handle in made} == expected
+    assert {
+        made[handle]: tokens for handle, tokens in run(batch, results).items() if handle in made
+    } == expected
 
 
 @kinds
@@ -118,7 +120,9 @@ def test_waits_for_blocks(models):
     assert len(batch.cache.sequences) == 2 and len(batch) == 5
     run(batch, results)
     assert [results[handle] for handle in handles] == expected
-    with pytest.raises(memlm.errors.OutOfBlocks, match="ids: 10 blocks are needed, the cache has 9"):
+    with pytest.raises(
+        memlm.errors.OutOfBlocks, match="ids: 10 blocks are needed, the cache has 9"
+    ):
         batch.add(prompt(0, 280), 20)
 
 
@@ -144,11 +148,16 @@ def test_common_beginnings_are_computed_once(models, monkeypatch):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(1, 9)), max_size=6), st.data())
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(1, 9)), max_size=6),
+    st.data(),
+)
 def test_any_sequence_of_events(models, requests, data):
     """Requests come at any time; each result is what it is alone."""
     model = models["packed"]
-    batch = Batch(model, model.new_cache(block_tokens=32, blocks=8), chunk=data.draw(st.integers(1, 60)))
+    batch = Batch(
+        model, model.new_cache(block_tokens=32, blocks=8), chunk=data.draw(st.integers(1, 60))
+    )
     results, expected = {}, {}
     for seed, length, tokens in requests:
         handle = batch.add(prompt(seed, length), tokens)
@@ -180,7 +189,12 @@ def test_smollm2_writes_the_same_in_a_batch():
     """In 4 bits, with activations rounded: the likeliest tokens stay what they are alone."""
     model = memlm.load(data.smollm2_gguf(), dequantize=True)
     memlm.quantize_(model, memlm.QuantConfig("int4", embedding="int8"))
-    texts = ["The capital of France is", "Once upon a time, in a village", "1, 2, 3, 4,", "Water boils at"]
+    texts = [
+        "The capital of France is",
+        "Once upon a time, in a village",
+        "1, 2, 3, 4,",
+        "Water boils at",
+    ]
     prompts = [model.tokenizer.encode(text) for text in texts]
     alone = [list(generate(model, ids, 8)) for ids in prompts]
     batch = Batch(model)

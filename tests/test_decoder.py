@@ -42,13 +42,20 @@ VARIANTS = {
     "mistral": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": None},
     "window": {"cls": MistralForCausalLM, "config": MistralConfig, "sliding_window": 33},
     "qwen2 window": {
-        "cls": Qwen2ForCausalLM, "config": Qwen2Config,
-        "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1,
+        "cls": Qwen2ForCausalLM,
+        "config": Qwen2Config,
+        "use_sliding_window": True,
+        "sliding_window": 50,
+        "max_window_layers": 1,
     },
     "qwen3": {"cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24},
     "qwen3 window": {
-        "cls": Qwen3ForCausalLM, "config": Qwen3Config, "head_dim": 24, "sliding_window": 20,
-        "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"],
+        "cls": Qwen3ForCausalLM,
+        "config": Qwen3Config,
+        "head_dim": 24,
+        "sliding_window": 20,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
 }
 
@@ -229,7 +236,9 @@ def test_changes_between_calls_are_noticed(packed, change, one_call, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "context", [torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["grad", "autocast"]
+    "context",
+    [torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["grad", "autocast"],
 )
 def test_not_one_call_where_operations_are_recorded_or_cast(packed, context, monkeypatch):
     calls, ids = count_native_calls(monkeypatch), ids_of(1, 6)

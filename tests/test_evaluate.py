@@ -44,7 +44,9 @@ def by_definition(model, base, ids, window):
     return math.exp(nll / count), kl / count, agree / count, count
 
 
-@pytest.mark.parametrize("kv, least, most", [("f32", 0, 1e-7), ("int8", 1e-7, 1e-4), ("int4", 1e-4, 0.2)])
+@pytest.mark.parametrize(
+    "kv, least, most", [("f32", 0, 1e-7), ("int8", 1e-7, 1e-4), ("int4", 1e-4, 0.2)]
+)
 def test_through_a_cache(model, kv, least, most):
     """What rounding keys and values does: nothing in f32, and little in 8 bits."""
     cached = evaluate(model, ids_of(300), model, 100, kv=kv)

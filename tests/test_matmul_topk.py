@@ -50,7 +50,9 @@ def test_against_fp64(format, mode, path, restore_isa):
             assert values.dtype == torch.float32 and indices.shape == (m, top)
             kind = numerics.arithmetic(path[0], m, mode == "fast")
             # exact_around knows no bias: it is one more rounding of the sum.
-            exact, bound = numerics.exact_around(x.float(), packed, kind, norm=norm.float(), eps=1e-5)
+            exact, bound = numerics.exact_around(
+                x.float(), packed, kind, norm=norm.float(), eps=1e-5
+            )
             exact = exact + bias.double()
             bound = bound + numerics.ROUNDOFF[torch.float32] * (exact.abs() + bias.double().abs())
             numerics.assert_within(values, exact.gather(1, indices), bound.gather(1, indices))
@@ -77,7 +79,9 @@ def test_are_the_largest_of_all(format, mode, path, restore_isa):
 
 def integers(codes: torch.Tensor):
     """W of these integers, -8..7 in 4 bits."""
-    return pack((codes + 8).to(torch.uint8), torch.ones(len(codes), codes.shape[1] // 32), None, "int4-g32")
+    return pack(
+        (codes + 8).to(torch.uint8), torch.ones(len(codes), codes.shape[1] // 32), None, "int4-g32"
+    )
 
 
 @paths
@@ -116,7 +120,9 @@ def test_independent_of_threads(restore_threads):
         torch.set_num_threads(threads)
         results.append([run(("cpp", None), x[:m], packed, bias, top=50) for m in (1, 5)])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for one, two in zip(results[0], other) for a, b in zip(one, two))
+        assert all(
+            torch.equal(a, b) for one, two in zip(results[0], other) for a, b in zip(one, two)
+        )
 
 
 def arguments(packed):

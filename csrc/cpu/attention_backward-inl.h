@@ -137,19 +137,30 @@ inline void softmax_gradient(const ScoreRules& rules, const Row& row, float lse,
   }
 }
 
+// delta of the row that begins at these elements of grad_out and out.
+inline float row_delta(const memlm_attention_args& a, const memlm_attention_grads& g, int64_t grad_at,
+                       int64_t out_at) {
+  F sum = f_zero();
+  for (int64_t c = 0; c < a.v_dim; c += 16) {
+    const int64_t count = a.v_dim - c < 16 ? a.v_dim - c : 16;
+    sum = f_fma(load_floats(g.grad_out, a.dtype, grad_at + c, count),
+                load_floats(a.out, a.dtype, out_at + c, count), sum);
+  }
+  return f_reduce_add(sum);
+}
+
 class BackwardPassage {
   const memlm_attention_args& a;
   const memlm_attention_grads& g;
   const DensePassage passage;
-  const float* deltas;  // as lse
   BackwardRoom room;
   const int64_t dim, width;  // of the sums of q and k, and of v
   Sums dk, dv;
 
  public:
   BackwardPassage(const memlm_attention_args& a, const memlm_attention_grads& g, const DensePassage& p,
-                  const float* deltas, char* room, Sums dk, Sums dv)
-      : a(a), g(g), passage(p), deltas(deltas), room(room, a), dim(round_up16(a.head_dim)),
+                  char* room, Sums dk, Sums dv)
+      : a(a), g(g), passage(p), room(room, a), dim(round_up16(a.head_dim)),
         width(round_up16(a.v_dim)), dk(dk), dv(dv) {}
 
   // The rows from r0 on, as many as a block has.
@@ -160,9 +171,10 @@ class BackwardPassage {
     for (int64_t r = 0; r < count; ++r) {
       room.rows[r] = passage.row(r0 + r);
       room.lse[r] = a.lse[passage.lse_at(r0 + r)];
-      room.delta[r] = deltas[passage.lse_at(r0 + r)];
+      const int64_t grad_at = passage.q_at(g.grad_out_strides, r0 + r);
+      room.delta[r] = row_delta(a, g, grad_at, passage.q_at(a.out_strides, r0 + r));
       q.set(tiles, r, a.q, a.dtype, passage.q_at(a.q_strides, r0 + r), f_set1(a.scale));
-      grad.set(tiles, r, g.grad_out, a.dtype, passage.q_at(g.grad_out_strides, r0 + r), f_set1(1));
+      grad.set(tiles, r, g.grad_out, a.dtype, grad_at, f_set1(1));
       if (g.grad_mask) memset(mask_row(r0 + r), 0, sizeof(float) * passage.k_len);
     }
     memset(room.dq, 0, sizeof(float) * count * dim);
@@ -248,27 +260,20 @@ class BackwardPassage {
   }
 };
 
-// delta of every row, and what the sinks get of it: their probability is a score's without value.
-inline void row_deltas(const memlm_attention_args& a, const memlm_attention_grads& g, float* deltas) {
+// Of every sink: its probability is that of a score without value.
+inline void sink_gradients(const memlm_attention_args& a, const memlm_attention_grads& g) {
   parallel_for(a.heads, 1, a.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t h = begin; h < end; ++h) {
-      double sink = 0;
+      double sum = 0;
       for (int64_t b = 0; b < (a.q_offsets ? 1 : a.batch); ++b)
         for (int64_t i = 0; i < a.q_len; ++i) {
           const auto at = [&](const int64_t* strides) {
             return b * strides[0] + h * strides[1] + i * strides[2];
           };
-          F sum = f_zero();
-          for (int64_t c = 0; c < a.v_dim; c += 16) {
-            const int64_t count = a.v_dim - c < 16 ? a.v_dim - c : 16;
-            sum = f_fma(load_floats(g.grad_out, a.dtype, at(g.grad_out_strides) + c, count),
-                        load_floats(a.out, a.dtype, at(a.out_strides) + c, count), sum);
-          }
-          const int64_t row = (b * a.heads + h) * a.q_len + i;
-          deltas[row] = f_reduce_add(sum);
-          if (a.sinks) sink -= expf(a.sinks[h] - a.lse[row]) * deltas[row];
+          const float share = expf(a.sinks[h] - a.lse[(b * a.heads + h) * a.q_len + i]);
+          sum -= share * row_delta(a, g, at(g.grad_out_strides), at(a.out_strides));
         }
-      if (g.grad_sinks) g.grad_sinks[h] = static_cast<float>(sink);
+      g.grad_sinks[h] = static_cast<float>(sum);
     }
   });
 }
@@ -288,10 +293,10 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   const bool direct = a.dtype == MEMLM_F32 && parts == 1 && dim == a.head_dim && width == a.v_dim;
   const int64_t sums_floats = direct ? 0 : most_keys * (dim + width);
   const int64_t room_bytes = BackwardRoom::bytes(a);
-  const Buffer deltas(4 * a.heads * a.q_len * (a.q_offsets ? 1 : a.batch)), rooms(room_bytes * a.threads);
+  const Buffer rooms(room_bytes * a.threads);
   const Buffer sums(4 * sums_floats * (parts > 1 ? passages * parts : a.threads));
-  if (!deltas.p || !rooms.p || !sums.p) return MEMLM_NO_MEMORY;
-  row_deltas(a, g, static_cast<float*>(deltas.p));
+  if (!rooms.p || !sums.p) return MEMLM_NO_MEMORY;
+  if (g.grad_sinks) sink_gradients(a, g);
 
   const auto passage = [&](int64_t i) { return DensePassage(a, i / a.kv_heads, i % a.kv_heads); };
   const auto sums_at = [&](int64_t i) { return static_cast<float*>(sums.p) + i * sums_floats; };
@@ -325,7 +330,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
         memset(dk.p + key * dk.row, 0, sizeof(float) * dim);
         memset(dv.p + key * dv.row, 0, sizeof(float) * width);
       }
-      BackwardPassage work(a, g, p, static_cast<const float*>(deltas.p), room, dk, dv);
+      BackwardPassage work(a, g, p, room, dk, dv);
       for (int64_t r0 = i % parts * kBlockRows; r0 < p.rows(); r0 += parts * kBlockRows) work.block(r0);
       if (!direct && parts == 1)
         for (int64_t key = 0; key < p.k_len; ++key) store(p, key, 1, own);

@@ -1,7 +1,7 @@
 """Decoder layers in one call: what the library runs without coming back to Python in between.
 
-The modules stay what they are, and theirs are the tensors: :class:`NativeLayers` holds addresses into
-them, and :class:`Watch` says whether those are still good.
+The modules stay what they are, and theirs are the tensors: :class:`NativeLayers` holds addresses
+into them, and :class:`Watch` says whether those are still good.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn.modules import module as torch_module
 from memlm import _core
 from memlm.kv_cache import PagedKVCache, Step
 from memlm.layers.linear import Linear
+from memlm.ops.matmul_topk import MODES
 
-MODES = {"accurate": 0, "fast": 1, "w8a8": 2}  # memlm_mode, csrc/include/memlm.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # memlm_dtype
 
 
@@ -75,7 +75,7 @@ def _linear(layer: Linear) -> _core.LinearArguments:
         packed.format.codebook == "nf",
         (packed.n, packed.k, packed.format.group),
         packed.format.bits,
-        MODES[layer.mode],
+        MODES.index(layer.mode),
         _address(layer.bias),
     )
 
@@ -146,15 +146,29 @@ class NativeLayers:
         linears = [_linear(linear) for linear in parts[5:9]]
         return _core.LayerArguments(*norms, parts.eps, *linears, parts.window)
 
-    def run(self, x: torch.Tensor, cache: PagedKVCache, step: Step, angles: torch.Tensor) -> None:
-        """A step's new tokens ``x [rows, hidden]`` through the layers, which are the cache's, in place.
+    def run(
+        self,
+        x: torch.Tensor,
+        cache: PagedKVCache,
+        step: Step,
+        angles: torch.Tensor,
+        first: int = 0,
+        by_row: bool = False,
+    ) -> None:
+        """A step's new tokens ``x [rows, hidden]`` through the layers, which are the cache's from
+        number ``first`` on, in place.
 
-        ``angles`` f32 ``[positions, 3, head_dim / 2]`` (:class:`memlm.models.decoder.Rotary`).
-        Raises ValueError for what does not fit together; then nothing has changed.
+        ``angles`` f32 ``[positions, 3, head_dim / 2]`` (:class:`memlm.models.decoder.Rotary`), or with
+        ``by_row`` ``[rows, 3, head_dim / 2]``.  Raises ValueError for what does not fit together; then
+        nothing has changed.
         """
         format, half = cache.format, cache.format.dim // 2
-        if len(cache.pools) != len(self._layers):
-            raise ValueError(f"cache: has {len(cache.pools)} layers, there are {len(self._layers)}")
+        own = slice(first, first + len(self._layers))
+        pools, tails = cache.pools[own], cache.tails[own]
+        if len(pools) != len(self._layers):
+            raise ValueError(
+                f"cache: has {len(cache.pools)} layers, these are {len(self._layers)} from {first} on"
+            )
         if x.shape != (len(step.positions), self.hidden) or x.dtype != self.dtype:
             raise ValueError(
                 f"x: got {x.dtype} {list(x.shape)}, expected {self.dtype} "
@@ -162,12 +176,17 @@ class NativeLayers:
             )
         sine = angles.data_ptr() + half * angles.element_size()
         self._native(
-            [pool.data_ptr() for pool in cache.pools],
-            [tails.data_ptr() for tails in cache.tails],
+            [pool.data_ptr() for pool in pools],
+            [t.data_ptr() for t in tails],
             (
-                cache.count, format.tokens, cache.kv_heads, format.dim, format.index, format.block_bytes,
-                cache.tails[0].shape[1] if cache.tails else 0,
-                format.tail.block_bytes if cache.tails else 0,
+                cache.count,
+                format.tokens,
+                cache.kv_heads,
+                format.dim,
+                format.index,
+                format.block_bytes,
+                tails[0].shape[1] if tails else 0,
+                format.tail.block_bytes if tails else 0,
             ),
             len(step.sequences),
             step.rows.data_ptr(),
@@ -184,6 +203,6 @@ class NativeLayers:
             sine,
             len(angles),
             3 * half,
-            step.positions.data_ptr(),
+            0 if by_row else step.positions.data_ptr(),
             torch.get_num_threads(),
         )

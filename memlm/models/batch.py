@@ -32,11 +32,13 @@ class Batch:
     and up to ``chunk`` tokens of new prompts through the layers.
 
     A sequence whose prompt begins like that of another one under way shares its blocks.  Where the
-    ``cache`` has a limited number of blocks, a sequence waits until those that it may need are free.
-    Raises TypeError for a model that is no decoder.
+    ``cache`` has a limited number of blocks, a sequence waits until those that it may need are
+    free.  Raises TypeError for a model that is no decoder.
     """
 
-    def __init__(self, model: Decoder, cache: PagedKVCache | None = None, chunk: int = Decoder.CHUNK):
+    def __init__(
+        self, model: Decoder, cache: PagedKVCache | None = None, chunk: int = Decoder.CHUNK
+    ):
         if not isinstance(model, Decoder):
             raise TypeError(f"model: got {type(model).__name__}, expected a Decoder")
         if chunk < 1:
@@ -61,8 +63,8 @@ class Batch:
         """A sequence that continues ``ids``: at most ``max_tokens`` tokens, up to and without the
         first of ``stop_ids``, or until the model's positions are full.  Returns its handle.
 
-        Raises ValueError naming the argument that is out of range, OutOfBlocks where the cache could
-        never hold it.
+        Raises ValueError naming the argument that is out of range, OutOfBlocks where the cache
+        could never hold it.
         """
         ids, config = list(ids), self.model.config
         if not ids:
@@ -101,8 +103,8 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int | None]]:
-        """What the step made: ``(handle, token)``; and ``(handle, None)``, once, of a sequence that has
-        ended.  A prompt of many tokens takes several steps to its first token.
+        """What the step made: ``(handle, token)``; and ``(handle, None)``, once, of a sequence that
+        has ended.  A prompt of many tokens takes several steps to its first token.
 
         Without sequences: [].
         """
@@ -125,7 +127,8 @@ class Batch:
         if not ready:
             return []
         made = []
-        for sequence, token in zip(ready, self._choose(ready, x if len(last) == len(x) else x[last])):
+        chosen = self._choose(ready, x if len(last) == len(x) else x[last])
+        for sequence, token in zip(ready, chosen):
             stopped = token in sequence.stop_ids
             if not stopped:
                 made.append((sequence.handle, token))

@@ -113,8 +113,10 @@ class DecoderConfig:
         if kinds is None:
             return tuple(window if i >= first else 0 for i in range(layers))
         known = {"full_attention": 0, "sliding_attention": window}
-        if not isinstance(kinds, list) or len(kinds) != layers or not all(
-            isinstance(kind, str) and kind in known for kind in kinds
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or not all(isinstance(kind, str) and kind in known for kind in kinds)
         ):
             raise FormatError(
                 f"config: layer_types {kinds!r}; expected {layers} of {', '.join(known)}"
@@ -187,7 +189,8 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     :class:`Rotary` has them."""
     halves = x.view(*x.shape[:-1], 2, -1)
     angles = angles.to(x.dtype)[:, None]
-    return torch.addcmul(halves * angles[..., 2:, :], halves.flip(-2), angles[..., :2, :]).view(x.shape)
+    sines, cosines = angles[..., :2, :], angles[..., 2:, :]
+    return torch.addcmul(halves * cosines, halves.flip(-2), sines).view(x.shape)
 
 
 def linear(layer: nn.Module, x, norm=None, swiglu: bool = False, residual=None):
@@ -302,8 +305,9 @@ class Decoder(nn.Module):
     tokenizer = None
     # What a checkpoint may hold and this model computes itself.
     hf_ignored = re.compile(r".*\.rotary_emb\.inv_freq")
-    # New tokens that go through the layers at a time, with a cache: enough to reach full speed,
-    # and what bounds the memory of activations.
+    # New tokens that go through the layers at a time, with a cache: what bounds the memory of
+    # activations.  512 of SmolLM2 in 4 bits by 64 take 1.17 times as long as at once, by 128 1.07,
+    # by 256 1.02.
     CHUNK = 512
 
     def __init__(self, config: DecoderConfig):
@@ -322,9 +326,10 @@ class Decoder(nn.Module):
         return {**self.__dict__, "_native": None}  # addresses are of this process
 
     def new_cache(self, kv: str | None = None, **settings) -> PagedKVCache:
-        """A cache for this model's keys and values, stored as ``kv``: f32, bf16, int8 or int4; None:
-        as they are (of an f16 model f32).  ``settings`` as :class:`memlm.kv_cache.PagedKVCache` has
-        them.  Where all layers have a window it holds no more than the widest needs."""
+        """A cache for this model's keys and values, stored as ``kv``: f32, bf16, int8 or int4;
+        None: as they are (of an f16 model f32).  ``settings`` as
+        :class:`memlm.kv_cache.PagedKVCache` has them.  Where all layers have a window it holds no
+        more than the widest needs."""
         c, weight = self.config, self.norm.weight
         if kv is None:
             kv = "bf16" if weight.dtype == torch.bfloat16 else "f32"
@@ -339,10 +344,11 @@ class Decoder(nn.Module):
         """Token ids ``[batch, length]`` -> logits ``[batch, length, vocab]`` in f32, or
         ``[batch, 1, vocab]`` of the last position with ``last_only``.
 
-        With a ``cache`` row i of ids continues its i-th sequence, and is added to it; an empty cache
-        is given sequences.  The tokens go through the layers ``CHUNK`` at a time.  Raises ValueError
-        for ids that are not a non-empty matrix, of another number of rows than the cache has
-        sequences, or that go beyond the model's positions; OutOfBlocks where the cache has no room.
+        With a ``cache`` row i of ids continues its i-th sequence, and is added to it; an empty
+        cache is given sequences.  The tokens go through the layers ``CHUNK`` at a time.  Raises
+        ValueError for ids that are not a non-empty matrix, of another number of rows than the cache
+        has sequences, or that go beyond the model's positions; OutOfBlocks where the cache has no
+        room.
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(f"ids: got shape {list(ids.shape)}, expected [batch, length]")
@@ -369,8 +375,9 @@ class Decoder(nn.Module):
         return self.logits(x[:, -1:]) if last_only else torch.cat(logits, dim=1)
 
     def run(self, ids: torch.Tensor, cache: PagedKVCache, step: Step) -> torch.Tensor:
-        """New tokens ``ids [rows]`` of the step's sequences, one after the other, through all layers:
-        ``[rows, hidden]``.  One call of the library where the layers are packed and plain."""
+        """New tokens ``ids [rows]`` of the step's sequences, one after the other, through all
+        layers: ``[rows, hidden]``.  One call of the library where the layers are packed and
+        plain."""
         x = self.embed_tokens(ids)
         end = max(cache.length(s) + count for s, count in zip(step.sequences, step.counts))
         angles = self.rotary.table(end, x.device)
@@ -404,12 +411,13 @@ class Decoder(nn.Module):
         return native if native.dtype == x.dtype else None
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., hidden]``, what the layers made of a token -> logits ``[..., vocab]`` in f32."""
+        """``x [..., hidden]``, what the layers made of a token -> logits ``[..., vocab]`` in
+        f32."""
         return linear(self.lm_head, x, self.norm).float()
 
     def top(self, x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``k`` largest of :meth:`logits`, largest first, and their ids, both ``[..., k]``; where
-        the head is packed, without storing the others (:func:`memlm.ops.matmul_topk`)."""
+        """The ``k`` largest of :meth:`logits`, largest first, and their ids, both ``[..., k]``;
+        where the head is packed, without storing the others (:func:`memlm.ops.matmul_topk`)."""
         head, norm = self.lm_head, self.norm
         if is_plain(head, Linear) and is_plain(norm, nn.RMSNorm):
             return head.topk(x, k, norm.weight, norm.eps)

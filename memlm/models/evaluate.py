@@ -51,8 +51,8 @@ def evaluate_all(
     """Scores ``models`` on a text's token ids, cut into windows (a last, shorter one is dropped);
     against ``base``, which may be one of them, where it is given.
 
-    Every token of a window but the first is predicted from those before it.  With ``kv`` the models,
-    but not the base, see the keys and values before it as a cache of that type holds them
+    Every token of a window but the first is predicted from those before it.  With ``kv`` the
+    models, but not the base, see the keys and values before it as a cache of that type holds them
     (:meth:`Decoder.new_cache`).  Sums are f64; the memory beyond the models is that of two windows'
     logits.
 
@@ -95,7 +95,8 @@ def evaluate_all(
 
 
 def _logits(model: Decoder, row: torch.Tensor, cache: PagedKVCache | None) -> torch.Tensor:
-    """``[n - 1, vocab]`` for the tokens of a window ``[n]``; the cache is empty before and after."""
+    """``[n - 1, vocab]`` for the tokens of a window ``[n]``; the cache is empty before and
+    after."""
     logits = model(row[None], cache)[0, :-1]
     for sequence in cache.sequences if cache is not None else ():
         cache.free(sequence)

@@ -10,9 +10,9 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """The likeliest token at ``temperature`` 0, else one drawn from the ``top_k`` likeliest (0: all)
-    cut to the fewest that hold ``top_p`` of the probability (nucleus sampling, arXiv:1904.09751).
-    ``seed`` makes draws repeatable; None takes torch's own generator.
+    """The likeliest token at ``temperature`` 0, else one drawn from the ``top_k`` likeliest (0:
+    all) cut to the fewest that hold ``top_p`` of the probability (nucleus sampling,
+    arXiv:1904.09751).  ``seed`` makes draws repeatable; None takes torch's own generator.
 
     Raises ValueError naming the setting that is out of range.
     """

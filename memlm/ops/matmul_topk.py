@@ -79,8 +79,8 @@ def matmul_topk(
 
     The other elements are never stored: choosing among 49,152 logits needs no memory for them.
 
-    ``x``, the packed ``W [n, k]`` of ``bits`` 2, 4 or 8, ``bias`` and ``norm`` with ``eps`` are as in
-    :func:`memlm.ops.w4_matmul`, ``mode`` as in :func:`memlm.ops.matmul`.  The elements are those
+    ``x``, the packed ``W [n, k]`` of ``bits`` 2, 4 or 8, ``bias`` and ``norm`` with ``eps`` are as
+    in :func:`memlm.ops.w4_matmul`, ``mode`` as in :func:`memlm.ops.matmul`.  The elements are those
     that op gives for x, bias and norm in f32, whatever x's dtype is: bf16 is not rounded to.
 
     Not differentiable.  On devices without a kernel the plain torch reference runs, with a warning.

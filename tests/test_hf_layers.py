@@ -1,0 +1,213 @@
+"""Decoder layers of transformers as one call each: they compute what the layers by themselves do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
+
+import memlm
+from memlm import QuantConfig
+from memlm.layers import Linear
+from tests import tiny
+
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
+}
+CONFIG = QuantConfig("int4", embedding="int8", head="int8")
+IDS = torch.randint(1, 256, (3, 11), generator=torch.manual_seed(0))
+PADDED = torch.ones_like(IDS)
+PADDED[1, :4] = 0
+PADDED[2, :2] = 0
+# Both multiply by the same kernels; only norms, rotations and softmax differ, by some f32 roundings of
+# logits of about 4, which two layers and the int8 rounding of inputs (1/254 of the largest at a tie)
+# pass on.
+BOUND = 5e-3
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(params=KINDS)
+def pair(request, tmp_path):
+    """A quantised model, and the same with its layers fused."""
+    cls, config, settings = KINDS[request.param]
+    model = memlm.quantize_(tiny.llama(tmp_path / "float", cls, config, **settings), CONFIG)
+    return model, memlm.hf.fuse_layers(copy.deepcopy(model))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return memlm.quantize_(tiny.llama(tmp_path / "float"), CONFIG)
+
+
+def ran_natively(model) -> bool:
+    return all(layer._native is not None for layer in model.model.layers)
+
+
+def test_prompt_and_next_token(pair):
+    plain, fused = pair
+    cache, usual = memlm.hf.PagedCache(fused.config, "f32"), DynamicCache(config=plain.config)
+    mask = PADDED
+    with torch.inference_mode():
+        for ids in (IDS, IDS[:, :1], IDS[:, 3:5]):
+            if ids is not IDS:
+                mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+            expected = plain(ids, attention_mask=mask, cache=usual).logits
+            got = fused(ids, attention_mask=mask, cache=cache).logits
+            told = mask[:, -ids.shape[1] :].bool()
+            assert (got - expected)[told].abs().max() < BOUND
+    assert ran_natively(fused)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"num_return_sequences": 2, "num_beams": 2}],
+    ids=["greedy", "beams", "sampling", "beams returned"],
+)
+def test_generate_gives_the_same_tokens(pair, settings):
+    made = []
+    for model in pair:
+        torch.manual_seed(3)
+        made.append(model.generate(IDS, attention_mask=PADDED, **{**GREEDY, **settings}))
+    assert torch.equal(*made)
+    assert ran_natively(pair[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(llama, dtype):
+    llama.to(dtype)
+    fused = memlm.hf.fuse_layers(copy.deepcopy(llama))
+    cache = memlm.hf.PagedCache(fused.config, "bf16" if dtype == torch.bfloat16 else "f32")
+    with torch.inference_mode():
+        expected, got = llama(IDS).logits, fused(IDS, cache=cache).logits
+    assert ran_natively(fused) and got.dtype == dtype
+    # Activations are rounded at other places, in either by up to eps / 2 each: the difference is
+    # judged by what the rounding to this dtype itself does.
+    exact = copy.deepcopy(llama).float()
+    with torch.inference_mode():
+        own = (expected.float() - exact(IDS).logits).norm()
+        assert (got.float() - expected.float()).norm() < 3 * own
+
+
+def test_generate_takes_a_cache_of_the_storage_asked_for(llama, monkeypatch):
+    made = []
+    original = memlm.hf.PagedCache.__init__
+
+    def noted(self, config, dtype="bf16", *args):
+        made.append(dtype)
+        original(self, config, dtype, *args)
+
+    monkeypatch.setattr(memlm.hf.PagedCache, "__init__", noted)
+    memlm.hf.fuse_layers(llama, kv="int8").generate(IDS, **GREEDY)
+    memlm.hf.fuse_layers(llama).generate(IDS, **GREEDY)
+    assert made == ["int8", "f32"]
+    llama.generate(IDS, cache=DynamicCache(config=llama.config), **GREEDY)
+    llama.generate(IDS, use_cache=False, **GREEDY)
+    llama.generate(IDS, cache_implementation="dynamic", **GREEDY)
+    assert made == ["int8", "f32"]
+
+
+def test_without_a_paged_cache_layers_are_transformers_own(pair):
+    plain, fused = pair
+    with torch.inference_mode():
+        expected, got = (model(IDS, attention_mask=PADDED).logits for model in pair)
+    assert (got - expected)[PADDED.bool()].abs().max() < BOUND
+    assert not any(layer._native for layer in fused.model.layers)
+
+
+def test_gradients_flow(llama):
+    fused = memlm.hf.fuse_layers(copy.deepcopy(llama))
+    for model in (llama, fused):
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.requires_grad_(True)
+        model(IDS).logits.square().sum().backward()
+    for a, b in zip(llama.model.layers, fused.model.layers):
+        expected, got = a.input_layernorm.weight.grad, b.input_layernorm.weight.grad
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_hooks_and_replaced_modules_are_honoured(llama):
+    fused = memlm.hf.fuse_layers(llama)
+    cache = lambda: memlm.hf.PagedCache(fused.config, "f32")  # noqa: E731
+    with torch.inference_mode():
+        before = fused(IDS, cache=cache()).logits
+        assert ran_natively(fused)
+        seen = []
+        handle = fused.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(args[2]))
+        assert (fused(IDS, cache=cache()).logits - before).abs().max() < BOUND
+        assert len(seen) == 1
+        handle.remove()
+        hidden = fused(IDS, cache=cache(), output_hidden_states=True).hidden_states
+        assert len(hidden) == len(fused.model.layers) + 1
+        fused.model.layers[0].self_attn.o_proj = nn.Linear(64, 64, bias=False)
+        changed = fused(IDS, cache=cache()).logits
+        assert (changed - before).abs().max() > 10 * BOUND
+        fused.model.layers[1].input_layernorm.weight.data = torch.zeros(64)
+        assert not torch.equal(fused(IDS, cache=cache()).logits, changed)
+
+
+def test_weights_are_there_once(llama):
+    memlm.hf.fuse_layers(llama)
+    llama.generate(IDS, **GREEDY)
+    for layer in llama.model.layers:
+        native = layer._native[0]._layers[0]
+        attention, mlp = layer.self_attn, layer.mlp
+        for whole, parts in (
+            (native.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (native.gate_up, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            storages = {p.codes.untyped_storage().data_ptr() for p in parts}
+            assert storages == {whole.codes.untyped_storage().data_ptr()}
+
+
+def test_saved_as_before(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "before")
+    memlm.hf.fuse_layers(llama).save_pretrained(tmp_path / "after")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    assert torch.equal(
+        memlm.hf.fuse_layers(loaded).generate(IDS, **GREEDY), llama.generate(IDS, **GREEDY)
+    )
+
+
+def test_copied_and_pickled(llama):
+    memlm.hf.fuse_layers(llama)
+    expected = llama.generate(IDS, **GREEDY)
+    layer = pickle.loads(pickle.dumps(llama.model.layers[0]))
+    assert type(layer) is type(llama.model.layers[0]) and layer._native is None
+    assert torch.equal(copy.deepcopy(llama).generate(IDS, **GREEDY), expected)
+
+
+def test_unfused(llama):
+    kind = type(llama.model.layers[0])
+    expected = llama.generate(IDS, **GREEDY)
+    memlm.hf.unfuse_layers(memlm.hf.fuse_layers(llama))
+    assert all(type(layer) is kind for layer in llama.model.layers)
+    assert "_prepare_cache_for_generation" not in llama.__dict__
+    assert torch.equal(llama.generate(IDS, **GREEDY), expected)
+
+
+def test_what_does_not_fit_is_refused_and_left_alone(llama, tmp_path):
+    kind = type(llama.model.layers[0])
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no layers of LlamaDecoderLayer"):
+        memlm.hf.fuse_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)))
+    with pytest.raises(ValueError, match="layer 0: linear: got Linear, accepted is memlm's"):
+        memlm.hf.fuse_layers(tiny.llama(tmp_path / "plain"))
+    llama.model.layers[1].self_attn.q_proj.mode = "accurate"
+    with pytest.raises(ValueError, match="layer 1: linear: layers of one input have modes"):
+        memlm.hf.fuse_layers(llama)
+    assert all(type(layer) is kind for layer in llama.model.layers)
+    assert llama.config._attn_implementation != "memlm"
+    odd = tiny.llama(tmp_path / "odd", intermediate_size=104)
+    with pytest.raises(ValueError, match=r"\[104, 104\] rows, accepted are multiples of 16"):
+        memlm.hf.fuse_layers(memlm.quantize_(odd, QuantConfig("int4-g32")))
+    assert isinstance(odd.model.layers[0].mlp.gate_proj, Linear)
