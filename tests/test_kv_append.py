@@ -166,8 +166,9 @@ def test_bad_input_changes_nothing():
     rows, lengths, tables = made.step([2, 1])[:3]
     before = made.pool.clone()
     good = {
-        "pool": made.pool, "tails": None, "tail_of": None, "k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 64), "rows": rows,
-        "lengths": lengths, "tables": tables, "type": 2, "block_tokens": 64,
+        "pool": made.pool, "tails": None, "tail_of": None, "k": torch.randn(3, 2, 64),
+        "v": torch.randn(3, 2, 64), "rows": rows, "lengths": lengths, "tables": tables, "type": 2,
+        "block_tokens": 64,
     }  # fmt: skip
     far = tables.clone()
     far[0, 0] = 99

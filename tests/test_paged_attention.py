@@ -243,8 +243,8 @@ def test_bad_input():
     made, q = paged("int8", 64, [40, 3]), random_queries([2, 1], 4, 64)
     rows, lengths, tables = made.step([2, 1])[:3]
     good = {
-        "q": q, "pool": made.pool, "tails": None, "tail_of": None, "rows": rows, "lengths": lengths, "tables": tables, "type": 2,
-        "block_tokens": 64,
+        "q": q, "pool": made.pool, "tails": None, "tail_of": None, "rows": rows, "lengths": lengths,
+        "tables": tables, "type": 2, "block_tokens": 64,
     }  # fmt: skip
     for error, match, wrong in [
         (TypeError, "q: got torch.float64", {"q": q.double()}),

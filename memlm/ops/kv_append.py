@@ -46,7 +46,8 @@ def check_paged(
             raise TypeError(f"{name}: got {got}, expected a tensor of {dtype}")
         if x.dim() != dims or x.device != pool.device:
             raise ValueError(
-                f"{name}: got shape {list(x.shape)} on {x.device}, expected {dims} dimensions on {pool.device}"
+                f"{name}: got shape {list(x.shape)} on {x.device}, expected {dims} dimensions on "
+                f"{pool.device}"
             )
     for name, x, of in (("pool", pool, format), ("tails", tails, format.tail)):
         if of and (x.shape[0] != pool.shape[0] or x.shape[2] != of.block_bytes or not x.is_contiguous()):

@@ -165,8 +165,10 @@ def paged_attention(
     queries are rounded to int8 with a scale for each group of channels, and so are softmax weights
     times the values' scales, one for each block.  Tails are multiplied as they are, in f32: new tokens
     before a sequence's newest block find their own rounded, so that a step that goes beyond the end of
-    a block is better passed block by block (:meth:`memlm.kv_cache.PagedKVCache.attend` does).  Time is that of reading the blocks seen where rows
-    are few; memory beside the result is O(T).  No gradient.
+    a block is better passed block by block (:meth:`memlm.kv_cache.PagedKVCache.attend` does).
+
+    Time is that of reading the blocks seen where rows are few; memory beside the result is O(T).  No
+    gradient.
 
     Raises TypeError or ValueError naming the argument that does not fit.
     """
