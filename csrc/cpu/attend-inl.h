@@ -72,6 +72,7 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const Tile
 
 // The same for any number of tiles of b.
 template <int MT, class T>
+__attribute__((always_inline))
 inline void multiply(const float* a, int64_t a_row, int64_t a_k, Tiles<T> b, int64_t tiles, int64_t k,
                      const float* factor, float* c, int64_t c_row) {
   constexpr int kWide = MT <= kStreamRows ? 1 : kWideTiles;

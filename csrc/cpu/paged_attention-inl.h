@@ -195,9 +195,10 @@ struct RoundedRows {
     scales[row] = rounding.scale;
     starts[row] = -W::kDotBias * i_reduce_add(sum);
   }
-  // use(m, products of row m with a tile of codes [k]), for the first MT rows.
+  // use(m, products of row m with a tile of codes [k]), for the first MT rows.  `ahead` bytes further on
+  // are the codes that are wanted when this block is done.
   template <int MT, class Use>
-  void multiply(const char* tile, int64_t k, const Use& use) const {
+  void multiply(const char* tile, int64_t k, int64_t ahead, const Use& use) const {
     constexpr int kChains = chains(MT);
     I sums[MT][kChains];
     for (int m = 0; m < MT; ++m)
@@ -207,7 +208,10 @@ struct RoundedRows {
     const int8_t* x = codes;
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += kActGroup, at += tile_bytes(W::kBits, kActGroup)) {
-      prefetch(at, tile_bytes(W::kBits, kActGroup));
+      for (int64_t line = 0; line < tile_bytes(W::kBits, kActGroup); line += kBlock) {
+        __builtin_prefetch(at + line + ahead, 0, 2);
+        __builtin_prefetch(at + line + kPrefetchL1, 0, 3);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j, x += 2 * kLaneK) {
         B b0, b1;
@@ -245,6 +249,7 @@ class CodedKeys {
   FloatBlock<uint16_t> tail;
   int64_t tile_rows = 0;
   const char* at = nullptr;
+  int64_t ahead = 0;  // from this block to the next
   bool in_tail = false;
 
   // Queries' channels of group g.
@@ -289,6 +294,10 @@ class CodedKeys {
     in_tail = unrounded != nullptr;
     if (in_tail) return tail.set(unrounded);
     at = p.block_of(j);
+    // A whole block ahead: between the products nothing else asks memory for more.
+    ahead = j + b.tokens < p.before + p.count ? p.block_of(j + b.tokens) - at : 0;
+    for (int64_t i = b.key_scales(); i < b.bytes(); i += kBlock)
+      __builtin_prefetch(at + i + ahead, 0, 3);
     const uint16_t* const scales = reinterpret_cast<const uint16_t*>(at + b.value_scales());
     // Zeros for tokens that are not there: theirs may be NaN.
     const F end = f_set1(static_cast<float>(p.before + p.count - j));
@@ -308,7 +317,7 @@ class CodedKeys {
       for (int64_t i = 0; i < blocks; ++i) {
         const F scale = f_load_f16(scales + ((first + i) * b.groups() + g) * 16);
         const char* const codes = at + (first + i) * b.key_tile() + tile_bytes(K::kBits, g * b.group);
-        x.template multiply<MT>(codes, b.group, [&](int m, F sum) {
+        x.template multiply<MT>(codes, b.group, ahead, [&](int m, F sum) {
           float* const to = s + m * kMostKeys + i * 16;
           f_store(to, g ? f_fma(sum, scale, f_load(to)) : f_mul(sum, scale));
         });
@@ -331,7 +340,7 @@ class CodedKeys {
         });
       for (int64_t c = g * b.group; c < (g + 1) * b.group; c += 16)
         weights_.template multiply<MT>(
-            at + b.values() + c / 16 * b.value_tile() + tile_bytes(V::kBits, from), count,
+            at + b.values() + c / 16 * b.value_tile() + tile_bytes(V::kBits, from), count, ahead,
             [&](int m, F sum) {
               float* const to = out + m * width + c;
               f_store(to, f_fma(f_load(to), f_set1(factors[m]), sum));
