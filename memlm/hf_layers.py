@@ -15,6 +15,7 @@ import functools
 
 import torch
 from torch import nn
+from transformers.generation import GenerationMode
 
 from memlm.formats import TILE_ROWS, split_rows, stack_rows
 from memlm.hf_cache import PagedCache
@@ -149,8 +150,9 @@ def fuse_layers(model: nn.Module, kv: str | None = None) -> nn.Module:
 
     The model takes the attention implementation ``"memlm"``, and ``generate`` a new
     :class:`memlm.hf.PagedCache` that stores keys and values as ``kv`` (f32, bf16, int8, int4; None: as
-    the model computes), unless it is given a cache, or the name of one.  Query, key and value become
-    views of one matrix, and so do gate and up.
+    the model computes), unless it is given a cache, or the name of one, or has a sliding window and
+    drafts to take back (assisted decoding, prompt lookup), which needs what the window has evicted.
+    Query, key and value become views of one matrix, and so do gate and up.
 
     Raises ValueError, before anything has changed, where a layer is none of these or cannot run as one
     call, and says why.
@@ -184,13 +186,18 @@ def unfuse_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def _prepare_cache(model, kv, generation_config, model_kwargs, *args):
+def _prepare_cache(model, kv, generation_config, model_kwargs, generation_mode, *args):
     """transformers' ``_prepare_cache_for_generation``, with a PagedCache where it would take its
     default."""
     default = generation_config.use_cache is not False and not generation_config.cache_implementation
     if default and model_kwargs.get("cache") is None:
         if kv is None:
             kv = "bf16" if model.dtype == torch.bfloat16 else "f32"
-        model_kwargs["cache"] = PagedCache(model.config, kv)
-        return None
-    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
+        cache = PagedCache(model.config, kv)
+        drafts = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if cache.is_croppable or not (drafts or generation_config.is_assistant):
+            model_kwargs["cache"] = cache
+            return None
+    return type(model)._prepare_cache_for_generation(
+        model, generation_config, model_kwargs, generation_mode, *args
+    )
