@@ -29,12 +29,12 @@ IDS = torch.randint(1, 256, (3, 11), generator=torch.manual_seed(0))
 PADDED = torch.ones_like(IDS)
 PADDED[1, :4] = 0
 PADDED[2, :2] = 0
-# Both multiply by the same kernels; norms, rotations and softmax differ by some f32 roundings.  An int8
-# rounding of inputs that these turn over at a tie is 1/254 of the largest of them: 0.03 in a logit of
-# about 4, after one.  At these seeds there is none.
+# Both multiply by the same kernels; norms, rotations and softmax differ by some f32 roundings.  An
+# int8 rounding of inputs that these turn over at a tie is 1/254 of the largest of them: 0.03 in a
+# logit of about 4, after one.  At these seeds there is none.
 BOUND = 5e-3
-# Where inputs are not rounded: logits of about 4, 2 layers of 9 operations and the head, each of sums of
-# up to 128 terms, which err by half of an f32's eps a term.
+# Where inputs are not rounded: logits of about 4, 2 layers of 9 operations and the head, each of sums
+# of up to 128 terms, which err by half of an f32's eps a term.
 EXACT_BOUND = 4 * 19 * 128 * 2**-24
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
