@@ -118,13 +118,13 @@ def test_a_mask_of_its_own_without_a_cache(exact_pair):
     [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"num_return_sequences": 2, "num_beams": 2}],
     ids=["greedy", "beams", "sampling", "beams returned"],
 )
-def test_generate_gives_the_same_tokens(pair, settings):
+def test_generate_gives_the_same_tokens(exact_pair, settings):
     made = []
-    for model in pair:
+    for model in exact_pair:
         torch.manual_seed(3)
         made.append(model.generate(IDS, attention_mask=PADDED, **{**GREEDY, **settings}))
     assert torch.equal(*made)
-    assert ran_natively(pair[1])
+    assert ran_natively(exact_pair[1])
 
 
 def test_generate_gives_its_logits(exact_pair):
@@ -148,9 +148,9 @@ def test_attention_matrices_are_for_eager(llama):
         torch.testing.assert_close(a, b, rtol=0, atol=BOUND)
 
 
-def test_drafts_are_taken_back(pair):
+def test_drafts_are_taken_back(exact_pair):
     """Where a window has evicted what that needs, with transformers' cache."""
-    plain, fused = pair
+    plain, fused = exact_pair
     expected = plain.generate(IDS[:1], **GREEDY)
     assert torch.equal(fused.generate(IDS[:1], prompt_lookup_num_tokens=3, **GREEDY), expected)
     for assistant in (plain, copy.deepcopy(fused)):
