@@ -31,8 +31,8 @@ PADDED[1, :4] = 0
 PADDED[2, :2] = 0
 # Both multiply by the same kernels; norms, rotations and softmax differ by some f32 roundings.  An
 # int8 rounding of inputs that these turn over at a tie is 1/254 of the largest of them: 0.03 in a
-# logit of about 4, after one.  At these seeds there is none.
-BOUND = 5e-3
+# logit of about 4.  Room for ten; where something is wrong, logits are others altogether.
+BOUND = 0.3
 # Where inputs are not rounded: logits of about 4, 2 layers of 9 operations and the head, each of sums
 # of up to 128 terms, which err by half of an f32's eps a term.
 EXACT_BOUND = 4 * 19 * 128 * 2**-24
@@ -65,7 +65,8 @@ def exact_pair(kind, tmp_path):
 
 @pytest.fixture
 def llama(tmp_path):
-    return memlm.quantize_(tiny.llama(tmp_path / "float"), CONFIG)
+    """With inputs that are not rounded."""
+    return memlm.quantize_(tiny.llama(tmp_path / "float"), dataclasses.replace(CONFIG, mode="accurate"))
 
 
 def ran_natively(model) -> bool:
@@ -145,7 +146,7 @@ def test_attention_matrices_are_for_eager(llama):
     expected, got = (m.generate(IDS, attention_mask=PADDED, **settings) for m in (llama, fused))
     assert torch.equal(expected.sequences, got.sequences)
     for a, b in zip(expected.attentions, got.attentions, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=BOUND)
+        torch.testing.assert_close(a, b)
 
 
 def test_drafts_are_taken_back(exact_pair):
@@ -244,14 +245,14 @@ def test_hooks_and_replaced_modules_are_honoured(llama):
         assert ran_natively(fused)
         seen = []
         handle = fused.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(args[2]))
-        assert (fused(IDS, cache=cache()).logits - before).abs().max() < BOUND
+        assert (fused(IDS, cache=cache()).logits - before).abs().max() < EXACT_BOUND
         assert len(seen) == 1
         handle.remove()
         hidden = fused(IDS, cache=cache(), output_hidden_states=True).hidden_states
         assert len(hidden) == len(fused.model.layers) + 1
         fused.model.layers[0].self_attn.o_proj = nn.Linear(64, 64, bias=False)
         changed = fused(IDS, cache=cache()).logits
-        assert (changed - before).abs().max() > 10 * BOUND
+        assert (changed - before).abs().max() > 100 * EXACT_BOUND
         fused.model.layers[1].input_layernorm.weight.data = torch.zeros(64)
         assert not torch.equal(fused(IDS, cache=cache()).logits, changed)
 
@@ -304,7 +305,7 @@ def test_what_does_not_fit_is_refused_and_left_alone(llama, tmp_path):
         memlm.hf.fuse_layers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)))
     with pytest.raises(ValueError, match="layer 0: linear: got Linear, accepted is memlm's"):
         memlm.hf.fuse_layers(tiny.llama(tmp_path / "plain"))
-    llama.model.layers[1].self_attn.q_proj.mode = "accurate"
+    llama.model.layers[1].self_attn.q_proj.mode = "fast"
     with pytest.raises(ValueError, match="layer 1: linear: layers of one input have modes"):
         memlm.hf.fuse_layers(llama)
     assert all(type(layer) is kind for layer in llama.model.layers)
