@@ -1,4 +1,4 @@
-// memlm_decoder_layers for Python, over addresses: memlm/models/plan.py keeps what they point to alive.
+// memlm_decoder_layers for Python, over addresses: memlm/layers/native.py keeps what they point to alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

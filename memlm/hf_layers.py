@@ -29,6 +29,7 @@ class _Fused:
     """What makes a decoder layer of transformers one call; mixed into its class by
     :func:`fuse_layers`."""
 
+    _kind: type[nn.Module]  # the class it was
     _native: tuple[NativeLayers, Watch] | None = None
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, cache=None, **kwargs):
@@ -57,12 +58,12 @@ class _Fused:
         return {**self.__dict__, "_native": None}  # addresses are of this process
 
     def __reduce__(self):
-        return _rebuilt, (type(self).__mro__[2],), self.__getstate__()
+        return _rebuilt, (self._kind,), self.__getstate__()
 
 
 @functools.cache
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{kind.__name__}", (_Fused, kind), {"__module__": __name__})
+    return type(f"Fused{kind.__name__}", (_Fused, kind), {"__module__": __name__, "_kind": kind})
 
 
 def _rebuilt(kind: type[nn.Module]) -> nn.Module:
@@ -181,7 +182,7 @@ def unfuse_layers(model: nn.Module) -> nn.Module:
     for layer in _decoder_layers(model):
         if isinstance(layer, _Fused):
             layer.__dict__.pop("_native", None)
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = layer._kind
     model.__dict__.pop("_prepare_cache_for_generation", None)
     return model
 

@@ -120,7 +120,7 @@ def account(base: int, model: nn.Module | None = None, cache: PagedKVCache | Non
     peak, regions = peak_bytes(), list(_regions())
     weights = [] if model is None else [*model.parameters(), *model.buffers()]
     private, mapped = _split(weights, regions)
-    caches, _ = _split([] if cache is None else cache.pools, regions)
+    caches, _ = _split([] if cache is None else [*cache.pools, *cache.tails], regions)
     resident = sum(region.resident for region in regions)
     parts = {
         "mapped_weights": sum(region.resident - region.private for region in mapped),

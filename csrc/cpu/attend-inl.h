@@ -15,21 +15,17 @@
 
 #include "../formats.h"
 #include "../include/memlm.h"
+#include "../kv_blocks.h"
 #include "dropout.h"
 #include "matmul-inl.h"
 
 namespace memlm {
 namespace MEMLM_ISA {
 
-// Most keys in a block: the scores of a register tile take 6 KB with AVX-512.
-constexpr int kMostKeys = 256;
+// Most keys in a block: the scores of a register tile take 12 KB with AVX-512.
+constexpr int kMostKeys = kMostKvTokens;
 
-inline float bf16_to_float(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
+inline int64_t round_up16(int64_t x) { return (x + 15) / 16 * 16; }
 
 inline F load_elements(const float* p) { return f_load(p); }
 inline F load_elements(const uint16_t* p) { return f_load_bf16(p); }  // only bf16 is stored as it is
@@ -199,9 +195,9 @@ struct Progress {
   float *max, *sum, *values;
   int64_t width;  // a multiple of 16
 
-  static int64_t floats(int64_t rows, int64_t width) { return rows * (width + 2) + 32; }
+  static int64_t floats(int64_t rows, int64_t width) { return round_up16(2 * rows) + rows * width; }
   static Progress at(float* p, int64_t rows, int64_t width) {
-    return {p, p + rows, p + (2 * rows + 15) / 16 * 16, width};
+    return {p, p + rows, p + round_up16(2 * rows), width};
   }
   void start(int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {

@@ -13,8 +13,6 @@ inline const char* element(const void* base, memlm_dtype dtype, int64_t i) {
   return static_cast<const char*>(base) + i * element_size(dtype);
 }
 
-inline int64_t round_up16(int64_t x) { return (x + 15) / 16 * 16; }
-
 // `rows` rows of `columns` numbers, `stride` elements apart, turned: tile t of 16 rows to [columns][16].
 // Zeros in place of missing rows.
 inline void pack_turned(const char* from, memlm_dtype dtype, int64_t stride, int64_t rows,

@@ -181,7 +181,7 @@ class BackwardPassage {
     const int64_t lo = room.rows[0].lo, hi = room.rows[count - 1].hi;
     for (int64_t j = lo / kDenseKeys * kDenseKeys; j < hi; j += kDenseKeys)
       with_keys(r0, tiles, q, grad, j);
-    alignas(64) float some[512];
+    alignas(64) float some[kMostHeadDim];
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t c = 0; c < dim; c += 16)
         f_store(some + c, f_mul(f_load(room.dq + r * dim + c), f_set1(a.scale)));
@@ -302,7 +302,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
   const auto sums_at = [&](int64_t i) { return static_cast<float*>(sums.p) + i * sums_floats; };
   // Key i of the results from `parts` sums.
   const auto store = [&](const DensePassage& p, int64_t i, int64_t count, const float* first) {
-    alignas(64) float some[512];
+    alignas(64) float some[kMostHeadDim];
     const auto total = [&](const float* row, int64_t columns) {
       for (int64_t c = 0; c < columns; c += 16) {
         F sum = f_load(row + c);

@@ -19,15 +19,7 @@ inline void store16(void* base, memlm_dtype dtype, int64_t i, int64_t count, F x
 // One head, at element `at` of heads.x; the pairs (i, i + head_dim / 2) turn by the angle at cos, sin.
 inline void turn_head(const Heads& h, int64_t at, const void* norm, const float* cos, const float* sin) {
   const int64_t half = h.head_dim / 2;
-  F factor = f_set1(1.0f);
-  if (norm) {
-    F squares = f_zero();
-    for (int64_t i = 0; i < h.head_dim; i += 16) {
-      const F x = load_floats(h.x, h.dtype, at + i, h.head_dim - i < 16 ? h.head_dim - i : 16);
-      squares = f_fma(x, x, squares);
-    }
-    factor = f_set1(1.0f / sqrtf(f_reduce_add(squares) / static_cast<float>(h.head_dim) + h.norm_eps));
-  }
+  const F factor = norm ? rms_factor(h.x, h.dtype, at, h.head_dim, h.norm_eps) : f_set1(1.0f);
   for (int64_t i = 0; i < half; i += 16) {
     const int64_t count = half - i < 16 ? half - i : 16;
     F a = load_floats(h.x, h.dtype, at + i, count);

@@ -32,6 +32,16 @@ inline F load_floats(const void* base, memlm_dtype dtype, int64_t i, int64_t cou
   return dtype == MEMLM_F16 ? f_load_f16(p) : f_load_bf16(p);
 }
 
+// What RMSNorm (arXiv:1910.07467) multiplies k numbers with, from element i of an array on.
+inline F rms_factor(const void* base, memlm_dtype dtype, int64_t i, int64_t k, float eps) {
+  F squares = f_zero();
+  for (int64_t c = 0; c < k; c += 16) {
+    const F v = load_floats(base, dtype, i + c, k - c < 16 ? k - c : 16);
+    squares = f_fma(v, v, squares);
+  }
+  return f_set1(1.0f / sqrtf(f_reduce_add(squares) / static_cast<float>(k) + eps));
+}
+
 // Row `row` of the product's left side: k floats, then zeros up to padded.  In place when x already
 // is that.
 inline const float* input_row(const memlm_matmul_args& args, int64_t row, int64_t k, int64_t padded,
@@ -41,15 +51,7 @@ inline const float* input_row(const memlm_matmul_args& args, int64_t row, int64_
   if (args.dtype == MEMLM_F32 && k == padded && !args.norm)
     return reinterpret_cast<const float*>(x);
   const auto left = [k](int64_t i) { return k - i < 16 ? k - i : 16; };
-  F factor = f_set1(1.0f);
-  if (args.norm) {
-    F squares = f_zero();
-    for (int64_t i = 0; i < k; i += 16) {
-      const F v = load_floats(x, args.dtype, i, left(i));
-      squares = f_fma(v, v, squares);
-    }
-    factor = f_set1(1.0f / sqrtf(f_reduce_add(squares) / static_cast<float>(k) + args.norm_eps));
-  }
+  const F factor = args.norm ? rms_factor(x, args.dtype, 0, k, args.norm_eps) : f_set1(1.0f);
   for (int64_t i = 0; i < k; i += 16) {
     F v = load_floats(x, args.dtype, i, left(i));
     if (args.norm) v = f_mul(f_mul(v, factor), load_floats(args.norm, args.dtype, i, left(i)));
