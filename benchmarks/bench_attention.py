@@ -154,10 +154,11 @@ def worker(case: str, implementation: str, backward: str) -> None:
 
 
 def measure(case: Case, rounds: int, threads: int, limit: float) -> list[Measurement]:
-    versions = (memlm.__version__, torch.__version__, harness.commit())
-    about = (threads, limit, memlm.isa(), limits.cpu_name(), *versions)
+    run = harness.run()
     return [
-        Measurement(case, name, backward, 1e3 * median, peak(case, name, backward, threads), *about)
+        Measurement(
+            case, name, backward, 1e3 * median, peak(case, name, backward, threads), threads, limit, **run
+        )
         for (name, backward), median in times(case, rounds).items()
     ]
 
@@ -189,9 +190,8 @@ def write(results: list[list[Measurement]]) -> None:
         f"{first.device} ({first.isa}), {first.threads} threads, torch {first.torch}; f32 reaches "
         f"{first.limit_gmacs:.0f} GMAC/s in the same run.\n\n"
     )
-    before, _, rest = PAGE.read_text().partition(BEGIN)
     table = HEAD + "".join(f"{row(case)}\n" for case in results)
-    PAGE.write_text(f"{before}{BEGIN}{where}{table}{END}{rest.partition(END)[2]}")
+    harness.put_between(PAGE, BEGIN, END, where + table)
     RESULTS.write_text(json.dumps([asdict(r) for case in results for r in case], indent=1) + "\n")
 
 

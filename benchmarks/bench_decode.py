@@ -156,14 +156,11 @@ def measure(
             )
         for (implementation, kv), rows in found.items():
             print(name, implementation, kv, rows[-1], file=sys.stderr)
-    about = (
-        threads, memlm.isa(), limits.cpu_name(), memlm.__version__, torch.__version__, harness.commit(),
-    )  # fmt: skip
-    results = []
+    run, results = harness.run(), []
     for (implementation, kv), rows in found.items():
         medians = [None if None in column else statistics.median(column) for column in zip(*rows)]
         size = weight_bytes(model) / 1e6  # a rival's are the same codes
-        results.append(Measurement(name, implementation, kv, *medians, size, gbps, *about))
+        results.append(Measurement(name, implementation, kv, *medians, size, gbps, threads, **run))
     return results
 
 

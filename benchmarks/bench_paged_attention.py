@@ -140,12 +140,11 @@ def measure(case: Case, rounds: int, threads: int) -> list[Measurement]:
         for runner in runners:
             runner.turn()
         done += 1
-    about = (threads, memlm.isa(), limits.cpu_name(), memlm.__version__, torch.__version__, harness.commit())
-    results = []
+    run, results = harness.run(), []
     for r in runners:
         us, c = statistics.median(r.times) * 1e6, r.candidate
         sizes = (us, r.size, r.size / limit / 1e3, limit, r.error)
-        results.append(Measurement(case, c.impl, c.format, *sizes, *about))
+        results.append(Measurement(case, c.impl, c.format, *sizes, threads, **run))
     return results
 
 
@@ -176,9 +175,7 @@ def write(results: list[list[Measurement]]) -> None:
         f"{first.device} ({first.isa}), {first.threads} threads, torch {first.torch}; memory reads "
         f"{first.limit_gbps:.0f} GB/s in the same run.\n\n"
     )
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    table = HEAD + "".join(map(rows, results))
-    PAGE.write_text(f"{before}{BEGIN}{where}{table}{END}{rest.partition(END)[2]}")
+    harness.put_between(PAGE, BEGIN, END, where + HEAD + "".join(map(rows, results)))
     RESULTS.write_text(json.dumps([asdict(r) for case in results for r in case], indent=1) + "\n")
 
 

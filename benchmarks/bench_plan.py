@@ -211,10 +211,8 @@ BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 def write(rows: list[str]) -> None:
     """Puts the rows into docs/memory.md."""
     where = f"{limits.cpu_name()} ({cpu.isa()}), torch {torch.__version__}, one thread; MB (10^6)."
-    page = ROOT / "docs" / "memory.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}{where}\n\n{HEAD}" + "\n".join(rows) + f"\n{END}{after}")
+    text = f"{where}\n\n{HEAD}" + "\n".join(rows) + "\n"
+    harness.put_between(ROOT / "docs" / "memory.md", BEGIN, END, text)
 
 
 def main() -> None:

@@ -301,14 +301,7 @@ def measure(
     """
     _keep_memory()
     cases, results, before = list(cases), [], torch.get_num_threads()
-    about = {
-        "isa": memlm.isa(),
-        "device": limits.cpu_name(),
-        "memlm": memlm.__version__,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    about = run() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         task = progress.add_task(operation.name, total=len(threads) * len(cases))
         for count in threads:
@@ -375,6 +368,23 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
+
+
+def run() -> dict[str, str]:
+    """What a measurement depends on besides its case."""
+    return {
+        "isa": memlm.isa(),
+        "device": limits.cpu_name(),
+        "memlm": memlm.__version__,
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts text in place of what a page has between two marks."""
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}{text}{end}{rest.partition(end)[2]}")
 
 
 def table(results: list[Measurement], baseline: str) -> Table:

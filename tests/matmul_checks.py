@@ -12,6 +12,7 @@ from memlm.ops._registry import implementations
 from memlm.quantize import quantize_weight
 
 from . import numerics
+from .paths import PATHS, path_id
 
 # n, k: one of each, tails in both, several stretches of k, more tiles than one block.
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 129), (100, 300), (33, 2111), (130, 4128)]
@@ -372,12 +373,11 @@ class WeightOnly:
     SOME: list[str]
     INTEGERS: list[str]
     CODES: tuple[int, int]
-    PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
 
     def pytest_generate_tests(self, metafunc):
         values = {
             "fast": [True, False],
-            "path": self.PATHS,
+            "path": PATHS,
             "isa": memlm.isas(),
             "format": self.FORMATS,
             "some": self.SOME,
@@ -385,7 +385,7 @@ class WeightOnly:
         }
         ids = {
             "fast": lambda fast: "fast" if fast else "accurate",
-            "path": lambda path: "-".join(filter(None, path)),
+            "path": path_id,
         }
         for name in metafunc.fixturenames:
             if name in values:

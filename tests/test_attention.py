@@ -19,28 +19,16 @@ from memlm.ops.attention import dropout_factors
 
 from .attention_numerics import exact
 from .numerics import assert_within
+from .paths import path  # noqa: F401
 from .test_packaging import ROOT
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, BF16, F16]
-PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
 INF = math.inf
 # Around the tiles: rows of 4, 6, 12; 16 keys; blocks of 64, 96, 192 rows and of 128 keys.
 LENGTHS = [0, 1, 2, 5, 13, 16, 17, 33, 97, 127, 128, 129, 200, 260]
 HEADS = [(1, 1), (4, 4), (4, 2), (3, 1), (6, 2)]
 DIMS = [32, 64, 80, 96, 128, 256, 40, 72, 1, 7]
-
-
-def path_id(path):
-    return "-".join(filter(None, path))
-
-
-@pytest.fixture(params=PATHS, ids=path_id)
-def path(request, restore_isa):
-    implementation, isa = request.param
-    if isa:
-        memlm.set_isa(isa)
-    return implementation
 
 
 def random_case(batch, heads, q_len, k_len, dim, v_dim=None, dtype=F32, seed=0, size=1.0):

@@ -14,9 +14,9 @@ from memlm.ops._registry import implementations
 
 from . import numerics
 from .matmul_checks import DTYPES, random_case
+from .paths import PATHS, path_id
 
-PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(filter(None, path)))
+paths = pytest.mark.parametrize("path", PATHS, ids=path_id)
 MODES = ("accurate", "fast", "w8a8")  # as the op numbers them
 CASES = [
     ("int4a-g32", "fast"), ("int4-g64", "accurate"), ("nf4-g64", "fast"), ("int8-g32", "accurate"),

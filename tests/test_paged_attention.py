@@ -14,20 +14,13 @@ from memlm.ops.paged_attention import queries, stored
 from .attention_numerics import exact
 from .numerics import ROUNDOFF, SMALLEST, assert_within
 from .paged import Paged, paged
-from .test_attention import F32, PATHS, path_id, slopes_of
+from .paths import path  # noqa: F401
+from .test_attention import F32, slopes_of
 
 # Around blocks of 64: decoding, prefill from nothing, chunks that continue, a sequence that waits.
 LENGTHS = [1, 64, 63, 65, 130, 200, 70, 5]
 NEW = [1, 1, 63, 2, 1, 67, 0, 5]
 types = pytest.mark.parametrize("type", TYPES)
-
-
-@pytest.fixture(params=PATHS, ids=path_id)
-def path(request, restore_isa):
-    implementation, isa = request.param
-    if isa:
-        memlm.set_isa(isa)
-    return implementation
 
 
 def random_queries(new, heads, dim, dtype=F32, seed=1):

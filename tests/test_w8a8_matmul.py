@@ -9,9 +9,9 @@ from memlm.ops import _matmul
 from memlm.ops._registry import implementations
 
 from .matmul_checks import DTYPES, random_case
+from .paths import PATHS, path_id
 
-PATHS = [("reference", None), *(("cpp", isa) for isa in memlm.isas())]
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda p: "-".join(filter(None, p)))
+paths = pytest.mark.parametrize("path", PATHS, ids=path_id)
 # n, k: one of each, tails in both, an odd number of 32 k, several stretches and blocks.
 SHAPES = [(1, 1), (17, 33), (33, 96), (100, 300), (20, 2112), (600, 64)]
 ROWS = [0, 1, 2, 5, 7, 12, 13, 17, 33]

@@ -10,81 +10,101 @@
 namespace memlm {
 namespace MEMLM_ISA {
 
-inline void store_element(char* tile, memlm_kv_type type, int64_t k, int64_t row, float x) {
-  if (type == MEMLM_KV_F32)
-    reinterpret_cast<float*>(tile)[k * 16 + row] = x;
-  else
-    reinterpret_cast<uint16_t*>(tile)[k * 16 + row] = bf16_of_float(x);
+// The codes [count] of a token, from channel k on, as row `row` of a tile of keys: 4 at a time, which
+// stand together.  count is a multiple of 8.
+inline void store_key_codes(char* tile, int bits, int64_t row, int64_t k, int64_t count,
+                            const int32_t* codes) {
+  for (int64_t i = 0; i < count; i += 8, k += 8) {
+    uint32_t halves[2] = {};
+    for (int j = 0; j < 8; ++j)
+      halves[j / 4] |= static_cast<uint32_t>(codes[i + j] & 0xff) << j % 4 * 8;
+    if (bits == 8) {
+      for (int h = 0; h < 2; ++h) memcpy(tile + ((k / 4 + h) * 16 + row) * 4, halves + h, 4);
+      continue;
+    }
+    char* const run = tile + k / kActGroup * tile_bytes(bits, kActGroup);
+    const int64_t eight = k % kActGroup / 8;
+    const uint32_t nibbles = (halves[0] & 0x0f0f0f0f) | (halves[1] & 0x0f0f0f0f) << 4;
+    memcpy(run + (eight * 16 + row) * 4, &nibbles, 4);
+    for (int h = 0; bits == 5 && h < 2; ++h) {
+      // The factor brings bits 4, 12, 20, 28 side by side, to 24 .. 27.
+      const uint32_t fifth = (halves[h] >> 4 & 0x01010101) * 0x01020408 >> 24 & 15;
+      char& both = run[tile_bytes(4, kActGroup) + ((2 * eight + h) * 16 + row) / 2];
+      const int shift = row % 2 * 4;
+      both = static_cast<char>((both & ~(15 << shift)) | fifth << shift);
+    }
+  }
 }
 
-// `width` bits of a byte, from bit `shift` on.
-inline void store_bits(char& byte, int shift, int width, int bits) {
-  const int mask = ((1 << width) - 1) << shift;
-  byte = static_cast<char>((byte & ~mask) | (bits << shift & mask));
-}
-
-inline void store_code(char* tile, int bits, int64_t k, int64_t row, int code) {
-  if (bits == 8) {
-    tile[(k / 4 * 16 + row) * 4 + k % 4] = static_cast<char>(code);
-    return;
-  }
-  char* const run = tile + k / kActGroup * tile_bytes(bits, kActGroup);
-  k %= kActGroup;
-  store_bits(run[(k / 8 * 16 + row) * 4 + k % 4], k % 8 / 4 * 4, 4, code & 15);
-  if (bits == 5) {
-    const int64_t place = (k / 4 * 16 + row) * 4 + k % 4;
-    store_bits(run[tile_bytes(4, kActGroup) + place / 8], place % 8, 1, code >> 4);
-  }
+// The codes of token t in 16 channels, to their tile of values: side by side in 32-bit lanes.
+inline void store_value_codes(char* tile, int bits, int64_t t, const int32_t* codes) {
+  char* const block = tile + (bits == 8 ? t / 4 : t / 8) * kBlock;
+  const int shift = static_cast<int>(t % 4 * 8 + (bits == 4 ? t % 8 / 4 * 4 : 0));
+  const uint32_t mask = (bits == 8 ? 0xffu : 15u) << shift;
+  uint32_t lanes[16];
+  memcpy(lanes, block, kBlock);
+  for (int r = 0; r < 16; ++r)
+    lanes[r] = (lanes[r] & ~mask) | (static_cast<uint32_t>(codes[r]) << shift & mask);
+  memcpy(block, lanes, kBlock);
 }
 
 // Rounds x [group] to codes: the number with the largest magnitude becomes the code furthest from
 // zero, which has no counterpart on the other side, by the sign of the scale.  Returned is the scale,
 // as f16.
-inline uint16_t round_group(const float* x, int64_t group, int bits, int* codes) {
-  float largest = 0;
-  for (int64_t i = 0; i < group; ++i)
-    if (fabsf(x[i]) > fabsf(largest) || x[i] != x[i]) largest = x[i];
+inline uint16_t round_group(const float* x, int64_t group, int bits, int32_t* codes) {
+  I magnitudes = i_zero();
+  for (int64_t i = 0; i < group; i += 16) magnitudes = i_max(magnitudes, f_magnitude_bits(f_load(x + i)));
+  const int32_t most = i_reduce_max(magnitudes);
+  const auto is_largest = [&](float number) {  // of one with that magnitude at least one is
+    int32_t its_bits;
+    memcpy(&its_bits, &number, 4);
+    return (its_bits & 0x7fffffff) == most;
+  };
+  int64_t at = 0;
+  while (!is_largest(x[at])) ++at;
   const int half = 1 << (bits - 1), least = bits == 8 ? -127 : -half, zero = bits == 8 ? 0 : half;
-  alignas(64) float some[16] = {largest / static_cast<float>(least)};
+  alignas(64) float some[16] = {x[at] / static_cast<float>(least)};
   alignas(64) uint16_t rounded[16];
   f_store_f16(rounded, f_load(some));
   f_store(some, f_load_f16(rounded));
   const F inverse = f_set1(some[0] != 0 ? 1 / some[0] : 0);
   const F lowest = f_set1(static_cast<float>(least)), highest = f_set1(static_cast<float>(half - 1));
   for (int64_t i = 0; i < group; i += 16) {
-    alignas(64) float whole[16];
-    f_store(whole, f_from_i(f_round(f_max(f_min(f_mul(f_load(x + i), inverse), highest), lowest))));
-    for (int j = 0; j < 16; ++j) codes[i + j] = static_cast<int>(whole[j]) + zero;
+    const I code = f_round(f_max(f_min(f_mul(f_load(x + i), inverse), highest), lowest));
+    const I stored = i_add(code, i_set1(zero));
+    memcpy(codes + i, &stored, sizeof stored);
   }
   return rounded[0];
 }
 
 // A key, or a value, x [channels] or [width], of token t to a block of floats.
 inline void store_floats(const KvBlock& b, bool is_value, int64_t t, const float* x, char* to) {
-  char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
-  for (int64_t c = 0; c < (is_value ? b.width : b.channels); ++c)
-    if (is_value)
-      store_element(tiles + c / 16 * b.value_tile(), b.type, t, c % 16, x[c]);
+  if (is_value) {
+    const memlm_dtype dtype = b.type == MEMLM_KV_F32 ? MEMLM_F32 : MEMLM_BF16;
+    for (int64_t c = 0; c < b.width; c += 16)
+      store_floats(to + b.values() + c / 16 * b.value_tile(), dtype, t * 16, 16, x + c);
+    return;
+  }
+  char* const tile = to + t / 16 * b.key_tile();
+  for (int64_t c = 0, at = t % 16; c < b.channels; ++c, at += 16)
+    if (b.type == MEMLM_KV_F32)
+      reinterpret_cast<float*>(tile)[at] = x[c];
     else
-      store_element(tiles, b.type, c, t % 16, x[c]);
+      reinterpret_cast<uint16_t*>(tile)[at] = bf16_of_float(x[c]);
 }
 
 // The same, transformed already, to a block of codes.
 inline void store_codes(const KvBlock& b, bool is_value, int64_t t, const float* x, char* to) {
-  char* const tiles = to + (is_value ? b.values() : t / 16 * b.key_tile());
-  const int bits = is_value ? b.value_bits() : b.key_bits();
   for (int64_t g = 0; g < b.groups(); ++g) {
-    int codes[64];
+    int32_t codes[64];
+    const int bits = is_value ? b.value_bits() : b.key_bits();
     const uint16_t scale = round_group(x + g * b.group, b.group, bits, codes);
     const int64_t place = is_value ? g * b.tokens + t : (t / 16 * b.groups() + g) * 16 + t % 16;
     memcpy(to + (is_value ? b.value_scales() : b.key_scales()) + place * 2, &scale, 2);
-    for (int64_t i = 0; i < b.group; ++i) {
-      const int64_t c = g * b.group + i;
-      if (is_value)
-        store_code(tiles + c / 16 * b.value_tile(), bits, t, c % 16, codes[i]);
-      else
-        store_code(tiles, bits, c, t % 16, codes[i]);
-    }
+    if (!is_value)
+      store_key_codes(to + t / 16 * b.key_tile(), bits, t % 16, g * b.group, b.group, codes);
+    for (int64_t i = 0; is_value && i < b.group; i += 16)
+      store_value_codes(to + b.values() + (g * b.group + i) / 16 * b.value_tile(), bits, t, codes + i);
   }
 }
 
