@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import memlm
 from benchmarks import harness
 from memlm import limits, memory, ops
 

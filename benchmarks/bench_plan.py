@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import memlm
+from benchmarks import harness
 from memlm import cpu, data, limits, memory, picture, plan, workload
 from memlm.kv_cache import PagedKVCache
 from memlm.models.decoder import Decoder

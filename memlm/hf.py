@@ -28,8 +28,8 @@ from memlm import convert
 from memlm._format import FILE_PARTS, FOLDER_VERSION
 from memlm.convert import QuantConfig, build_layers_, dequantize_, layer_specs
 from memlm.errors import FormatError
-from memlm.hf_cache import PagedCache
-from memlm.hf_layers import fuse_layers, unfuse_layers
+from memlm.hf_cache import PagedCache  # noqa: F401  (part of this)
+from memlm.hf_layers import fuse_layers, unfuse_layers  # noqa: F401
 from memlm.io.packed_folder import QUANT_METHOD, check_order
 from memlm.io.pages import release
 from memlm.layers import PackedModule

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from .paths import path  # noqa: F401  (a fixture)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import memlm
 from memlm.ops import attention, attention_varlen
 from memlm.ops._registry import implementations
 from memlm.ops.attention import dropout_factors
 
 from .attention_numerics import exact
 from .numerics import assert_within
-from .paths import path  # noqa: F401
 from .test_packaging import ROOT
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

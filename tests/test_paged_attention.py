@@ -4,7 +4,6 @@ hold, every type, and what results may not depend on."""
 import pytest
 import torch
 
-import memlm
 from memlm import kv_formats
 from memlm.kv_formats import TYPES
 from memlm.ops import paged_attention
@@ -14,7 +13,6 @@ from memlm.ops.paged_attention import queries, stored
 from .attention_numerics import exact
 from .numerics import ROUNDOFF, SMALLEST, assert_within
 from .paged import Paged, paged
-from .paths import path  # noqa: F401
 from .test_attention import F32, slopes_of
 
 # Around blocks of 64: decoding, prefill from nothing, chunks that continue, a sequence that waits.

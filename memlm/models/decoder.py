@@ -22,6 +22,7 @@ from memlm.kv_cache import PagedKVCache, Step
 from memlm.layers import Embedding, Linear
 from memlm.layers.native import LayerParts, NativeLayers, Watch, can_run, is_plain
 from memlm.models.config import MAX_LAYERS, integer, number
+from memlm.ops import attention
 
 
 @dataclass(frozen=True)
@@ -244,14 +245,9 @@ class Attention(nn.Module):
 
     def _dense(self, q, k, v):
         """Causal attention of whole sequences, ``[batch, length, heads, head_dim]``."""
-        length, mask = q.shape[1], None
-        if 0 < self.window < length:
-            position = torch.arange(length, device=q.device)
-            distance = position[:, None] - position
-            mask = (distance >= 0) & (distance < self.window)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return y.transpose(1, 2)
+        window = self.window or None
+        return attention(q, k, v, is_causal=True, enable_gqa=True, window=window).transpose(1, 2)
 
 
 class MLP(nn.Module):
