@@ -84,8 +84,8 @@ from memlm.formats import SCALE_DTYPES, Packed, from_tiles, joined, to_tiles
 
 __all__ = [
     "FLOATS", "FLOAT_DTYPES", "OVERRUN", "PATTERNS", "SPARSE_DEFAULTS", "SparseFormat",
-    "SparsePacked", "check", "check_layout", "dequantize", "layout", "pack", "pack_dense",
-    "split_rows", "stack_rows", "to_dense", "unpack",
+    "SparsePacked", "SparseTensors", "check", "check_layout", "dequantize", "layout", "pack",
+    "pack_dense", "positions", "split_rows", "stack_rows", "to_dense", "unpack",
 ]  # fmt: skip
 
 FLOAT_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -101,12 +101,9 @@ for _mask in range(16):
 
 
 @dataclass(frozen=True, eq=False)
-class SparsePacked:
-    """A sparse matrix ``W[n, k]`` in the layout that this module draws.
-
-    Its tensors are as :func:`layout` says; checked when made (FormatError), with all that a kernel
-    relies on, so that whoever holds a ``SparsePacked`` may hand its memory to one.
-    """
+class SparseTensors:
+    """The tensors of a sparse ``W[n, k]``, as :func:`check_layout` wants them; what they say may be
+    unknown, as when a graph is traced."""
 
     format: SparseFormat
     n: int
@@ -118,7 +115,7 @@ class SparsePacked:
     places: torch.Tensor | None = None
 
     def __post_init__(self):
-        check(self.format, self.n, self.k, self.tensors())
+        check_layout(self.format, self.n, self.k, self.tensors())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         names = ("codes", "scales", "offsets", "starts", "places")
@@ -132,6 +129,18 @@ class SparsePacked:
     @property
     def tiles(self) -> int:
         return -(-self.n // TILE_ROWS)
+
+
+@dataclass(frozen=True, eq=False)
+class SparsePacked(SparseTensors):
+    """A sparse matrix ``W[n, k]`` in the layout that this module draws.
+
+    Checked when made (FormatError), with all that a kernel relies on, so that whoever holds a
+    ``SparsePacked`` may hand its memory to one.
+    """
+
+    def __post_init__(self):
+        check(self.format, self.n, self.k, self.tensors())
 
 
 def layout(
@@ -427,8 +436,8 @@ def to_dense(packed: SparsePacked) -> Packed:
 _VALUES = ("codes", "scales", "offsets")  # of a block; starts and places say where it stands
 
 
-def _columns(packed: SparsePacked) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tile and place of each block."""
+def positions(packed: SparseTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tile and place of each block: where it stands in ``[tiles, K/32, ...]``."""
     tiles = torch.arange(packed.tiles, device=packed.starts.device)
     return tiles.repeat_interleave(packed.starts.diff()), packed.places.long()
 
@@ -437,7 +446,7 @@ def _spread(packed: SparsePacked, blocks: torch.Tensor) -> torch.Tensor:
     """[blocks, ...] -> [tiles, K/32, ...], zero where no block is."""
     columns = packed.format.padded_k(packed.k) // ACT_GROUP
     full = blocks.new_zeros(packed.tiles, columns, *blocks.shape[1:])
-    full[_columns(packed)] = blocks
+    full[positions(packed)] = blocks
     return full
 
 
