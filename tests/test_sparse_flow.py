@@ -17,7 +17,7 @@ from memlm.models.generate import generate
 from . import tiny
 from .sparse import prune_
 from .test_load import mapped_ranges, run
-from .test_sparse_linear import FORMATS, formats
+from .test_sparse_linear import FORMATS
 
 IDS = torch.arange(24).view(2, 12)
 WEIGHTS = "model.safetensors"
