@@ -356,9 +356,7 @@ class Decoder(nn.Module):
         if end > self.config.max_positions:
             raise ValueError(f"ids: {end} tokens, the model takes {self.config.max_positions}")
         if cache is None:
-            x, angles = self.embed_tokens(ids), self.rotary.table(length, ids.device)[:length]
-            for layer in self.layers:
-                x = layer(x, angles)
+            x = self.hidden(ids)
             return self.logits(x[:, -1:] if last_only else x)
         sequences = held or [cache.add() for _ in range(batch)]
         logits = []
@@ -369,6 +367,15 @@ class Decoder(nn.Module):
             if not last_only:
                 logits.append(self.logits(x))
         return self.logits(x[:, -1:]) if last_only else torch.cat(logits, dim=1)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Whole sequences ``[batch, length]`` through all layers, without a cache: ``[batch, length,
+        hidden]``, of which :meth:`logits` are made."""
+        x, length = self.embed_tokens(ids), ids.shape[1]
+        angles = self.rotary.table(length, ids.device)[:length]
+        for layer in self.layers:
+            x = layer(x, angles)
+        return x
 
     def run(self, ids: torch.Tensor, cache: PagedKVCache, step: Step) -> torch.Tensor:
         """New tokens ``ids [rows]`` of the step's sequences, one after the other, through all
