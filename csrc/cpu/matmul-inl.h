@@ -111,6 +111,17 @@ __attribute__((always_inline)) inline void store_tile(const Columns& columns, co
   memcpy(out, args.dtype == MEMLM_F32 ? static_cast<const void*>(f32) : half, count * size);
 }
 
+// Asks for the places of y that store_tile will write soon.
+inline void prefetch_tiles(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
+                           int64_t tiles, int64_t row, int rows) {
+  const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2, n0 = tile * kTileRows;
+  const int64_t n1 = n0 + tiles * kTileRows < columns.n ? n0 + tiles * kTileRows : columns.n;
+  for (int i = 0; i < rows; ++i) {
+    const char* y = static_cast<const char*>(args.y) + (row + i) * args.y_stride * size;
+    for (int64_t at = n0 * size; at < n1 * size; at += 64) __builtin_prefetch(y + at, 1);
+  }
+}
+
 template <int N>
 struct Rows { static constexpr int value = N; };
 
@@ -299,6 +310,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
       }
       for (int64_t t = t0; t < t1; ++t) {
         const int mt = x_tiles.rows_of(t);
+        if (block.k1 == longest) prefetch_tiles(columns, args, whole.tile0, whole.tiles, t * x_tiles.rows, mt);
         if constexpr (Mode::kTiles) {
           const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
           Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
