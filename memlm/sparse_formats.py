@@ -467,7 +467,7 @@ def _codes(packed: SparsePacked) -> tuple[torch.Tensor, torch.Tensor]:
         bits = packed.places[..., None] >> torch.arange(8, device=q.device).to(torch.uint8) & 1
         kept = bits.flatten(2).bool()
         nibbles = torch.stack((packed.codes & 15, packed.codes >> 4), dim=1).flatten()
-        q.flatten(2)[kept] = nibbles[_nibbles(kept.sum(2))]
+        q.flatten(2).masked_scatter_(kept, nibbles[_nibbles(kept.sum(2))])
         kept = kept.view(shape)
     return _from_fours(q, *sizes), _from_fours(kept, *sizes)
 
