@@ -34,6 +34,19 @@ NF4_LEVELS = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
+# Where weights of a sparse matrix may stand, and the types of unquantised ones in it -> bits.
+PATTERNS = ("block", "2:4", "unstructured")
+FLOATS = {"f32": 32, "bf16": 16}
+# What a kind alone means in a sparse matrix: DEFAULTS, but that a block has one scale per row and
+# 32 k, and that an offset has no place where nothing is stored.
+SPARSE_DEFAULTS = {
+    "block": {
+        "int4": "int4a-g32", "int8": "int8-g32", "int2": "int2a-g32", "nf4": "nf4-g32",
+        "ternary": "ternary-g32",
+    },
+    "2:4": {"int4": "int4-g32", "nf4": "nf4-g64"},
+    "unstructured": {"int4": "int4-g32", "nf4": "nf4-g64"},
+}  # fmt: skip
 # What codes stand for -> bits.
 CODEBOOKS = {"int": tuple(GROUPS), "nf": (4,), "ternary": (2,)}
 
@@ -130,6 +143,76 @@ class Format:
         """Stored bytes per weight for large n and k (without padding)."""
         per_group = scale_bytes * (1 if self.symmetric else 2)
         return self.bits / 8 + (per_group / self.group if self.group else 0)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class SparseFormat:
+    """What a sparse matrix holds: ``pattern``, where its weights may stand, and ``values``, what
+    they are: a :class:`Format`, or ``"f32"`` or ``"bf16"``.
+
+    ``block`` takes formats of group 32, f32 and bf16; ``2:4`` and ``unstructured`` symmetric ones
+    of 4 bits.  Raises ValueError for others.
+    """
+
+    pattern: str
+    values: Format | str
+
+    def __post_init__(self):
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern: got {self.pattern!r}, accepted are {PATTERNS}")
+        fits = isinstance(self.values, Format)
+        if self.pattern == "block":
+            fits = self.values.group == ACT_GROUP if fits else self.values in FLOATS
+        else:
+            fits = fits and self.values.bits == 4 and self.values.symmetric
+        if not fits:
+            accepted = {"block": f"f32, bf16 and formats of group {ACT_GROUP}"}
+            raise ValueError(
+                f"values: got {self.values}, accepted in {self.pattern} are "
+                f"{accepted.get(self.pattern, 'symmetric formats of 4 bits')}"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floats, without scales."""
+        return not isinstance(self.values, Format)
+
+    @property
+    def bits(self) -> int:
+        """Per value."""
+        return FLOATS[self.values] if self.is_float else self.values.bits
+
+    @property
+    def symmetric(self) -> bool:
+        return self.is_float or self.values.symmetric
+
+    @property
+    def name(self) -> str:
+        return f"{self.pattern}/{self.values}"
+
+    @classmethod
+    def parse(cls, spec: str | SparseFormat) -> SparseFormat:
+        """The format of a name such as ``block/int4-g32``, ``2:4/int4``."""
+        if isinstance(spec, SparseFormat):
+            return spec
+        if not isinstance(spec, str):
+            got = type(spec).__name__
+            raise TypeError(f"format: got {got}, accepted are a name or a SparseFormat")
+        pattern, slash, values = spec.partition("/")
+        if not slash or pattern not in PATTERNS:
+            raise ValueError(
+                f"format: got {spec!r}, accepted are PATTERN/VALUES, PATTERN one of {PATTERNS}, "
+                f"VALUES a format's name, f32 or bf16"
+            )
+        values = SPARSE_DEFAULTS[pattern].get(values, values)
+        return cls(pattern, values if values in FLOATS else Format.parse(values))
+
+    def padded_k(self, k: int) -> int:
+        """``k`` rounded up to a whole number of blocks, or groups."""
+        return -(-k // ACT_GROUP) * ACT_GROUP if self.is_float else self.values.padded_k(k)
 
     def __str__(self) -> str:
         return self.name

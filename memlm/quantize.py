@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from memlm import _rounding, ops
+from memlm import _rounding, ops, sparse_formats
 from memlm.formats import TILE_ROWS, Format, Packed, layout
 from memlm.ops._matmul import X_DTYPES
+from memlm.sparse_formats import FLOAT_DTYPES, SparseFormat, SparsePacked
 
 _CHUNK = 64 << 20  # bytes of a mapped weight in memory at a time, with ``done``
 
@@ -36,11 +37,7 @@ def quantize_weight(
     matrix, is empty, or holds NaN or Inf.
     """
     format = Format.parse(format)
-    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
-        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-        raise TypeError(f"w: got {got}, accepted is a floating-point tensor")
-    if w.dim() != 2 or w.numel() == 0:
-        raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
+    _check_matrix(w)
     rows = w.shape[0]
     if done is not None:
         rows = max(1, _CHUNK // (w.shape[1] * w.element_size() * TILE_ROWS)) * TILE_ROWS
@@ -66,6 +63,38 @@ def quantize_weight(
                 whole[part][tile : tile + len(tensor)] = tensor
             done(chunk)
     return Packed(format, *w.shape, **whole)
+
+
+def sparse_quantize(
+    w: torch.Tensor,
+    format: str | SparseFormat,
+    done: Callable[[torch.Tensor], None] | None = None,
+) -> SparsePacked:
+    """Of ``w [n, k]`` (f32, bf16, f16, f64) what is not zero, or in a block with something that is
+    not, rounded to the format's values: as :func:`quantize_weight` rounds the whole matrix, or to
+    f32 or bf16.  ``done`` as there.
+
+    Raises TypeError or ValueError as there, and ValueError for ``2:4`` where more than two of 4
+    consecutive weights of a row are not zero.
+    """
+    format = SparseFormat.parse(format)
+    if not format.is_float:
+        packed = quantize_weight(w, format.values, done)
+        return sparse_formats.pack_dense(packed, w.detach() != 0, format.pattern)
+    _check_matrix(w)
+    with torch.no_grad():
+        if not torch.isfinite(w).all():
+            raise ValueError("w: contains NaN or Inf")
+        values = w.detach().to(FLOAT_DTYPES[format.values])
+        return sparse_formats.pack(values, w.detach() != 0, None, None, format)
+
+
+def _check_matrix(w: torch.Tensor) -> None:
+    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
+        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f"w: got {got}, accepted is a floating-point tensor")
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
 
 
 def _known(w: torch.Tensor) -> torch.Tensor:
