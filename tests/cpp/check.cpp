@@ -808,9 +808,11 @@ void check_attention_case(const AttentionCase& c) {
   if (c.sinks) args.sinks = static_cast<const float*>(sinks.data());
   std::vector<uint8_t> shown;  // block by block
   if (c.mask_block) {
-    const int64_t size = c.mask_block, rows = (c.q_len + size - 1) / size, columns = (c.k_len + size - 1) / size;
-    for (int64_t block = 0; block < c.heads * rows * columns; ++block)
-      shown.push_back(!c.hidden(block / columns / rows, block / columns % rows * size, block % columns * size));
+    const int64_t size = c.mask_block;
+    const int64_t rows = (c.q_len + size - 1) / size, columns = (c.k_len + size - 1) / size;
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) shown.push_back(!c.hidden(h, i * size, j * size));
     args.block_mask = shown.data();
     args.mask_block = size;
     args.block_mask_strides[1] = rows * columns, args.block_mask_strides[2] = columns;
