@@ -10,7 +10,10 @@ from dataclasses import dataclass
 VERSION = 1
 FOLDER_VERSION = 2  # of packed folders, memlm/io/packed_folder.py
 # A packed matrix's tensors, and what a packed folder calls them: <module>.weight and so on.
-FILE_PARTS = {"codes": "weight", "scales": "scales", "offsets": "offsets", "order": "order"}
+FILE_PARTS = {
+    "codes": "weight", "scales": "scales", "offsets": "offsets", "starts": "starts", "places": "places",
+    "order": "order",
+}  # fmt: skip
 TILE_ROWS = 16  # rows side by side in a block
 LANE_K = 4  # consecutive k of one row inside a 32-bit lane
 ACT_GROUP = 32  # activations share a scale over 32 k; K is padded to a multiple of it
@@ -216,3 +219,9 @@ class SparseFormat:
 
     def __str__(self) -> str:
         return self.name
+
+
+def parse_format(spec: str | Format | SparseFormat) -> Format | SparseFormat:
+    """The dense or, with a pattern, sparse format of a name."""
+    sparse = isinstance(spec, SparseFormat) or (isinstance(spec, str) and "/" in spec)
+    return SparseFormat.parse(spec) if sparse else Format.parse(spec)

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from memlm import _rounding, ops, sparse_formats
-from memlm.formats import TILE_ROWS, Format, Packed, layout
+from memlm._format import parse_format
+from memlm.formats import ACT_GROUP, LANE_K, TILE_ROWS, Format, Packed, layout
 from memlm.ops._matmul import X_DTYPES
 from memlm.sparse_formats import FLOAT_DTYPES, SparseFormat, SparsePacked
 
+_ROWS = 64  # tiles looked at at a time
 _CHUNK = 64 << 20  # bytes of a mapped weight in memory at a time, with ``done``
 
 
@@ -87,6 +90,42 @@ def sparse_quantize(
             raise ValueError("w: contains NaN or Inf")
         values = w.detach().to(FLOAT_DTYPES[format.values])
         return sparse_formats.pack(values, w.detach() != 0, None, None, format)
+
+
+def lacks_zeros(w: torch.Tensor, format: SparseFormat) -> str | None:
+    """Why a sparse format leaves out nothing of ``w [n, k]``, or, of ``2:4``, cannot hold it; None
+    where it can."""
+    pattern, empty = format.pattern, False
+    for rows in w.detach().split(_ROWS * TILE_ROWS):
+        zero = rows == 0
+        if pattern == "unstructured":
+            empty = bool(zero.any())
+        else:
+            run = LANE_K if pattern == "2:4" else ACT_GROUP
+            runs = F.pad(zero, (0, -zero.shape[1] % run), value=True).unflatten(1, (-1, run))
+            if pattern == "2:4":
+                if bool((runs.sum(2) < run - 2).any()):
+                    return "more than two of 4 consecutive weights are not zero"
+                continue
+            blocks = F.pad(runs.all(2), (0, 0, 0, -len(runs) % TILE_ROWS), value=True)
+            empty = bool(blocks.unflatten(0, (-1, TILE_ROWS)).all(1).any())
+        if empty:
+            return None
+    if pattern == "2:4":
+        return None
+    what = "block of 16 rows and 32 k" if pattern == "block" else "weight"
+    return f"no {what} is zero: there is nothing to leave out"
+
+
+def pack_weight(
+    w: torch.Tensor,
+    format: str | Format | SparseFormat,
+    done: Callable[[torch.Tensor], None] | None = None,
+) -> Packed | SparsePacked:
+    """:func:`quantize_weight` or :func:`sparse_quantize`, as the format wants."""
+    format = parse_format(format)
+    quantize = sparse_quantize if isinstance(format, SparseFormat) else quantize_weight
+    return quantize(w, format, done)
 
 
 def _check_matrix(w: torch.Tensor) -> None:

@@ -175,6 +175,37 @@ def layout(
     return {"codes": codes, "scales": scales, "starts": starts, "places": places}
 
 
+def stored(format: SparseFormat, codes: torch.Tensor) -> int:
+    """What :func:`layout` calls so, of these codes."""
+    if format.pattern == "2:4":
+        return 0
+    return len(codes) - (OVERRUN if format.pattern == "unstructured" else 0)
+
+
+def density(packed: SparsePacked) -> float:
+    """The share of the weights that is stored, padding and filling zeros included."""
+    places = packed.places
+    if packed.format.pattern == "2:4":
+        return 0.5
+    if packed.format.pattern == "block":
+        whole = packed.tiles * packed.format.padded_k(packed.k) // ACT_GROUP
+        return len(places) / whole
+    return int(_counts(_words(places)).sum()) / (packed.n * packed.k)
+
+
+def check_stored(format: SparseFormat, n: int, k: int, stored: int) -> int:
+    """``stored``; ValueError where it is no such number for a ``W[n, k]``."""
+    tiles, padded = -(-n // TILE_ROWS), format.padded_k(k)
+    most = {
+        "block": tiles * padded // ACT_GROUP,
+        "2:4": 0,
+        "unstructured": tiles * padded * TILE_ROWS // 2,
+    }[format.pattern]
+    if type(stored) is not int or not 0 <= stored <= most:
+        raise ValueError(f"stored: got {stored!r:.80}, accepted for {format} are 0 to {most}")
+    return stored
+
+
 def check_layout(format: SparseFormat, n: int, k: int, tensors: dict[str, torch.Tensor]) -> None:
     """Raises FormatError unless ``tensors`` have names, shapes and dtypes as :func:`layout` says,
     and are contiguous.  What is in them it leaves open."""

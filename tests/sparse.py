@@ -1,6 +1,7 @@
 """Matrices with zeros for the tests of sparse formats and their operations."""
 
 import torch
+from torch import nn
 
 from memlm.sparse_formats import SparseFormat
 
@@ -29,3 +30,14 @@ def random_weights(
     kept = mask(format, n, k, density, seed)
     kept[0, 0] |= density > 0 and not kept[0, :4].any()
     return w * kept
+
+
+def prune_(model: nn.Module, format: str, density: float = 0.5) -> nn.Module:
+    """Zeros as in :func:`mask` in every linear layer but the head, in place."""
+    format = SparseFormat.parse(format)
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            kept = mask(format, *module.weight.shape, density, seed)
+            with torch.no_grad():
+                module.weight.masked_fill_(~kept, 0)
+    return model
