@@ -86,7 +86,7 @@ setup(
         ),
         Extension(
             "memlm._torch",
-            ["csrc/torch/ops.cpp"],
+            sorted(map(str, Path("csrc/torch").glob("*.cpp"))),
             include_dirs=[str(torch / "include")] if torch else [],
             library_dirs=[str(torch / "lib")] if torch else [],
             libraries=["torch_cpu"],

@@ -10,6 +10,7 @@ constexpr int kTileRows = 16;  // rows of W side by side in a block
 constexpr int kLaneK = 4;      // consecutive k of one row inside a 32-bit lane
 constexpr int kActGroup = 32;  // activations share a scale over 32 k
 constexpr int kBlock = kTileRows * kLaneK;
+constexpr int kPlaceBytes = 8;  // sparse: 64 bits for each 16 rows x 4 k
 
 static_assert(kBlock == 64, "a block is one 512-bit register and one cache line");
 

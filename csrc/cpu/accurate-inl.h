@@ -1,6 +1,7 @@
 // Accurate mode: weights are dequantised in registers, products and sums are f32.
 #pragma once
 #include "input-inl.h"
+#include "compressed-inl.h"
 #include "weights-inl.h"
 
 namespace memlm {
@@ -42,7 +43,6 @@ struct Accurate {
 
   // Packed x, per register tile of mt rows: f32 [K][mt].
   static constexpr int64_t row_bytes(int64_t padded) { return padded * 4; }
-  static constexpr int64_t bytes_before(int64_t k0, int mt) { return k0 * 4 * mt; }
 
   static void pack(const Input& in, int64_t row, int64_t k, int64_t padded, int mt, int lane,
                    float* buffer, char* packed) {
@@ -58,34 +58,46 @@ struct Accurate {
   template <int MT>
   static void direct(const Stretch<W>& s, const char* x, float* sums) {
     FloatSums<MT> acc(sums);
-    const float* xp = reinterpret_cast<const float*>(x);
     const uint8_t* codes = s.codes;
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.scale(g), offset = s.offset(g);
-      for (int64_t i = 0; i < s.subs * kActGroup / W::kLoadK; ++i) {
-        prefetch(codes, kBlock);
-        each_weight(s.codec, codes, scale, offset,
-                    [&](int j, F w) { acc.add(j, w, xp + j * MT); }, typename W::LoadIndices());
-        codes += kBlock;
-        xp += W::kLoadK * MT;
+      for (int64_t sub = 0; sub < s.subs; ++sub) {
+        const float* xp = run_of<MT>(s, g * s.subs + sub, x);
+#pragma GCC unroll 1
+        for (int i = 0; i < kActGroup / W::kLoadK; ++i) {
+          prefetch(codes, kLoadBytes<W>);
+          each_weight(s.codec, codes, scale, offset,
+                      [&](int j, F w) { acc.add(j, w, xp + j * MT); }, typename W::LoadIndices());
+          codes += kLoadBytes<W>;
+          xp += W::kLoadK * MT;
+        }
       }
     }
     acc.store(sums);
   }
 
-  static void unpack(const Stretch<W>& s, char* panel) {
+  static const uint8_t* unpack(const Stretch<W>& s, char* panel) {
     float* out = reinterpret_cast<float*>(panel);
-    each_weight(s, [&](int64_t k, int, F w) { f_store(out + k * kTileRows, w); });
+    return each_weight(s, [&](int64_t k, int, F w) { f_store(out + k * kTileRows, w); });
   }
 
   template <int MT>
-  static void panel(const char* panel, int64_t k, const char* x, float* sums) {
+  static void panel(const Stretch<W>& s, const char* panel, const char* x, float* sums) {
     FloatSums<MT> acc(sums);
     const float* w = reinterpret_cast<const float*>(panel);
-    const float* xp = reinterpret_cast<const float*>(x);
-    for (int64_t i = 0; i < k; i += 4)
-      for (int j = 0; j < 4; ++j, w += kTileRows, xp += MT) acc.add(j, f_load(w), xp);
+    for (int64_t run = 0; run < s.runs(); ++run) {
+      const float* xp = run_of<MT>(s, run, x);
+#pragma GCC unroll 1
+      for (int i = 0; i < kActGroup; i += 4)
+        for (int j = 0; j < 4; ++j, w += kTileRows, xp += MT) acc.add(j, f_load(w), xp);
+    }
     acc.store(sums);
+  }
+
+  // The packed x of a stretch's run i.
+  template <int MT>
+  static const float* run_of(const Stretch<W>& s, int64_t i, const char* x) {
+    return reinterpret_cast<const float*>(x) + s.run(i) * kActGroup * MT;
   }
 
   static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {

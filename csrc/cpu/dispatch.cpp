@@ -32,6 +32,18 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+}  // namespace
+
+bool cpu_expands_bytes() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vbmi2");
+#else
+  return false;
+#endif
+}
+
+namespace {
+
 #if defined(__x86_64__)
 
 // These also check that the system saves the registers (XGETBV).
@@ -134,10 +146,14 @@ bool is_dtype(int dtype) {
 
 memlm_status check_weight(const memlm_packed* w, int bits) {
   if (!w) return fail(MEMLM_INVALID, "w: is NULL");
-  if (bits != 2 && bits != 4 && bits != 8)
-    return fail(MEMLM_INVALID, "bits: got %d, accepted are 2, 4, 8", bits);
+  const bool floats = w->pattern == MEMLM_BLOCKS && (bits == 16 || bits == 32);
+  if (bits != 2 && bits != 4 && bits != 8 && !floats)
+    return fail(MEMLM_INVALID, "bits: got %d, accepted are 2, 4, 8%s", bits,
+                w->pattern == MEMLM_BLOCKS ? ", 16, 32" : "");
   if (!w->codes) return fail(MEMLM_INVALID, "codes: is NULL");
-  if (!w->scales) return fail(MEMLM_INVALID, "scales: is NULL");
+  if (!w->scales && !floats) return fail(MEMLM_INVALID, "scales: is NULL");
+  if (floats && (w->scales || w->offsets || w->levels))
+    return fail(MEMLM_INVALID, "scales, offsets, levels: %d bits are floats, which have none", bits);
   if (w->offsets && bits == 8)
     return fail(MEMLM_INVALID, "offsets: 8-bit weights are symmetric only");
   if (w->levels && (bits != 4 || w->offsets))
@@ -156,7 +172,13 @@ memlm_status check_weight(const memlm_packed* w, int bits) {
   if (!(g == 32 || g == 64 || g == 128 || (g == 0 && bits == 8)))
     return fail(MEMLM_INVALID, "group: got %lld, accepted are 32, 64, 128%s", (long long)g,
                 bits == 8 ? ", and 0 for one scale per row" : "");
-  return MEMLM_OK;
+  return w->pattern == MEMLM_DENSE ? MEMLM_OK : check_pattern(*w, bits);
+}
+
+memlm_status check_dense(const memlm_packed* w, int bits) {
+  if (w && w->pattern != MEMLM_DENSE)
+    return fail(MEMLM_INVALID, "pattern: got %d, accepted is dense (0) here", w->pattern);
+  return check_weight(w, bits);
 }
 
 namespace {
@@ -193,7 +215,9 @@ memlm_status check(const memlm_quantize_args* args) {
   return MEMLM_OK;
 }
 
-memlm_status check(const memlm_packed& w, const memlm_matmul_args* args) {
+}  // namespace
+
+memlm_status check_matmul(const memlm_packed& w, const memlm_matmul_args* args) {
   if (!args) return fail(MEMLM_INVALID, "args: is NULL");
   if (args->m < 0 || args->m > INT32_MAX)
     return fail(MEMLM_INVALID, "m: got %lld, accepted is 0 to 2^31-1", (long long)args->m);
@@ -219,6 +243,8 @@ memlm_status check(const memlm_packed& w, const memlm_matmul_args* args) {
   return MEMLM_OK;
 }
 
+namespace {
+
 memlm_matmul_args with_useful_threads(const memlm_packed& w, memlm_matmul_args args) {
   args.threads = useful_threads(static_cast<double>(args.m) * w.n * w.k, args.threads);
   return args;
@@ -228,8 +254,8 @@ using Matmul = memlm_status (*)(const memlm_packed&, const memlm_matmul_args&);
 
 memlm_status run_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                         Matmul Kernels::* kernel) {
-  if (memlm_status s = check_weight(w, bits)) return s;
-  if (memlm_status s = check(*w, args)) return s;
+  if (memlm_status s = check_dense(w, bits)) return s;
+  if (memlm_status s = check_matmul(*w, args)) return s;
   return args->m ? said((kernels().*kernel)(*w, with_useful_threads(*w, *args))) : MEMLM_OK;
 }
 
@@ -295,8 +321,8 @@ memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul_args* arg
 memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                const float* x_scales, int64_t x_group) {
   constexpr int64_t kMostK = 65536;  // times 255 * 127, what a CPU adds at most: below 2^31
-  if (memlm_status s = check_weight(w, 8)) return s;
-  if (memlm_status s = check(*w, args)) return s;
+  if (memlm_status s = check_dense(w, 8)) return s;
+  if (memlm_status s = check_matmul(*w, args)) return s;
   if (memlm_status s = check_x_group(x_group)) return s;
   if (w->k > kMostK)
     return fail(MEMLM_INVALID, "k: got %lld, accepted is 1 to %lld", (long long)w->k,
@@ -338,7 +364,7 @@ memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_
 
 memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids, int64_t count,
                              memlm_dtype dtype, void* out, int threads) {
-  if (memlm_status s = check_weight(w, bits)) return s;
+  if (memlm_status s = check_dense(w, bits)) return s;
   if (count < 0 || (count > 0 && !ids))
     return fail(MEMLM_INVALID, "ids: got %lld at %p", (long long)count, (const void*)ids);
   for (int64_t i = 0; i < count; ++i)
@@ -350,7 +376,7 @@ memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids
 
 memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                               memlm_dtype dtype, void* out, int threads) {
-  if (memlm_status s = check_weight(w, bits)) return s;
+  if (memlm_status s = check_dense(w, bits)) return s;
   if (row < 0 || rows < 0 || row > w->n || rows > w->n - row)
     return fail(MEMLM_INVALID, "rows: got %lld from %lld on, W has %lld", (long long)rows,
                 (long long)row, (long long)w->n);

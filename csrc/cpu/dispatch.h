@@ -10,7 +10,12 @@ memlm_status fail(memlm_status status, const char* format, ...)
 // The same for what a kernel returned.
 memlm_status said(memlm_status status);
 bool is_dtype(int dtype);
+// Of any pattern; and a dense one.
 memlm_status check_weight(const memlm_packed* w, int bits);
+memlm_status check_dense(const memlm_packed* w, int bits);
+// What a pattern needs beyond that (sparse.cpp).
+memlm_status check_pattern(const memlm_packed& w, int bits);
+memlm_status check_matmul(const memlm_packed& w, const memlm_matmul_args* args);
 // Also that the blocks are in the pool which tokens within `window` of the new ones (0: all) are in.
 memlm_status check_paged(const memlm_kv_pool* pool, const memlm_sequences* sequences, int64_t window);
 
@@ -36,6 +41,12 @@ struct Kernels {
   memlm_status (*w8_matmul)(const memlm_packed&, const memlm_matmul_args&);
   memlm_status (*w8a8_matmul)(const memlm_packed&, const memlm_matmul_args&, const float* x_scales,
                               int64_t x_group);
+  memlm_status (*block_sparse_matmul)(const memlm_packed&, int bits, const memlm_matmul_args&);
+  memlm_status (*w4_sparse_matmul)(const memlm_packed&, const memlm_matmul_args&);
+  memlm_status (*block_sparse_grad_x)(const memlm_packed&, int bits, int64_t m, const float* grad,
+                                      float* grad_x, int threads);
+  void (*block_sparse_grad_values)(const memlm_packed&, int64_t m, const float* grad, const float* x,
+                                   float* grad_values, int threads);
   memlm_status (*quantize_rows)(const memlm_matmul_args&, int64_t k, int64_t x_group, int8_t* codes,
                                 float* scales);
   // rows of x in f32, after args.norm where there is one, then zeros; rows of out are out_stride apart,

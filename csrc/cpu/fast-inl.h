@@ -1,6 +1,7 @@
 // Fast mode: activations rounded to int8 per 32 k, integer products, one f32 FMA per 32 k.
 #pragma once
 #include "input-inl.h"
+#include "compressed-inl.h"
 #include "weights-inl.h"
 
 namespace memlm {
@@ -85,7 +86,6 @@ struct Fast {
   //     start
   static constexpr int64_t kRecord = kActGroup + 4 + 4;  // bytes per row of x and 32 k
   static constexpr int64_t row_bytes(int64_t padded) { return padded / kActGroup * kRecord; }
-  static constexpr int64_t bytes_before(int64_t k0, int mt) { return row_bytes(k0) * mt; }
 
   static void pack(const Input& in, int64_t row, int64_t k, int64_t padded, int mt, int lane,
                    float* buffer, char* record) {
@@ -117,38 +117,41 @@ struct Fast {
       for (int64_t i = 0; i < s.subs; ++i) {
         prefetch(codes, tile_bytes(W::kBits, kActGroup));
         const auto load2 = [&](int j, B& b0, B& b1) { load_dots<K>(s.codec, codes, j, b0, b1); };
-        acc.add(load2, scale, offset, x);
+        acc.add(load2, scale, offset, x + s.run(g * s.subs + i) * kRecord * MT);
         codes += tile_bytes(W::kBits, kActGroup);
-        x += kRecord * MT;
       }
     }
     acc.store(sums);
   }
 
-  static void unpack(const Stretch<W>& s, char* out) {
-    const uint8_t* codes = s.codes;
+  static const uint8_t* unpack(const Stretch<W>& s, char* out) {
+    Cursor<W> codes(s);
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.dot_scale(g), offset = s.dot_offset(g);
       for (int64_t i = 0; i < s.subs; ++i) {
         f_store(reinterpret_cast<float*>(out), scale);
         if (W::kOffsets) f_store(reinterpret_cast<float*>(out) + 16, offset);
         char* blocks = out + kPanelScales;
+        codes.prefetch_run();
         for (int j = 0; j < 4; ++j) {
           B b0, b1;
-          load_dots<kDotK>(s.codec, codes, j, b0, b1);
+          codes.load2(s.codec, j, b0, b1);
+          if (kDotK > kLaneK) b_interleave(b0, b1);
           b_store(blocks + 2 * j * kBlock, b0);
           b_store(blocks + (2 * j + 1) * kBlock, b1);
         }
-        codes += tile_bytes(W::kBits, kActGroup);
+        codes.next_run();
         out += kPanelRecord;
       }
     }
+    return codes.codes;
   }
 
   template <int MT>
-  static void panel(const char* p, int64_t k, const char* x, float* sums) {
+  static void panel(const Stretch<W>& s, const char* p, const char* x_tile, float* sums) {
     IntegerSums<W, MT> acc(sums);
-    for (int64_t i = 0; i < k; i += kActGroup, p += kPanelRecord, x += kRecord * MT) {
+    for (int64_t i = 0; i < s.runs(); ++i, p += kPanelRecord) {
+      const char* x = x_tile + s.run(i) * kRecord * MT;
       const float* scales = reinterpret_cast<const float*>(p);
       const char* blocks = p + kPanelScales;
       acc.add(

@@ -10,8 +10,10 @@
 #include "dequantize-inl.h"
 #include "heads-inl.h"
 #include "quantize_weight-inl.h"
+#include "block_sparse_matmul-inl.h"
 #include "w2_matmul-inl.h"
 #include "w4_matmul-inl.h"
+#include "w4_sparse_matmul-inl.h"
 #include "w8_matmul-inl.h"
 #include "w8a8_matmul-inl.h"
 
@@ -24,7 +26,9 @@ namespace MEMLM_ISA {
 constexpr int64_t kTilesFromFast = 0, kTilesFromAccurate = 0;  // never
 #endif
 const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccurate,
-                         w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, quantize_rows,
+                         w2_matmul, w4_matmul, w8_matmul, w8a8_matmul, block_sparse_matmul,
+                         w4_sparse_matmul, block_sparse_grad_x, block_sparse_grad_values,
+                         quantize_rows,
                          rows_to_f32, turn_heads,
                          dequantize_rows, largest_bits, quantize_weight, attention,
                          attention_backward, kv_append, paged_attention};

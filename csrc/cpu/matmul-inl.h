@@ -143,6 +143,23 @@ void pack_rows(const memlm_packed& w, const Input& in, const RowTiles& tiles, in
   });
 }
 
+// What few rows take of compressed weights at a time: the largest group.  Its panel stays in the L1.
+constexpr int64_t kExpandK = 128;
+
+// Few rows of x times one tile of compressed weights.
+template <class Mode, class W>
+void expand_and_multiply(const W& codec, const memlm_packed& w, int64_t tile, int64_t padded, int mt,
+                         const char* x, float* sums) {
+  alignas(64) char panel[kExpandK * Mode::kPanelBytesPerK];
+  const uint8_t* codes = nullptr;
+  for (int64_t k = 0; k < padded; k += kExpandK) {
+    const int64_t end = k + kExpandK < padded ? k + kExpandK : padded;
+    const Stretch<W> s(codec, w, tile, k, end, codes);
+    codes = Mode::unpack(s, panel);
+    with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s, panel, x, sums); });
+  }
+}
+
 template <class Mode, class W>
 void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& args, int64_t padded,
               const char* x) {
@@ -154,9 +171,14 @@ void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& ar
       alignas(64) float sums[kTileM * kTileRows];
       F totals[kTileM][2];
       for (int part = 0; part < columns.parts; ++part) {
-        const Stretch<W> s(codec, w, columns.w_tile(tile, part), 0, padded);
+        const int64_t w_tile = columns.w_tile(tile, part);
+        const Stretch<W> s(codec, w, w_tile, 0, padded);
         Mode::start(x, padded, mt, sums);
-        with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums); });
+        if constexpr (W::kCompressed) {
+          expand_and_multiply<Mode>(codec, w, w_tile, padded, mt, x, sums);
+        } else {
+          with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums); });
+        }
         for (int row = 0; row < mt; ++row)
           totals[row][part] = Mode::finish(s, x, padded, mt, row, sums + row * kTileRows);
       }
@@ -165,7 +187,10 @@ void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& ar
   });
 }
 
-// Some tiles of W in a stretch of k: one for each of `tiles` tiles of y, then the second part of each.
+constexpr int64_t kMostBlockTiles = 32;
+
+// Some tiles of W in a stretch of their stored k: one for each of `tiles` tiles of y, then the second
+// part of each.
 template <class W>
 struct Block {
   const W& codec;
@@ -174,9 +199,10 @@ struct Block {
   int64_t tile0, tiles, k0, k1;
   char* panels;
   int64_t panel_bytes;
+  const uint8_t* at[kMostBlockTiles];  // of compressed codes: where the stretch before ended
 
   int64_t w_tile(int64_t i) const { return columns.w_tile(tile0 + i % tiles, i >= tiles); }
-  Stretch<W> stretch(int64_t i) const { return {codec, w, w_tile(i), k0, k1}; }
+  Stretch<W> stretch(int64_t i) const { return {codec, w, w_tile(i), k0, k1, k0 ? at[i] : nullptr}; }
   char* panel(int64_t i) const { return panels + i * panel_bytes; }
 };
 
@@ -184,7 +210,7 @@ struct Block {
 // byte of x, 32 tiles, whose unit multiplies ten times as fast, 512.  More would not fit the L2
 // together with the panel's stretch of k.
 template <class Mode>
-constexpr int64_t kBlockTiles = Mode::kTiles ? 32 : 4;
+constexpr int64_t kBlockTiles = Mode::kTiles ? kMostBlockTiles : 4;
 // Bytes of one panel, all tiles together: half of a 256 KB L2, the smallest in use; every CPU with a
 // tile unit has 2 MB.
 template <class Mode>
@@ -198,9 +224,11 @@ template <class Mode>
 constexpr int64_t longest_stretch() {
   const int64_t fits = kPanelBytes<Mode> / kBlockTiles<Mode> / Mode::kPanelBytesPerK / 128 * 128;
   static_assert(fits >= 128, "a stretch holds the largest group");
-  if (!Mode::kTiles) return fits;
-  const int64_t x_fits = kTileXBytes / Mode::bytes_before(128, 0) / 2 * 128;
-  return x_fits < fits ? x_fits : fits;
+  if constexpr (Mode::kTiles) {
+    const int64_t x_fits = kTileXBytes / Mode::bytes_before(128, 0) / 2 * 128;
+    return x_fits < fits ? x_fits : fits;
+  }
+  return fits;
 }
 
 template <class Mode, class W>
@@ -215,7 +243,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
   constexpr int64_t kStretch = longest_stretch<Mode>();
   const int64_t stretch = kStretch < padded ? kStretch : padded;
   bool unpack = Mode::kUnpacks;
-  if constexpr (!Mode::kTiles) unpack = unpack && x_tiles.count > Mode::kDirectTiles;
+  if constexpr (!Mode::kTiles && !W::kCompressed) unpack = unpack && x_tiles.count > Mode::kDirectTiles;
   const int64_t panel_bytes = unpack ? stretch * Mode::kPanelBytesPerK : 0;
   const int64_t chunk = div_up(kChunkRows, x_tiles.rows);  // register tiles
   const int64_t chunk_rows = (chunk < x_tiles.count ? chunk : x_tiles.count) * x_tiles.rows;
@@ -232,28 +260,36 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         Mode::start(x_tile(t), padded, Mode::kTiles ? static_cast<int>(x_tiles.rows) : x_tiles.rows_of(t),
                     sums_of(t) + i * sums_next);
     Block<W> block = whole;
-    for (block.k0 = 0; block.k0 < padded; block.k0 = block.k1) {
-      block.k1 = block.k0 + stretch < padded ? block.k0 + stretch : padded;
+    int64_t longest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t stored = stored_k(w, whole.w_tile(i), padded);
+      longest = stored > longest ? stored : longest;
+    }
+    for (block.k0 = 0; block.k0 < longest; block.k0 = block.k1) {
+      block.k1 = block.k0 + stretch < longest ? block.k0 + stretch : longest;
+      const uint8_t* ends[kMostBlockTiles];
       if constexpr (Mode::kUnpacks) {
-        for (int64_t i = 0; unpack && i < count; ++i) Mode::unpack(block.stretch(i), block.panel(i));
+        for (int64_t i = 0; unpack && i < count; ++i)
+          ends[i] = Mode::unpack(block.stretch(i), block.panel(i));
       }
       for (int64_t t = t0; t < t1; ++t) {
         const int mt = x_tiles.rows_of(t);
-        const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
         if constexpr (Mode::kTiles) {
+          const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
           Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
         } else {
           for (int64_t i = 0; i < count; ++i)
             with_rows(mt, [&](auto n) {
               float* out = sums_of(t) + i * sums_next;
+              const Stretch<W> s = block.stretch(i);
               if constexpr (Mode::kUnpacks) {
-                if (unpack)
-                  return Mode::template panel<n.value>(block.panel(i), block.k1 - block.k0, at, out);
+                if (unpack) return Mode::template panel<n.value>(s, block.panel(i), x_tile(t), out);
               }
-              Mode::template direct<n.value>(block.stretch(i), at, out);
+              if constexpr (!W::kCompressed) Mode::template direct<n.value>(s, x_tile(t), out);
             });
         }
       }
+      if constexpr (W::kCompressed) memcpy(block.at, ends, sizeof ends);
     }
     for (int64_t t = t0; t < t1; ++t)  // y row by row: each lies in pages of its own
       for (int row = 0; row < x_tiles.rows_of(t); ++row)
@@ -273,7 +309,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
     for (int64_t b = begin; b < end; ++b) {
       const int64_t tile0 = b * size, left = columns.tiles - tile0;
       const Block<W> whole = {codec, w, columns, tile0, left < size ? left : size,
-                              0, padded, panels, panel_bytes};
+                              0, padded, panels, panel_bytes, {}};
       float* sums = reinterpret_cast<float*>(panels + size * columns.parts * panel_bytes);
       for (int64_t t0 = 0; t0 < x_tiles.count; t0 += chunk)
         work(whole, t0, t0 + chunk < x_tiles.count ? t0 + chunk : x_tiles.count, sums);
@@ -305,6 +341,9 @@ template <class W>
 memlm_status matmul(const W& codec, const memlm_packed& w, const memlm_matmul_args& args) {
   const Input in = {args, nullptr, kActGroup};
 #ifdef MEMLM_TILE_UNIT
+  // Tiles of W are multiplied in pairs by one x, which blocks at places of their own cannot share.
+  if (w.pattern == MEMLM_BLOCKS)
+    return args.fast ? matmul<Fast<W>>(codec, w, in) : matmul<Accurate<W>>(codec, w, in);
   if (args.fast && args.m >= kTilesFromFast) return matmul<Bf16Tiles<W, OneBf16>>(codec, w, in);
   if (!args.fast && args.m >= kTilesFromAccurate)
     return matmul<Bf16Tiles<W, ThreeBf16>>(codec, w, in);

@@ -29,7 +29,6 @@ struct PerRow {
   // Packed x, per register tile of mt rows: int8 codes [K / 4][mt][4] | f32 scale [mt] |
   // int32 -kDotBias * sum [mt]
   static constexpr int64_t row_bytes(int64_t padded) { return padded + 4 + 4; }
-  static constexpr int64_t bytes_before(int64_t k0, int mt) { return k0 * mt; }
   static RowEnds ends(const char* x_tile, int64_t padded, int mt) {
     return {const_cast<char*>(x_tile) + padded * mt, mt};
   }
@@ -58,7 +57,7 @@ struct PerRow {
     for (int m = 0; m < MT; ++m)
       for (int c = 0; c < kChains; ++c) v[m][c] = c ? i_zero() : i_load(sums + m * kTileRows);
     const uint8_t* codes = s.codes;
-    const int8_t* q = reinterpret_cast<const int8_t*>(x);
+    const int8_t* q = reinterpret_cast<const int8_t*>(x) + s.first_run * kActGroup * MT;
     for (int64_t i = 0; i < s.subs; ++i) {
       prefetch(codes, tile_bytes(W::kBits, kActGroup));
 #pragma GCC unroll 1

@@ -138,9 +138,9 @@ struct Bf16Tiles {
           [out](int part, B numbers) { b_store(out + part * kTileBytes, numbers); });
   }
 
-  static void unpack(const Stretch<W>& s, char* panel) {
+  static const uint8_t* unpack(const Stretch<W>& s, char* panel) {
     F even = f_zero();
-    each_weight(s, [&](int64_t k, int j, F w) {
+    return each_weight(s, [&](int64_t k, int j, F w) {
       if (j % 2 == 0) {
         even = w;
         return;

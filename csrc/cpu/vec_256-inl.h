@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "expand_x86-inl.h"
+
 namespace memlm {
 namespace MEMLM_ISA {
 
@@ -223,6 +225,32 @@ inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
   };
   return {added(x.a, p), added(x.b, p + 4)};
 }
+
+// A lane's places as shifts: 8 p0 and 8 p1.
+inline B b_expand_pairs(const uint8_t* codes, const uint8_t* places, uint8_t absent) {
+  int64_t all;
+  memcpy(&all, places, 8);
+  const __m256i both = _mm256_set1_epi64x(all), zero = _mm256_set1_epi32(absent * 0x01010101);
+  const auto half = [&](int first, __m256i shift) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + first));
+    const __m256i pairs = _mm256_xor_si256(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(absent * 17));
+    const __m256i p = _mm256_srlv_epi32(both, shift);
+    const __m256i p0 = _mm256_slli_epi32(_mm256_and_si256(p, _mm256_set1_epi32(3)), 3);
+    const __m256i p1 = _mm256_slli_epi32(_mm256_and_si256(p, _mm256_set1_epi32(12)), 1);
+    const __m256i low = _mm256_sllv_epi32(_mm256_and_si256(pairs, _mm256_set1_epi32(15)), p0);
+    const __m256i high = _mm256_sllv_epi32(_mm256_srli_epi32(pairs, 4), p1);
+    return _mm256_xor_si256(_mm256_or_si256(low, high), zero);
+  };
+  return {half(0, _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12)),
+          half(8, _mm256_setr_epi32(16, 16, 20, 20, 24, 24, 28, 28))};
+}
+struct Expander {
+  B operator()(const uint8_t* codes, uint64_t bits, uint8_t absent) const {
+    alignas(32) uint8_t out[64];
+    expand_nibbles(codes, bits, absent, out);
+    return b_load(out);
+  }
+};
 
 constexpr int kDotK = 4;
 inline void b_interleave(B&, B&) {}

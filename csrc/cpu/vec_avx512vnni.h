@@ -5,7 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "expand_x86-inl.h"
+
 namespace memlm {
+bool cpu_expands_bytes();  // dispatch.cpp: has vpexpandb (AVX-512 VBMI2)
 namespace MEMLM_ISA {
 
 using F = __m512;
@@ -165,6 +168,39 @@ inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
   memcpy(&bits, p, 8);
   return _mm512_mask_add_epi8(x, bits, x, _mm512_set1_epi8(static_cast<char>(y)));
 }
+
+inline B b_expand_pairs(const uint8_t* codes, const uint8_t* places, uint8_t absent) {
+  int64_t all;
+  memcpy(&all, places, 8);
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const I pairs = _mm512_xor_si512(_mm512_cvtepu8_epi32(bytes), i_set1(absent * 17));
+  const I shift = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const I p = _mm512_srlv_epi32(_mm512_set1_epi64(all), shift);
+  const I p0 = _mm512_slli_epi32(_mm512_and_si512(p, i_set1(3)), 3);  // 8 p0
+  const I p1 = _mm512_slli_epi32(_mm512_and_si512(p, i_set1(12)), 1);
+  const I low = _mm512_sllv_epi32(_mm512_and_si512(pairs, i_set1(15)), p0);
+  const I high = _mm512_sllv_epi32(_mm512_srli_epi32(pairs, 4), p1);
+  return _mm512_xor_si512(_mm512_or_si512(low, high), i_set1(absent * 0x01010101));
+}
+struct Expander {
+  const bool at_once = cpu_expands_bytes();
+  B operator()(const uint8_t* codes, uint64_t bits, uint8_t absent) const {
+#if defined(__AVX512VNNI__)
+    if (at_once) {
+      const B words = _mm512_cvtepu8_epi16(load256(codes));
+      const B stored = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)),
+                                        _mm512_set1_epi8(15));
+      B r = _mm512_set1_epi8(static_cast<char>(absent));
+      // In assembly, because this file is not compiled for VBMI2.
+      __asm__("vpexpandb %1, %0%{%2%}" : "+v"(r) : "v"(stored), "Yk"(static_cast<__mmask64>(bits)));
+      return r;
+    }
+#endif
+    alignas(64) uint8_t out[64];
+    expand_nibbles(codes, bits, absent, out);
+    return b_load(out);
+  }
+};
 
 constexpr int kDotK = 4;
 inline void b_interleave(B&, B&) {}

@@ -213,6 +213,33 @@ inline I i_dot_s8(I acc, B w, const int8_t* x) {
 }
 
 inline I i_dot_u7(I acc, B w, const int8_t* x) { return i_dot_s8(acc, w, x); }
+inline B b_expand_pairs(const uint8_t* codes, const uint8_t* places, uint8_t absent) {
+  const uint32x4_t both = vreinterpretq_u32_u8(vcombine_u8(vld1_u8(places), vld1_u8(places)));
+  const uint32x4_t zero = vdupq_n_u32(absent * 0x01010101u);
+  return quarters<B>([&](int i) {  // lanes 4i to 4i + 3 have the bits from 8i on
+    const uint32_t four[4] = {codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]};
+    const uint32x4_t pairs = veorq_u32(vld1q_u32(four), vdupq_n_u32(absent * 17u));
+    const int32_t shift[4] = {-8 * i, -8 * i, -8 * i - 4, -8 * i - 4};
+    const uint32x4_t p = vshlq_u32(both, vld1q_s32(shift));
+    const uint32x4_t p0 = vshlq_n_u32(vandq_u32(p, vdupq_n_u32(3)), 3);  // 8 p0
+    const uint32x4_t p1 = vshlq_n_u32(vandq_u32(p, vdupq_n_u32(12)), 1);
+    const uint32x4_t low = vshlq_u32(vandq_u32(pairs, vdupq_n_u32(15)), vreinterpretq_s32_u32(p0));
+    const uint32x4_t high = vshlq_u32(vshrq_n_u32(pairs, 4), vreinterpretq_s32_u32(p1));
+    return vreinterpretq_s8_u32(veorq_u32(vorrq_u32(low, high), zero));
+  });
+}
+struct Expander {  // one by one: not measured, no such machine was at hand
+  B operator()(const uint8_t* codes, uint64_t bits, uint8_t absent) const {
+    alignas(16) uint8_t out[64];
+    int next = 0;
+    for (int i = 0; i < 64; ++i) {
+      const bool stored = bits >> i & 1;
+      out[i] = stored ? codes[next / 2] >> next % 2 * 4 & 15 : absent;
+      next += stored;
+    }
+    return b_load(out);
+  }
+};
 inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
   const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
   return quarters<B>([&](int i) {

@@ -204,6 +204,36 @@ inline B b_add_where(B x, const uint8_t* p, uint8_t y) {
   return x;
 }
 
+// Two nibbles for each lane at codes (16 bytes), the low one to byte p0 of the lane, the high one to
+// byte p1; absent to the other two.  Lane r has the 4 bits p0 | p1 << 2 of the 64-bit number at places
+// from bit r % 2 * 32 + r / 2 * 4 on; p0 is not p1.
+inline B b_expand_pairs(const uint8_t* codes, const uint8_t* places, uint8_t absent) {
+  B r;
+  memset(r.v, absent, sizeof r.v);
+  uint64_t all;
+  memcpy(&all, places, 8);
+  MEMLM_LANES {
+    const int p = static_cast<int>(all >> (i % 2 * 32 + i / 2 * 4));
+    r.v[4 * i + (p & 3)] = codes[i] & 15;
+    r.v[4 * i + (p >> 2 & 3)] = codes[i] >> 4;
+  }
+  return r;
+}
+// Nibbles at codes, the low one of a byte first, to the bytes whose bit is set, in order; absent to the
+// others.  May read 32 bytes of codes.
+struct Expander {
+  B operator()(const uint8_t* codes, uint64_t bits, uint8_t absent) const {
+    B r;
+    int next = 0;
+    for (int i = 0; i < 64; ++i) {
+      const bool stored = bits >> i & 1;
+      r.v[i] = stored ? codes[next / 2] >> next % 2 * 4 & 15 : absent;
+      next += stored;
+    }
+    return r;
+  }
+};
+
 // The k of one row that a product of many rows takes at once: those of one block, or 8, of two blocks
 // that b_interleave has put side by side (with a specialisation of Dots, fast-inl.h).
 constexpr int kDotK = 4;

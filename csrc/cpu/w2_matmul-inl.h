@@ -9,7 +9,7 @@ namespace MEMLM_ISA {
 template <bool kHasOffsets>
 struct W2 : UnsignedSums<kHasOffsets, 1> {
   static constexpr int kBits = 2, kLoadK = 16;
-  static constexpr bool kUnpacks = true;
+  static constexpr bool kUnpacks = true, kCompressed = false;
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {

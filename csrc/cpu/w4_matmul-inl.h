@@ -8,7 +8,7 @@ namespace MEMLM_ISA {
 // A byte holds k + j in its low nibble and k + j + 4 in its high one.
 struct Nibbles {
   static constexpr int kBits = 4, kLoadK = 8;
-  static constexpr bool kUnpacks = true;
+  static constexpr bool kUnpacks = true, kCompressed = false;
   using LoadIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
   static constexpr int shift(int j) { return j % 4 * 8 + j / 4 * 4; }
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {

@@ -7,7 +7,8 @@ namespace MEMLM_ISA {
 
 struct W8 : SignedSums {
   static constexpr int kBits = 8, kLoadK = 4;
-  static constexpr bool kUnit = false, kUnpacks = kSignedBias != 0 || kDotK != kLaneK;
+  static constexpr bool kUnit = false, kCompressed = false;
+  static constexpr bool kUnpacks = kSignedBias != 0 || kDotK != kLaneK;
   using LoadIndices = Indices<0, 1, 2, 3>;
 
   static void load2(const uint8_t* p, int i, B& b0, B& b1) {

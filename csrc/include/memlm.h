@@ -31,7 +31,16 @@ MEMLM_API const char* memlm_last_error(void);
 
 typedef enum { MEMLM_F32 = 0, MEMLM_F16 = 1, MEMLM_BF16 = 2 } memlm_dtype;
 
-/* A packed weight matrix W[n, k]; memlm/formats.py specifies and draws the layout. */
+/* Which weights of a matrix are stored; the others are 0. */
+typedef enum {
+  MEMLM_DENSE = 0,
+  MEMLM_TWO_OF_FOUR = 1, /* two of each 4 consecutive k of a row; 4 bits */
+  MEMLM_UNSTRUCTURED = 2, /* any; 4 bits */
+  MEMLM_BLOCKS = 3        /* blocks of 16 rows and 32 k */
+} memlm_pattern;
+
+/* A packed weight matrix W[n, k]; memlm/formats.py specifies and draws the layout, and of sparse ones
+ * memlm/sparse_formats.py. */
 typedef struct {
   const void* codes;
   const void* scales;
@@ -41,6 +50,12 @@ typedef struct {
   int64_t group; /* k per scale: 32, 64, 128, or 0 for one scale per row (8 bits only) */
   const float* levels; /* [16]: a 4-bit code q stands for levels[q], as in NF4; no offsets then.
                           NULL: codes are numbers */
+  memlm_pattern pattern;
+  const int64_t* starts; /* [tiles + 1], tiles = ceil(n / 16).  BLOCKS: tile t has the blocks
+                            starts[t] .. starts[t + 1] - 1.  UNSTRUCTURED: the byte of codes where it
+                            begins; codes have 64 bytes beyond the last */
+  const void* places;    /* BLOCKS: int32, the k of each block in units of 32, ascending within a tile.
+                            The others: bytes, 64 bits for each 16 rows and 4 k */
 } memlm_packed;
 
 /* The levels of NormalFloat, 4 bits (arXiv:2305.14314). */
@@ -80,6 +95,24 @@ MEMLM_API memlm_status memlm_w8_matmul(const memlm_packed* w, const memlm_matmul
  * norm is for numbers only; args->fast is not looked at; k is at most 65,536 (sums are int32). */
 MEMLM_API memlm_status memlm_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                          const float* x_scales, int64_t x_group);
+
+/* The same for a sparse W of MEMLM_BLOCKS; bits is 2, 4, 8, or 16 and 32 for weights that are bf16 and
+ * f32 themselves (no scales; accurate only).  group is 32. */
+MEMLM_API memlm_status memlm_block_sparse_matmul(const memlm_packed* w, int bits,
+                                                 const memlm_matmul_args* args);
+
+/* The same for MEMLM_TWO_OF_FOUR and MEMLM_UNSTRUCTURED: 4 bits without offsets; one of the levels, if
+ * there are some, is 0. */
+MEMLM_API memlm_status memlm_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args);
+
+/* The gradients of y = x W^T, for a W of MEMLM_BLOCKS: grad_x [m, k] = grad [m, n] W, and, of f32
+ * values, the products of grad^T x at the stored places, [blocks, 32, 16]: the sampled dense-dense
+ * product.  All arrays but codes are f32; rows are dense. */
+MEMLM_API memlm_status memlm_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m,
+                                                 const float* grad, float* grad_x, int threads);
+MEMLM_API memlm_status memlm_block_sparse_grad_values(const memlm_packed* w, int64_t m,
+                                                      const float* grad, const float* x,
+                                                      float* grad_values, int threads);
 
 /* Rounds the rows of x [m, k] to int8 as memlm_w8a8_matmul does, once for several products:
  * codes [m, k], scales [m] or [m, ceil(k / 32)].  norm as above, or NULL. */
@@ -236,13 +269,13 @@ MEMLM_API memlm_status memlm_paged_attention(const memlm_kv_pool* pool,
 typedef enum {
   MEMLM_ACCURATE = 0, /* memlm_matmul_args: fast 0 */
   MEMLM_FAST = 1,     /* fast 1 */
-  MEMLM_W8A8 = 2      /* memlm_w8a8_matmul of numbers, x_group 0; 8 bits only */
+  MEMLM_W8A8 = 2      /* memlm_w8a8_matmul of numbers, x_group 0; 8 bits, dense only */
 } memlm_mode;
 
 /* A linear layer. */
 typedef struct {
-  memlm_packed w;
-  int bits; /* 2, 4, 8 */
+  memlm_packed w; /* of any pattern */
+  int bits;       /* 2, 4, 8; of MEMLM_BLOCKS 16 and 32, too */
   memlm_mode mode;
   const void* bias; /* [n], or NULL */
 } memlm_linear;

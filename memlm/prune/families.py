@@ -282,7 +282,7 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """What was to be seen has been seen: the rest of the model need not run."""
 
 
@@ -297,7 +297,7 @@ def calls_of_layers(family: Family, batch) -> tuple[torch.Tensor, list[Callable]
             entered.append(hidden)
             calls.append(lambda x: _hidden(layer(x, *args, **kwargs)))
             if len(calls) == len(family.layers):
-                raise _Reached
+                raise Reached
             return hidden
 
         return forward
@@ -307,7 +307,7 @@ def calls_of_layers(family: Family, batch) -> tuple[torch.Tensor, list[Callable]
         for layer in family.layers:
             layer.forward = record(layer)
         family.run(batch)
-    except _Reached:
+    except Reached:
         pass
     finally:
         for layer, forward in zip(family.layers, before):
@@ -328,13 +328,26 @@ def input_of(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
 
     def stop(_, args):
         seen.append(args[0])
-        raise _Reached
+        raise Reached
 
     hook = linear.register_forward_pre_hook(stop)
     try:
         run()
-    except _Reached:
+    except Reached:
         pass
     finally:
         hook.remove()
     return seen[0]
+
+
+class Run:
+    """One batch on its way through the layers: its hidden ``states``, now, the layers' ``calls``
+    and, where not all of it are tokens, a ``mask``."""
+
+    def __init__(self, family: Family, batch):
+        self.states, self.calls = calls_of_layers(family, batch)
+        self.mask = family.mask(batch)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, length, k]`` -> f32 ``[tokens, k]``."""
+        return (x.flatten(0, -2) if self.mask is None else x[self.mask]).float()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from memlm.convert import _heads
 from memlm.prune.masks import Masks
-
-PATTERNS = ("unstructured", "2:4", "block")
+from memlm.prune.patterns import BLOCK, PATTERNS, smallest
 
 
 class GradualPruning:
@@ -56,7 +54,7 @@ class GradualPruning:
         every: int = 10,
         initial: float = 0.0,
         pattern: str = "unstructured",
-        block: tuple[int, int] = (16, 32),
+        block: tuple[int, int] = BLOCK,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ):
         if pattern not in PATTERNS:
@@ -146,37 +144,3 @@ def _weights(model: nn.Module, filter_fn) -> dict[str, nn.Parameter]:
     if not weights:
         raise ValueError("model: has no torch.nn.Linear to prune, or none was chosen")
     return weights
-
-
-def smallest(
-    scores: torch.Tensor, share: float, pattern: str, block: tuple[int, int]
-) -> torch.Tensor:
-    """Which of ``scores [n, k]`` are the smallest ``share``, bool: of all, of the two smallest of
-    each four consecutive columns (a share of all, too: up to a half), or of blocks, by their mean
-    square; incomplete blocks stand below and on the right."""
-    n, k = scores.shape
-    if pattern == "unstructured":
-        return _lowest(scores, round(share * scores.numel()))
-    if pattern == "2:4":
-        fours = F.pad(scores, (0, -k % 4), value=-2.0).view(n, -1, 4)  # padding is zero anyway
-        second = fours.sort(dim=-1, stable=True).indices.argsort(-1) < 2
-        candidates = second.view(n, -1)[:, :k]
-        count = round(2 * share * int(candidates.sum()))
-        return _lowest(scores.masked_fill(~candidates, torch.inf), count)
-    rows, columns = block
-    down, right = -n % rows, -k % columns
-
-    def blocks(matrix: torch.Tensor) -> torch.Tensor:
-        whole = F.pad(matrix, (0, right, 0, down))
-        return whole.view((n + down) // rows, rows, -1, columns).sum((1, 3))
-
-    means = blocks(scores * scores.abs()) / blocks(torch.ones_like(scores))
-    lowest = _lowest(means, round(share * means.numel()))
-    return lowest.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:n, :k]
-
-
-def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """bool, True for the ``count`` lowest."""
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[scores.flatten().topk(count, largest=False, sorted=False).indices] = True
-    return chosen.view(scores.shape)

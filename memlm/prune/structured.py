@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm.convert import _obstacle
-from memlm.prune.families import Family, Site, calls_of_layers, family_of, input_of
+from memlm.prune.families import Family, Run, Site, family_of, input_of
+from memlm.prune.gram import Gram
 
 # Groups leave a layer in so many rounds; after each, what is left takes over from them and is
 # judged anew.
@@ -128,7 +129,7 @@ def remove_(
     before, training = _parameters(model), [m for m in model.modules() if m.training]
     model.eval()
     try:
-        runs = [_Run(family, batch) for batch in batches]
+        runs = [Run(family, batch) for batch in batches]
         influence, parts = (), ()
         if count:
             influence = _influence(runs)
@@ -146,19 +147,6 @@ def remove_(
         for module in training:
             module.training = True
     return Removal(removed, tuple(influence), parts, _parameters(model), before)
-
-
-class _Run:
-    """One batch on its way through the layers: its hidden ``states``, now, the layers' ``calls``
-    and, where not all of it are tokens, a ``mask``."""
-
-    def __init__(self, family: Family, batch):
-        self.states, self.calls = calls_of_layers(family, batch)
-        self.mask = family.mask(batch)
-
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """``[batch, length, k]`` -> f32 ``[tokens, k]``."""
-        return (x.flatten(0, -2) if self.mask is None else x[self.mask]).float()
 
 
 def _parameters(model: nn.Module) -> int:
@@ -205,7 +193,7 @@ def _check_layer(family: Family, layer: nn.Module, heads: int, channels: int, na
                 raise TypeError(f"model: {names[id(linear)]}: {obstacle}; it cannot be cut")
 
 
-def _influence(runs: list[_Run]) -> list[float]:
+def _influence(runs: list[Run]) -> list[float]:
     """Of each layer the mean over tokens of 1 - cos between what enters and what leaves it."""
     sums, tokens = torch.zeros(len(runs[0].calls), dtype=torch.float64), 0
     for run in runs:
@@ -219,34 +207,12 @@ def _influence(runs: list[_Run]) -> list[float]:
     return (sums / tokens).tolist()
 
 
-class _Gram:
-    """Sums over tokens, in f64, of what a layer is given: of the products of its columns, and of
-    the columns themselves."""
-
-    def __init__(self, columns: int):
-        self.products = torch.zeros(columns, columns, dtype=torch.float64)
-        self.sums = torch.zeros(columns, dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, rows: torch.Tensor) -> None:
-        """f32 ``[tokens, columns]``."""
-        self.products += rows.T @ rows
-        self.sums += rows.sum(0, dtype=torch.float64)
-        self.tokens += len(rows)
-
-    def of(self, linear: nn.Linear) -> torch.Tensor:
-        """The Gram matrix; about the mean where the layer has a bias, which absorbs it."""
-        if linear.bias is None:
-            return self.products
-        return self.products - self.sums[:, None] * self.sums / self.tokens
-
-
 @dataclass
 class _Work:
     """Goes through the layers of a family and cuts them."""
 
     family: Family
-    runs: list[_Run]
+    runs: list[Run]
     heads: int
     channels: int
     compensate: bool
@@ -259,7 +225,7 @@ class _Work:
         total = len(family.layers) * (bool(self.heads) + bool(self.channels))
 
         def cut(i: int, site: Site, count: int) -> None:
-            gram = _Gram(site.out.in_features)
+            gram = Gram(site.out.in_features)
             for run in self.runs:
                 given = input_of(site.out, lambda: run.calls[i](run.states))
                 gram.add(run.tokens(given))
@@ -279,7 +245,7 @@ class _Work:
                 run.states = run.calls[i](run.states)
         return parts
 
-    def _cut(self, site: Site, gram: _Gram, count: int) -> tuple[torch.Tensor, float]:
+    def _cut(self, site: Site, gram: Gram, count: int) -> tuple[torch.Tensor, float]:
         """Takes ``count`` groups out; returns those that stay, and the error."""
         out, matrix = site.out, gram.of(site.out)
         weight = out.weight.double()
