@@ -69,7 +69,7 @@ def remove_(
     channels: int | float = 0,
     layers: int | Sequence[int] = 0,
     compensate: bool = True,
-    damp: float = 0.01,
+    damp: float = 0.3,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Removal:
     """Takes the least important heads, MLP channels and layers out of ``model``, in place.  What is
@@ -87,7 +87,9 @@ def remove_(
     channels: likewise of each MLP; of a share, rounded so that a multiple of 32 stays.
     layers: how many, or which.
     compensate: what is left of a layer takes over from what leaves it.
-    damp: share of the mean of the Gram matrix's diagonal that is added to it.
+    damp: share of the mean of the Gram matrix's diagonal that is added to it.  With less the
+        update fits the calibration's text better and others worse: of 12,288 tokens of speeches,
+        0.3 was best for a novel, 0.01 no better than no update.
     progress: called with (done, total, name) after each step of the work on a layer.
 
     Layers are judged by block influence, ``1 - cos`` between what enters and what leaves them, mean
