@@ -64,7 +64,7 @@ from memlm.errors import FormatError
 __all__ = [
     "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
     "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "from_tiles", "joined",
-    "layout", "pack", "split_rows", "stack_rows", "to_tiles", "unpack", "values",
+    "layout", "pack", "scaled", "split_rows", "stack_rows", "to_tiles", "unpack", "values",
 ]  # fmt: skip
 
 SCALE_DTYPES = (torch.float16, torch.float32)
@@ -289,9 +289,13 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 def dequantize_with(packed: Packed, values: torch.Tensor | None, compute: torch.dtype):
     """As :func:`dequantize`, with ``values`` for the codes 0, 1, ...; None: themselves."""
-    q, scales, offsets = unpack(packed)
-    k = packed.k
-    span = packed.format.group or k
+    return scaled(*unpack(packed), packed.format.group, values, compute)
+
+
+def scaled(q, scales, offsets, group: int, values: torch.Tensor | None, compute: torch.dtype):
+    """The weights ``[n, k]`` of codes, scales and offsets as :func:`unpack` returns them."""
+    k = q.shape[1]
+    span = group or k
     q = q.to(compute) if values is None else values[q.int()]
     w = q * scales.to(compute).repeat_interleave(span, dim=1)[:, :k]
     if offsets is not None:

@@ -498,7 +498,7 @@ def _codes(packed: SparsePacked) -> tuple[torch.Tensor, torch.Tensor]:
         bits = packed.places[..., None] >> torch.arange(8, device=q.device).to(torch.uint8) & 1
         kept = bits.flatten(2).bool()
         nibbles = torch.stack((packed.codes & 15, packed.codes >> 4), dim=1).flatten()
-        q.flatten(2)[kept] = nibbles[_nibbles(kept.sum(2))]
+        q.flatten(2).masked_scatter_(kept, nibbles[_nibbles(kept.sum(2))])
         kept = kept.view(shape)
     return _from_fours(q, *sizes), _from_fours(kept, *sizes)
 
@@ -523,9 +523,27 @@ def _rows_of_blocks(packed: SparsePacked, blocks: torch.Tensor) -> torch.Tensor:
 
 def dequantize(packed: SparsePacked, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``W [n, k]`` in ``dtype``, computed in float32 (float64 when that is asked for)."""
+    if packed.format.pattern == "block":
+        return _rows_of_blocks(packed, _floats(packed, dtype))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    values = formats.values(packed.format.values, compute, packed.codes.device)
+    scales = from_tiles(packed.scales, packed.n)
+    group = packed.format.values.group
+    return formats.scaled(_codes(packed)[0], scales, None, group, values, compute).to(dtype)
+
+
+def _floats(packed: SparsePacked, dtype: torch.dtype) -> torch.Tensor:
+    """The values of blocks, [blocks, 32, 16]."""
+    blocks = len(packed.places)
+    if not blocks:
+        return packed.codes.new_zeros(0, ACT_GROUP, TILE_ROWS, dtype=dtype)
     if packed.format.is_float:
-        return _rows_of_blocks(packed, packed.codes).to(dtype)
-    return formats.dequantize(to_dense(packed), dtype)
+        return packed.codes.to(dtype)
+    # The tiles of a dense matrix of 32 k.
+    scales, offsets = (None if t is None else t[:, None] for t in (packed.scales, packed.offsets))
+    sizes = (blocks * TILE_ROWS, ACT_GROUP)
+    rows = Packed(packed.format.values, *sizes, packed.codes, scales, offsets)
+    return formats.dequantize(rows, dtype).view(blocks, TILE_ROWS, ACT_GROUP).transpose(1, 2)
 
 
 def stack_rows(parts: Sequence[SparsePacked]) -> SparsePacked:

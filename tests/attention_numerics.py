@@ -25,7 +25,10 @@ class Exact:
     bound: dict[str, torch.Tensor]
 
 
-def scores(q, k, mask, *, scale, left=-1, right=-1, to_end=False, softcap=0.0, slopes=None):
+def scores(
+    q, k, mask, *, scale, left=-1, right=-1, to_end=False, softcap=0.0, slopes=None,
+    block_mask=None, mask_block=KEYS,
+):  # fmt: skip
     """[B, H, L, S]: scores, how far off they may be, and how much of a score's gradient reaches the
     product."""
     dim, (q_len, k_len) = q.shape[-1], (q.shape[-2], k.shape[-2])
@@ -37,16 +40,18 @@ def scores(q, k, mask, *, scale, left=-1, right=-1, to_end=False, softcap=0.0, s
         factor, factor_off = 1 - t * t, 2 * (off / softcap + TANH) + 4 * U
         s, off = softcap * t, off + softcap * TANH
     i, j = torch.meshgrid(torch.arange(q_len), torch.arange(k_len), indexing="ij")
+    unseen = torch.zeros(q_len, k_len, dtype=torch.bool)
+    if block_mask is not None:
+        unseen = ~block_mask[..., i // mask_block, j // mask_block]
     if to_end:
         i = i + k_len - q_len
     if slopes is not None:
         bias = slopes.double()[:, None, None] * (i - j).abs()
         s, off = s - bias, off + 2 * U * (s.abs() + bias)
-    unseen = torch.zeros(q_len, k_len, dtype=torch.bool)
     if left >= 0:
-        unseen |= j < i - left
+        unseen = unseen | (j < i - left)
     if right >= 0:
-        unseen |= j > i + right
+        unseen = unseen | (j > i + right)
     if mask is not None and mask.dtype == torch.bool:
         unseen = unseen | ~mask
     elif mask is not None:
@@ -89,7 +94,8 @@ def exact(
 
     with torch.no_grad():
         k_len = s.shape[-1]
-        sums = (5 * math.sqrt(k_len + 1) + 2 * (1 + k_len // KEYS)) * U
+        scaled = 1 + k_len // min(KEYS, rules.get("mask_block", KEYS))
+        sums = (5 * math.sqrt(k_len + 1) + 2 * scaled) * U
         above = (lse[..., None].nan_to_num(neginf=0) - s).abs().nan_to_num(posinf=0)
         relative = off + 2 * U * above + EXP
         off_lse = (

@@ -122,6 +122,9 @@ class Sparse(WeightOnly):
             matmul_checks.check_f32_scales(self.OP, some, fast)
         matmul_checks.check_small_activations(self.OP, some)
 
+    def test_opcheck(self, some):
+        matmul_checks.check_torch_op(self.OP, some, True)
+
     def test_large_sizes(self, some):
         matmul_checks.check_large_sizes(self.OP, some, True)
 

@@ -44,10 +44,11 @@ def random_case(batch, heads, q_len, k_len, dim, v_dim=None, dtype=F32, seed=0, 
 def run(implementation, q, k, v, grad=None, mask=None, offsets=(None, None), **options):
     """Results by name, of the ops themselves."""
     o = {"scale": q.shape[-1] ** -0.5, "left": -1, "right": -1, "to_end": False, "softcap": 0.0}
-    o |= {"slopes": None, "sinks": None, "dropout": 0.0, "seed": None} | options
+    o |= {"slopes": None, "sinks": None, "dropout": 0.0, "seed": None}
+    o |= {"block_mask": None, "mask_block": 128} | options
     seed = None if o["seed"] is None else torch.tensor(o["seed"])
     rules = [o["scale"], o["left"], o["right"], o["to_end"], o["softcap"], o["slopes"], o["sinks"]]
-    rest = (mask, *offsets, *rules, o["dropout"], seed)
+    rest = (mask, o["block_mask"], o["mask_block"], *offsets, *rules, o["dropout"], seed)
     out, lse = implementations("attention")[implementation](q, k, v, *rest)
     results = {"out": out, "lse": lse}
     if grad is not None:
@@ -379,7 +380,7 @@ def test_gradcheck_of_the_reference():
     class Reference(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, mask, sinks, rules):
-            rest = (mask, None, None, 0.4, *rules[:3], rules[3], rules[4], sinks, *rules[5:])
+            rest = (mask, None, 0, None, None, 0.4, *rules[:3], rules[3], rules[4], sinks, *rules[5:])
             out, lse = forward(q, k, v, *rest)
             ctx.rest, ctx.tensors = rest, (q, k, v, out, lse)
             return out
@@ -406,8 +407,10 @@ def test_gradcheck_of_the_reference():
     # sinks are f32 to the op: f64 ones are for this test only
 
 
-def arguments(*case, mask=None, dropout=0.0, seed=None, sinks=None, offsets=(None, None)):
-    return (*case, mask, *offsets, 0.3, 9, 2, True, 1.0, None, sinks, dropout, seed)
+def arguments(
+    *case, mask=None, blocks=(None, 0), dropout=0.0, seed=None, sinks=None, offsets=(None, None)
+):
+    return (*case, mask, *blocks, *offsets, 0.3, 9, 2, True, 1.0, None, sinks, dropout, seed)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -16,8 +16,10 @@ from memlm.models.generate import generate
 
 from . import tiny
 from .sparse import prune_
+from .test_cli import run as command
+from .test_cli import run_json
 from .test_load import mapped_ranges, run
-from .test_sparse_linear import FORMATS, formats
+from .test_sparse_linear import FORMATS
 
 IDS = torch.arange(24).view(2, 12)
 WEIGHTS = "model.safetensors"
@@ -317,3 +319,66 @@ def test_specs_of_layers_that_cannot_be(tmp_path):
     rebuilt = memlm.build_layers_(memlm.load(tmp_path), specs)
     rebuilt.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(run(rebuilt), run(model))
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 8)
+    return file
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llama(folder, tie_word_embeddings=True)
+    tiny.tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "method, pattern, format, stored",
+    [("sparsegpt", "block", "int4", "block/int4a-g32"), ("wanda", "2:4", "nf4", "2:4/nf4-g64"),
+     ("magnitude", "unstructured", "int4", "unstructured/int4-g32"), ("magnitude", "block", "f32", "block/f32")],
+)  # fmt: skip
+def test_prune_and_what_comes_after(dense, text, tmp_path, method, pattern, format, stored):
+    dst = tmp_path / "pruned"
+    options = ("--method", method, "--pattern", pattern, "--format", format, "--calibration", text)
+    result = run_json("prune", dense, dst, *options, "--length", "64", "--ignore", "re:.*o_proj")
+    assert result["disk_bytes"] == (dst / WEIGHTS).stat().st_size and result["method"] == method
+    assert len(result["layers"]) == 2 * 3 and set(result["left"]) == {
+        "layers.0.attention.o_proj", "layers.1.attention.o_proj", "lm_head"}  # fmt: skip
+    assert 0.45 < result["sparsity"] < 0.6
+    model = memlm.load(dst)
+    formats = {type(m): m.format.name for n, m in model.named_modules() if n.endswith("down_proj")}
+    assert formats == {SparseLinear: stored}
+    others = {"int4": Linear, "nf4": Linear, "f32": nn.Linear}
+    assert type(model.layers[0].attention.o_proj) is others[format]
+    assert model.embed_tokens.format.name == "int8-g32"
+    rows = run_json("info", dst)["rows"]
+    assert {row["format"] for row in rows if row["type"] == "SparseLinear"} == {stored}
+    assert sum(row["bytes"] for row in result["layers"]) == sum(
+        row["bytes"] for row in rows if row["type"] == "SparseLinear"
+    )
+    assert run_json("generate", dst, "Call me", "--max-tokens", "3")["tokens"] <= 3
+    score = ("eval", dst, "--base", dense, "--text", text, "--window", "32", "--tokens", "128")
+    assert 0 < run_json(*score, "--kv", "int4")["kl"] < 5
+    assert run_json("bench", dst)["decode_tps"] > 0
+
+
+def test_what_pruning_prints(dense, text, tmp_path):
+    options = ("--sparsity", "0.1", "--method", "magnitude", "--calibration", text, "--length", "64")
+    lines = command("prune", dense, tmp_path / "pruned", *options).splitlines()
+    assert any(line.startswith("layers.1.mlp.down_proj") and "10.0%" in line for line in lines)
+    assert any("bytes more than dense: with so few zeros, unstructured saves nothing" in x for x in lines)
+    assert "% of f32" in " ".join(lines)
+    with pytest.raises(ValueError, match="--block '16': expected ROWSxCOLUMNS"):
+        command("prune", dense, tmp_path / "x", "--block", "16", "--pattern", "block")
+    with pytest.raises(ValueError, match="--target 'x': expected PATTERN=SPARSITY"):
+        command("prune", dense, tmp_path / "x", "--target", "x")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        command("prune", dense, dense)
+    assert not (tmp_path / "x").exists()

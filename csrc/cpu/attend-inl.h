@@ -209,7 +209,9 @@ struct Progress {
 };
 
 // Takes rows [0, count) past the keys lo .. hi - 1.  Keys is where keys come from:
-//   block(j): makes the block that begins at key j ready; keys() in a block
+//   start(j): where a block that has key j may begin, a multiple of 16
+//   block(j, hi): makes the block that begins at key j ready, but for the keys from hi on; keys() in a
+//     block
 //   scores<MT>(tile, first, tiles, s): of the register tile's rows with the block's keys from 16 * first
 //     on, to s [MT][kMostKeys]
 //   values<MT>(first, keys, p, factor, out, width): out = out * factor + p V
@@ -217,8 +219,8 @@ template <class Keys>
 void attend(Keys& keys, const ScoreRules& rules, const Row* rows, const RowTiles& tiles, int64_t lo,
             int64_t hi, const Progress& so_far, float* scores) {
   const int64_t size = keys.keys();
-  for (int64_t j = lo / size * size; j < hi; j += size) {
-    keys.block(j);
+  for (int64_t j = keys.start(lo); j < hi; j += size) {
+    keys.block(j, hi);
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int mt = tiles.rows_of(t);
       const Row* row = rows + t * tiles.rows;
@@ -317,7 +319,10 @@ inline void store_floats(void* base, memlm_dtype dtype, int64_t i, int64_t count
 // of cut passages into parts.
 //
 // Passage, of one sequence and head: rows(); row(i) -> Row, in the order of positions; rules();
-//   sink(i); width(), a multiple of 16; store(i, log of the sum, values)
+//   sink(i); width(), a multiple of 16; store(i, log of the sum, values);
+//   block_rows(): so many rows make a block, all those of a cut passage and at most kBlockRows;
+//   runs(r0, lo, hi, use): use(begin, end) for each run of keys of lo .. hi - 1 that is not hidden from
+//     all rows of the block that begins at r0; begins and ends inside are multiples of 16
 // Keys(passage, room): as attend wants it, with queries(first, tiles), which makes the rows of a block
 //   ready; static bytes(passage) of room, a multiple of 64
 // make(sequence, head) -> Passage
@@ -338,7 +343,7 @@ memlm_status run_passages(int64_t sequences, int64_t kv_heads, int threads, cons
     const auto passage = make(b, 0);
     const int64_t rows = passage.rows();
     s[b].parts = 1;
-    s[b + 1] = {s[b].first + div_up(rows, kBlockRows), s[b].floats, 1};
+    s[b + 1] = {s[b].first + div_up(rows, passage.block_rows()), s[b].floats, 1};
     if (rows == 0 || !Span::is_cut(rows)) continue;
     any_cut = true;
     s[b].parts = Span(rows, passage.row(0).lo, passage.row(rows - 1).hi).parts;
@@ -393,8 +398,8 @@ memlm_status run_passages(int64_t sequences, int64_t kv_heads, int threads, cons
       if (part >= s[at.sequence].parts) continue;
       const auto passage = make(at.sequence, at.head);
       const bool cut = Span::is_cut(passage.rows());
-      const int64_t r0 = at.block * kBlockRows, left = passage.rows() - r0;
-      const int64_t count = left < kBlockRows ? left : kBlockRows;
+      const int64_t most = passage.block_rows(), r0 = at.block * most, left = passage.rows() - r0;
+      const int64_t count = left < most ? left : most;
       for (int64_t r = 0; r < count; ++r) rows[r] = passage.row(r0 + r);
       const Span span(passage.rows(), rows[0].lo, rows[count - 1].hi);
       const RowTiles tiles = RowTiles::even(count, kTileM);
@@ -403,7 +408,10 @@ memlm_status run_passages(int64_t sequences, int64_t kv_heads, int threads, cons
       const Progress here =
           cut ? cut_progress(at, count, part) : Progress::at(values + width, count, width);
       here.start(count);
-      attend(keys, passage.rules(), rows, tiles, span.begin(part), span.end(part), here, scores);
+      const ScoreRules rules = passage.rules();
+      passage.runs(r0, span.begin(part), span.end(part), [&](int64_t lo, int64_t hi) {
+        attend(keys, rules, rows, tiles, lo, hi, here, scores);
+      });
       if (!cut) finish(passage, r0, count, here, 1, values);
     }
   });

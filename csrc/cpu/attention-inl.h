@@ -38,14 +38,20 @@ inline void pack_straight(const char* from, memlm_dtype dtype, int64_t stride, i
   }
 }
 
-// One sequence of one key-value head.
+// One sequence of one key-value head.  With a block mask, of one of its query heads: what is hidden from
+// a block of rows is then one row of the mask.
 struct DensePassage {
   const memlm_attention_args& a;
-  int64_t batch, kv_head, group;
+  int64_t batch, kv_head, first_head, group;
   int64_t q_len, k_len, q_first, k_first;  // the sequence's part of the tensors
 
-  DensePassage(const memlm_attention_args& args, int64_t sequence, int64_t head)
-      : a(args), batch(args.q_offsets ? 0 : sequence), kv_head(head), group(args.heads / args.kv_heads) {
+  // So many passages read one key-value head.
+  static int64_t members(const memlm_attention_args& a) { return a.block_mask ? a.heads / a.kv_heads : 1; }
+
+  DensePassage(const memlm_attention_args& args, int64_t sequence, int64_t head, int64_t member)
+      : a(args), batch(args.q_offsets ? 0 : sequence), kv_head(head),
+        group(args.heads / args.kv_heads / members(args)) {
+    first_head = (kv_head * members(a) + member) * group;
     q_first = a.q_offsets ? a.q_offsets[sequence] : 0;
     k_first = a.q_offsets ? a.k_offsets[sequence] : 0;
     q_len = a.q_offsets ? a.q_offsets[sequence + 1] - q_first : a.q_len;
@@ -53,13 +59,38 @@ struct DensePassage {
     sequence_ = sequence;
   }
   int64_t rows() const { return q_len * group; }
+  // Blocks of the block mask, and rows that pass together, end together.
+  int64_t block_rows() const {
+    static_assert(2 * kTileM <= 32, "a cut passage lies in the smallest block of a mask");
+    if (!a.block_mask) return kBlockRows;
+    int64_t parts = div_up(a.mask_block, kBlockRows);
+    while (a.mask_block % parts) ++parts;
+    return a.mask_block / parts;
+  }
+  template <class Use>
+  void runs(int64_t r0, int64_t lo, int64_t hi, const Use& use) const {
+    const int64_t size = a.mask_block, step = a.block_mask_strides[3];
+    const uint8_t* const shown =
+        a.block_mask ? a.block_mask + offset(a.block_mask_strides, first_head, r0 / size) : nullptr;
+    for (int64_t begin = lo, end = hi; begin < hi; begin = end, end = hi) {
+      if (shown) {
+        int64_t i = begin / size;
+        const bool hidden = !shown[i * step];
+        do ++i;
+        while (i * size < hi && !shown[i * step] == hidden);
+        if (i * size < hi) end = i * size;
+        if (hidden) continue;
+      }
+      use(begin, end);
+    }
+  }
   int64_t width() const { return round_up16(a.v_dim); }
   float sink(int64_t row) const { return a.sinks ? a.sinks[head(row)] : -INFINITY; }
   void store(int64_t row, float lse, const float* values) const {
     a.lse[lse_at(row)] = lse;
     store_floats(a.out, a.dtype, q_at(a.out_strides, row), a.v_dim, values);
   }
-  int64_t head(int64_t row) const { return kv_head * group + row % group; }
+  int64_t head(int64_t row) const { return first_head + row % group; }
   int64_t query(int64_t row) const { return row / group; }
   int64_t offset(const int64_t* strides, int64_t head, int64_t i) const {
     return batch * strides[0] + head * strides[1] + i * strides[2];
@@ -135,13 +166,14 @@ class DenseKeys {
         packed(v_tiles + kDenseKeys * p.width()) {}
 
   int64_t keys() const { return kDenseKeys; }
+  int64_t start(int64_t j) const { return j / 16 * 16; }
   void queries(int64_t first, const RowTiles& tiles) {
     tile_rows = tiles.rows;
     pack_queries(p, first, tiles, packed);
   }
-  void block(int64_t j) {
+  void block(int64_t j, int64_t hi) {
     const memlm_attention_args& a = p.a;
-    const int64_t count = p.k_len - j < kDenseKeys ? p.k_len - j : kDenseKeys;
+    const int64_t count = hi - j < kDenseKeys ? hi - j : kDenseKeys;
     pack_turned(element(a.k, a.dtype, p.k_at(a.k_strides, j)), a.dtype, a.k_strides[2], count,
                 a.head_dim, k_tiles);
     pack_straight(element(a.v, a.dtype, p.k_at(a.v_strides, j)), a.dtype, a.v_strides[2], count,
@@ -162,9 +194,11 @@ class DenseKeys {
 };
 
 inline memlm_status attention(const memlm_attention_args& a) {
-  return run_passages<DenseKeys>(a.batch, a.kv_heads, a.threads, [&](int64_t sequence, int64_t head) {
-    return DensePassage(a, sequence, head);
-  });
+  const int64_t members = DensePassage::members(a);
+  return run_passages<DenseKeys>(
+      a.batch, a.kv_heads * members, a.threads, [&](int64_t sequence, int64_t passage) {
+        return DensePassage(a, sequence, passage / members, passage % members);
+      });
 }
 
 }  // namespace MEMLM_ISA

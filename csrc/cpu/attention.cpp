@@ -50,9 +50,12 @@ memlm_status check(const memlm_attention_args* args) {
     return fail(MEMLM_INVALID, "q_offsets, k_offsets: one is NULL, the other is not");
   if (a.q_offsets) {
     if (a.mask) return fail(MEMLM_INVALID, "mask: is not for sequences with offsets");
+    if (a.block_mask) return fail(MEMLM_INVALID, "block_mask: is not for sequences with offsets");
     if (memlm_status s = check_offsets(a.q_offsets, "q_offsets", a.batch, a.q_len)) return s;
     if (memlm_status s = check_offsets(a.k_offsets, "k_offsets", a.batch, a.k_len)) return s;
   }
+  if (a.block_mask && (a.mask_block < 32 || a.mask_block > INT32_MAX || a.mask_block % 32))
+    return fail(MEMLM_INVALID, "mask_block: got %lld, accepted are multiples of 32", (ll)a.mask_block);
   if (!(a.scale - a.scale == 0)) return fail(MEMLM_INVALID, "scale: got %g, accepted is a finite one", a.scale);
   if (!(a.softcap >= 0) || a.softcap - a.softcap != 0)
     return fail(MEMLM_INVALID, "softcap: got %g, accepted is 0 or above", a.softcap);

@@ -3,23 +3,23 @@
 //
 //     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 //
-// One thread takes a passage (the queries of one sequence that read one key-value head, rows as in
-// attend-inl.h), so that nobody else adds to its dK and dV.  A block of rows passes over blocks of keys:
+// One thread takes the passages (rows as in attend-inl.h) of one sequence that read one key-value head, so
+// that nobody else adds to its dK and dV.  A block of rows passes over blocks of keys:
 //
 //            keys ->                    The five products of one block of each, all by multiply(): S and
 //        +-----+-----+                  dP for one register tile of rows after the other, turned into P
 //   rows | P dS|     |                  and dS on the way; then dQ, by tiles of rows, and dV and dK, by
 //        +-----+-----+                  tiles of keys.
 //
-// Where there are few passages their blocks of rows are dealt out to parts, each with its own dK and dV,
-// which are added in the end.
+// Where there are few key-value heads their blocks of rows are dealt out to parts, each with its own dK and
+// dV, which are added in the end.
 #pragma once
 #include "attention-inl.h"
 
 namespace memlm {
 namespace MEMLM_ISA {
 
-// Passages are cut in parts where there are fewer of them, so that there are about as many parts.
+// Key-value heads are cut in parts where there are fewer of them, so that there are about as many parts.
 constexpr int64_t kLeastParts = 4;
 // Floats from one row of P to the next: with those of 128 keys alone, a column of P would lie in an
 // eighth of the L1's sets.
@@ -165,7 +165,8 @@ class BackwardPassage {
 
   // The rows from r0 on, as many as a block has.
   void block(int64_t r0) {
-    const int64_t left = passage.rows() - r0, count = left < kBlockRows ? left : kBlockRows;
+    const int64_t left = passage.rows() - r0, most = passage.block_rows();
+    const int64_t count = left < most ? left : most;
     const RowTiles tiles = RowTiles::even(count, kTileM);
     PackedRows q(room.q, a.head_dim, count), grad(room.grad, a.v_dim, count);
     for (int64_t r = 0; r < count; ++r) {
@@ -178,9 +179,10 @@ class BackwardPassage {
       if (g.grad_mask) memset(mask_row(r0 + r), 0, sizeof(float) * passage.k_len);
     }
     memset(room.dq, 0, sizeof(float) * count * dim);
-    const int64_t lo = room.rows[0].lo, hi = room.rows[count - 1].hi;
-    for (int64_t j = lo / kDenseKeys * kDenseKeys; j < hi; j += kDenseKeys)
-      with_keys(r0, tiles, q, grad, j);
+    passage.runs(r0, room.rows[0].lo, room.rows[count - 1].hi, [&](int64_t lo, int64_t hi) {
+      for (int64_t j = lo / 16 * 16; j < hi; j += kDenseKeys)
+        with_keys(r0, tiles, q, grad, j, hi - j < kDenseKeys ? hi - j : kDenseKeys);
+    });
     alignas(64) float some[kMostHeadDim];
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t c = 0; c < dim; c += 16)
@@ -199,9 +201,8 @@ class BackwardPassage {
   }
 
   void with_keys(int64_t r0, const RowTiles& tiles, const PackedRows& q, const PackedRows& grad,
-                 int64_t j) {
+                 int64_t j, int64_t keys) {
     const ScoreRules rules = passage.rules();
-    const int64_t left = passage.k_len - j, keys = left < kDenseKeys ? left : kDenseKeys;
     const char* k = element(a.k, a.dtype, passage.k_at(a.k_strides, j));
     const char* v = element(a.v, a.dtype, passage.k_at(a.v_strides, j));
     pack_turned(k, a.dtype, a.k_strides[2], keys, a.head_dim, room.k_turned);
@@ -280,25 +281,29 @@ inline void sink_gradients(const memlm_attention_args& a, const memlm_attention_
 
 inline memlm_status attention_backward(const memlm_attention_args& a, const memlm_attention_grads& g) {
   const int64_t dim = round_up16(a.head_dim), width = round_up16(a.v_dim);
-  int64_t most_rows = 0, most_keys = 0;
+  const int64_t members = DensePassage::members(a);
+  int64_t row_blocks = 0, most_keys = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    const DensePassage p(a, b, 0);
-    if (p.rows() > most_rows) most_rows = p.rows();
+    const DensePassage p(a, b, 0, 0);
+    const int64_t blocks = members * div_up(p.rows(), p.block_rows());
+    if (blocks > row_blocks) row_blocks = blocks;
     if (p.k_len > most_keys) most_keys = p.k_len;
   }
-  const int64_t passages = a.batch * a.kv_heads, row_blocks = div_up(most_rows, kBlockRows);
-  int64_t parts = passages && passages < kLeastParts ? div_up(kLeastParts, passages) : 1;
+  const int64_t kv_heads = a.batch * a.kv_heads;
+  int64_t parts = kv_heads && kv_heads < kLeastParts ? div_up(kLeastParts, kv_heads) : 1;
   if (parts > row_blocks) parts = row_blocks ? row_blocks : 1;
   // Rows of sums that are rows of the result need no place of their own.
   const bool direct = a.dtype == MEMLM_F32 && parts == 1 && dim == a.head_dim && width == a.v_dim;
   const int64_t sums_floats = direct ? 0 : most_keys * (dim + width);
   const int64_t room_bytes = BackwardRoom::bytes(a);
   const Buffer rooms(room_bytes * a.threads);
-  const Buffer sums(4 * sums_floats * (parts > 1 ? passages * parts : a.threads));
+  const Buffer sums(4 * sums_floats * (parts > 1 ? kv_heads * parts : a.threads));
   if (!rooms.p || !sums.p) return MEMLM_NO_MEMORY;
   if (g.grad_sinks) sink_gradients(a, g);
 
-  const auto passage = [&](int64_t i) { return DensePassage(a, i / a.kv_heads, i % a.kv_heads); };
+  const auto passage = [&](int64_t i, int64_t member = 0) {
+    return DensePassage(a, i / a.kv_heads, i % a.kv_heads, member);
+  };
   const auto sums_at = [&](int64_t i) { return static_cast<float*>(sums.p) + i * sums_floats; };
   // Key i of the results from `parts` sums.
   const auto store = [&](const DensePassage& p, int64_t i, int64_t count, const float* first) {
@@ -316,7 +321,7 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
     store_floats(g.grad_v, a.dtype, p.k_at(g.grad_v_strides, i), a.v_dim, some);
   };
 
-  parallel_for(passages * parts, 1, a.threads, [&](int64_t begin, int64_t end, int slot) {
+  parallel_for(kv_heads * parts, 1, a.threads, [&](int64_t begin, int64_t end, int slot) {
     char* const room = static_cast<char*>(rooms.p) + slot * room_bytes;
     for (int64_t i = begin; i < end; ++i) {
       const DensePassage p = passage(i / parts);
@@ -330,14 +335,18 @@ inline memlm_status attention_backward(const memlm_attention_args& a, const meml
         memset(dk.p + key * dk.row, 0, sizeof(float) * dim);
         memset(dv.p + key * dv.row, 0, sizeof(float) * width);
       }
-      BackwardPassage work(a, g, p, room, dk, dv);
-      for (int64_t r0 = i % parts * kBlockRows; r0 < p.rows(); r0 += parts * kBlockRows) work.block(r0);
+      int64_t block = 0;  // of all passages
+      for (int64_t member = 0; member < members; ++member) {
+        BackwardPassage work(a, g, passage(i / parts, member), room, dk, dv);
+        for (int64_t r0 = 0; r0 < p.rows(); r0 += p.block_rows())
+          if (block++ % parts == i % parts) work.block(r0);
+      }
       if (!direct && parts == 1)
         for (int64_t key = 0; key < p.k_len; ++key) store(p, key, 1, own);
     }
   });
   if (parts > 1) {
-    parallel_for(passages * most_keys, 64, a.threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(kv_heads * most_keys, 64, a.threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const DensePassage p = passage(i / most_keys);
         if (i % most_keys < p.k_len) store(p, i % most_keys, parts, sums_at(i / most_keys * parts));

@@ -33,6 +33,9 @@ struct PagedPassage {
   }
   int64_t rows() const { return count * group; }
   int64_t width() const { return call.block.width; }
+  int64_t block_rows() const { return kBlockRows; }
+  template <class Use>
+  void runs(int64_t, int64_t lo, int64_t hi, const Use& use) const { use(lo, hi); }
   int64_t head(int64_t row) const { return kv_head * group + row % group; }
   int64_t at(int64_t row, int64_t stride) const {
     return (first + row / group) * stride + head(row) * call.block.dim;
@@ -124,6 +127,7 @@ class PlainKeys {
   PlainKeys(const PagedPassage& p, char* room) : p(p), floats(p.call.block, room) {}
 
   int64_t keys() const { return p.call.block.tokens; }
+  int64_t start(int64_t j) const { return j / keys() * keys(); }
   void queries(int64_t first, const RowTiles& tiles) {
     alignas(64) float x[kMostHeadDim];
     for (int64_t t = 0; t < tiles.count; ++t)
@@ -132,7 +136,7 @@ class PlainKeys {
         floats.query(t, tiles.rows, m, tiles.rows_of(t), x);
       }
   }
-  void block(int64_t j) { floats.set(p.block_of(j)); }
+  void block(int64_t j, int64_t) { floats.set(p.block_of(j)); }
   template <int MT>
   void scores(int64_t tile, int64_t first, int64_t blocks, float* s) const {
     floats.template scores<MT>(tile, first, blocks, s);
@@ -274,6 +278,7 @@ class CodedKeys {
         tail(kv_tail(b), room + queries_bytes(b) + scales_bytes(b)) {}
 
   int64_t keys() const { return b.tokens; }
+  int64_t start(int64_t j) const { return j / b.tokens * b.tokens; }
   void queries(int64_t first, const RowTiles& tiles) {
     alignas(64) float x[kMostHeadDim];
     tile_rows = tiles.rows;
@@ -289,7 +294,7 @@ class CodedKeys {
       }
     }
   }
-  void block(int64_t j) {
+  void block(int64_t j, int64_t) {
     const char* const unrounded = p.tail_of(j);
     in_tail = unrounded != nullptr;
     if (in_tail) return tail.set(unrounded);

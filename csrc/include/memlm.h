@@ -182,6 +182,12 @@ typedef struct {
   const void* mask;        /* added to the scores, or NULL: [batch, heads, q_len, k_len] */
   int64_t mask_strides[4]; /* in elements; 0 repeats */
   int mask_is_bool;        /* its elements are bytes, 0: not seen; else of dtype */
+  /* Bytes [batch, heads, ceil(q_len / mask_block), ceil(k_len / mask_block)], or NULL.  0: none of these
+   * mask_block queries sees any of these mask_block keys: nothing of the block is computed, its keys and
+   * values are not read.  Not with offsets. */
+  const uint8_t* block_mask;
+  int64_t block_mask_strides[4]; /* 0 repeats */
+  int64_t mask_block;            /* a multiple of 32; not read without block_mask */
   float softcap;           /* above 0: scores s become softcap * tanh(s / softcap), before any bias */
   const float* slopes;     /* [heads], or NULL: score += -slope * |distance| (arXiv:2108.12409) */
   const float* sinks;      /* [heads], or NULL: a further score, of a key without value */

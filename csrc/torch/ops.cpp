@@ -260,7 +260,9 @@ Tensor by_token(const Tensor& like, const std::vector<int64_t>& shape) {
 // What keeps the memory of memlm_attention_args alive.
 struct AttentionInputs {
   Tensor q, k, v;
-  OptionalTensor mask, q_offsets, k_offsets, slopes, sinks;
+  OptionalTensor mask, block_mask;
+  int64_t mask_block;
+  OptionalTensor q_offsets, k_offsets, slopes, sinks;
   double scale;
   int64_t left, right;
   bool to_end;
@@ -323,6 +325,23 @@ struct AttentionInputs {
       }
       a.mask = mask->const_data_ptr();
     }
+    if (block_mask) {
+      STD_TORCH_CHECK(mask_block >= 1 && mask_block <= INT32_MAX, "mask_block: got ", mask_block,
+                      ", accepted are multiples of 32");
+      const auto blocks = [&](int64_t tokens) { return (tokens + mask_block - 1) / mask_block; };
+      const int64_t whole[] = {batch, a.heads, blocks(a.q_len), blocks(a.k_len)};
+      STD_TORCH_CHECK(block_mask->is_cpu() && block_mask->dim() == 4,
+                      "block_mask: must be on the CPU, with 4 dimensions");
+      STD_TORCH_CHECK(block_mask->scalar_type() == ScalarType::Bool, "block_mask: expected bool");
+      for (int i = 0; i < 4; ++i) {
+        const int64_t size = block_mask->size(i);
+        STD_TORCH_CHECK(size == whole[i] || (size == 1 && i < 2), "block_mask: dimension ", i, " is ",
+                        size, ", expected ", i < 2 ? "1 or " : "", whole[i]);
+        a.block_mask_strides[i] = size == 1 ? 0 : block_mask->stride(i);
+      }
+      a.block_mask = static_cast<const uint8_t*>(block_mask->const_data_ptr());
+      a.mask_block = mask_block;
+    }
     for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
       if (!*t) continue;
       check_part(**t, name, {a.heads});
@@ -344,11 +363,12 @@ struct AttentionInputs {
 };
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
+                                     OptionalTensor block_mask, int64_t mask_block,
                                      OptionalTensor q_offsets, OptionalTensor k_offsets, double scale,
                                      int64_t left, int64_t right, bool to_end, double softcap,
                                      OptionalTensor slopes, OptionalTensor sinks, double dropout,
                                      OptionalTensor seed) {
-  AttentionInputs in = {q, k, v, mask, q_offsets, k_offsets, slopes, sinks,
+  AttentionInputs in = {q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks,
                         scale, left, right, to_end, softcap, dropout, seed};
   memlm_attention_args args = in.args();
   Tensor out = by_token(in.q, {in.q.size(0), args.heads, args.q_len, args.v_dim});
@@ -362,10 +382,10 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, OptionalTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor mask,
-    OptionalTensor q_offsets, OptionalTensor k_offsets, double scale, int64_t left, int64_t right,
-    bool to_end, double softcap, OptionalTensor slopes, OptionalTensor sinks, double dropout,
-    OptionalTensor seed, bool want_mask) {
-  AttentionInputs in = {q, k, v, mask, q_offsets, k_offsets, slopes, sinks,
+    OptionalTensor block_mask, int64_t mask_block, OptionalTensor q_offsets, OptionalTensor k_offsets,
+    double scale, int64_t left, int64_t right, bool to_end, double softcap, OptionalTensor slopes,
+    OptionalTensor sinks, double dropout, OptionalTensor seed, bool want_mask) {
+  AttentionInputs in = {q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks,
                         scale, left, right, to_end, softcap, dropout, seed};
   memlm_attention_args args = in.args();
   const std::vector<int64_t> out_shape = {q.size(0), args.heads, args.q_len, args.v_dim};
@@ -537,14 +557,16 @@ STABLE_TORCH_LIBRARY(memlm, m) {
       "quantize_weight(Tensor w, int bits, int codebook, int group, bool has_offsets, "
       "ScalarType scale_dtype) -> (Tensor codes, Tensor scales, Tensor offsets)");
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, "
-      "float scale, int left, int right, bool to_end, float softcap, Tensor? slopes, Tensor? sinks, "
-      "float dropout, Tensor? seed) -> (Tensor out, Tensor lse)");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? block_mask, int mask_block, "
+      "Tensor? q_offsets, Tensor? k_offsets, float scale, int left, int right, bool to_end, "
+      "float softcap, Tensor? slopes, Tensor? sinks, float dropout, Tensor? seed) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? mask, Tensor? q_offsets, Tensor? k_offsets, float scale, int left, int right, "
-      "bool to_end, float softcap, Tensor? slopes, Tensor? sinks, float dropout, Tensor? seed, "
-      "bool want_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+      "Tensor? mask, Tensor? block_mask, int mask_block, Tensor? q_offsets, Tensor? k_offsets, "
+      "float scale, int left, int right, bool to_end, float softcap, Tensor? slopes, Tensor? sinks, "
+      "float dropout, Tensor? seed, bool want_mask) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
   m.def(
       "kv_append(Tensor(a!) pool, Tensor(b!)? tails, Tensor k, Tensor v, Tensor rows, Tensor lengths, "
       "Tensor tables, Tensor? tail_of, int type, int block_tokens) -> ()");

@@ -10,10 +10,13 @@ from memlm.ops._matmul import X_DTYPES, register_autocast
 from memlm.ops._registry import define
 
 MOST_DIM = 512
+MASK_BLOCK_UNIT = 32
 GOLDEN_RATIO, MASK32 = 0x9E3779B9, 0xFFFFFFFF
 
 
-def _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed) -> None:
+def _check(
+    q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks, dropout, seed
+) -> None:
     """Raises TypeError or ValueError naming the argument of the op that does not fit."""
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -42,6 +45,10 @@ def _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed) ->
             )
         if q_offsets is not None:
             raise ValueError("attn_mask: is not for packed sequences")
+    if block_mask is not None:
+        _check_block_mask(block_mask, mask_block, q, k_len)
+        if q_offsets is not None:
+            raise ValueError("block_mask: is not for packed sequences")
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     for name, x in (("slopes", slopes), ("sinks", sinks)):
         if x is not None and (x.dtype != exact or tuple(x.shape) != (heads,)):
@@ -58,6 +65,27 @@ def _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed) ->
                 raise ValueError(
                     f"{name}: got {x.dtype} {list(x.shape)}, expected int64 [sequences + 1]"
                 )
+
+
+def _check_block_mask(block_mask, size: int, q, k_len: int) -> None:
+    if size < MASK_BLOCK_UNIT or size % MASK_BLOCK_UNIT:
+        raise ValueError(f"mask_block: got {size}, accepted are multiples of {MASK_BLOCK_UNIT}")
+    if block_mask.dtype != torch.bool or block_mask.device != q.device:
+        raise TypeError(
+            f"block_mask: got {block_mask.dtype} on {block_mask.device}, "
+            f"expected torch.bool on {q.device}, as query"
+        )
+    batch, heads, q_len, _ = q.shape
+    sizes = (batch, heads, -(-q_len // size), -(-k_len // size))
+    if (
+        block_mask.dim() != 4
+        or block_mask.shape[2:] != sizes[2:]
+        or any(m not in (1, n) for m, n in zip(block_mask.shape, sizes))
+    ):
+        raise ValueError(
+            f"block_mask: got shape {list(block_mask.shape)}, expected {list(sizes)} "
+            f"for blocks of {size}, the first two may be 1"
+        )
 
 
 def _check_offsets(name: str, offsets: torch.Tensor, total: int) -> list[int]:
@@ -78,17 +106,19 @@ def _by_token(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
 
 
 def _fake(
-    q, k, v, mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, sinks,
-    dropout, seed,
+    q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right, to_end,
+    softcap, slopes, sinks, dropout, seed,
 ):  # fmt: skip
-    _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed)
+    _check(
+        q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks, dropout, seed
+    )
     out = _by_token(q, (*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_fake(
-    grad_out, q, k, v, out, lse, mask, q_offsets, k_offsets, scale, left, right, to_end, softcap,
-    slopes, sinks, dropout, seed, want_mask,
+    grad_out, q, k, v, out, lse, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left,
+    right, to_end, softcap, slopes, sinks, dropout, seed, want_mask,
 ):  # fmt: skip
     dmask = (*q.shape[:3], k.shape[2]) if want_mask else (0,)
     return (
@@ -134,13 +164,22 @@ def dropout_factors(
     return (hashes >= math.floor(p * 2**32)).double() / (1 - p)
 
 
+def block_mask_elements(
+    block_mask: torch.Tensor, mask_block: int, q_len: int, k_len: int
+) -> torch.Tensor:
+    """[B, H, q_len, k_len] of a block mask [B, H, ceil(q_len / mask_block), ceil(k_len /
+    mask_block)]: every block's value at all its elements."""
+    rows = block_mask.repeat_interleave(mask_block, -2)[..., :q_len, :]
+    return rows.repeat_interleave(mask_block, -1)[..., :k_len]
+
+
 class _Matrices:
     """Of one batch, all in f32, or f64 for f64: ``p [B, H, L, S]`` probabilities, ``kept`` what
     dropout multiplies them with (1: nothing), ``slope`` of the soft-cap (1: none), ``lse``."""
 
     def __init__(
-        self, q, k, mask, sequences, scale, left, right, to_end, softcap, slopes, sinks, dropout,
-        seed,
+        self, q, k, mask, block_mask, mask_block, sequences, scale, left, right, to_end, softcap,
+        slopes, sinks, dropout, seed,
     ):  # fmt: skip
         heads, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
         scores = scale * (q @ k.transpose(-1, -2))
@@ -157,6 +196,8 @@ class _Matrices:
             seen = seen & (distance >= -left)
         if right >= 0:
             seen = seen & (distance <= right)
+        if block_mask is not None:
+            seen = seen & block_mask_elements(block_mask, mask_block, q_len, k_len)
         if mask is not None and mask.dtype == torch.bool:
             seen = seen & mask
         elif mask is not None:
@@ -196,25 +237,28 @@ def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _reference(
-    q, k, v, mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, sinks,
-    dropout, seed,
+    q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right, to_end,
+    softcap, slopes, sinks, dropout, seed,
 ):  # fmt: skip
-    _check(q, k, v, mask, q_offsets, k_offsets, slopes, sinks, dropout, seed)
+    _check(
+        q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks, dropout, seed
+    )
     heads = q.shape[1]
     rules = (scale, left, right, to_end, softcap, slopes, sinks, dropout, seed)
     exact_q, exact_k, exact_v = _exact(q), _repeated(k, heads), _repeated(v, heads)
     out = _by_token(exact_q, (*q.shape[:3], v.shape[3]))
     lse = exact_q.new_empty(q.shape[:3])
     for number, rows, keys in _pieces(q, k, q_offsets, k_offsets):
-        m = _Matrices(exact_q[:, :, rows], exact_k[:, :, keys], mask, number, *rules)
+        here = exact_q[:, :, rows], exact_k[:, :, keys]
+        m = _Matrices(*here, mask, block_mask, mask_block, number, *rules)
         out[:, :, rows] = m.p * m.kept @ exact_v[:, :, keys]
         lse[:, :, rows] = m.lse
     return _by_token(q, out.shape).copy_(out), lse
 
 
 def _backward_reference(
-    grad_out, q, k, v, out, lse, mask, q_offsets, k_offsets, scale, left, right, to_end, softcap,
-    slopes, sinks, dropout, seed, want_mask,
+    grad_out, q, k, v, out, lse, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left,
+    right, to_end, softcap, slopes, sinks, dropout, seed, want_mask,
 ):  # fmt: skip
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     rules = (scale, left, right, to_end, softcap, slopes, sinks, dropout, seed)
@@ -225,7 +269,7 @@ def _backward_reference(
     dmask = exact_q.new_empty(0)
     for number, rows, keys in _pieces(q, k, q_offsets, k_offsets):
         here = exact_q[:, :, rows], exact_k[:, :, keys], exact_v[:, :, keys], grad[:, :, rows]
-        m = _Matrices(here[0], here[1], mask, number, *rules)
+        m = _Matrices(*here[:2], mask, block_mask, mask_block, number, *rules)
         dp = here[3] @ here[2].transpose(-1, -2) * m.kept
         dscores = m.p * (dp - delta[:, :, rows])
         dv[:, :, keys] = (m.p * m.kept).transpose(-1, -2) @ here[3]
@@ -249,24 +293,27 @@ _op_backward = define("attention_backward", _backward_reference, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, q_offsets, k_offsets, *rest = inputs
+    q, k, v, mask, block_mask, ctx.mask_block, q_offsets, k_offsets, *rest = inputs
     scale, left, right, to_end, softcap, slopes, sinks, dropout, seed = rest
-    ctx.save_for_backward(q, k, v, *output, mask, q_offsets, k_offsets, slopes, sinks, seed)
+    ctx.save_for_backward(
+        q, k, v, *output, mask, block_mask, q_offsets, k_offsets, slopes, sinks, seed
+    )
     ctx.rules = scale, left, right, to_end, softcap, dropout
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad_out, _):
-    *tensors, slopes, sinks, seed = ctx.saved_tensors
+    *tensors, q_offsets, k_offsets, slopes, sinks, seed = ctx.saved_tensors
     *rules, dropout = ctx.rules
     mask, want_mask = tensors[5], ctx.needs_input_grad[3]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     dq, dk, dv, dmask, dsinks = _op_backward(
-        grad_out, *tensors, *rules, slopes, sinks, dropout, seed, want_mask
-    )
+        grad_out, *tensors, ctx.mask_block, q_offsets, k_offsets, *rules, slopes, sinks, dropout,
+        seed, want_mask,
+    )  # fmt: skip
     dmask = dmask.sum_to_size(mask.shape).to(mask.dtype) if want_mask else None
-    return dq, dk, dv, dmask, *(None,) * 8, None if sinks is None else dsinks, None, None
+    return dq, dk, dv, dmask, *(None,) * 10, None if sinks is None else dsinks, None, None
 
 
 _op = define("attention", _reference, _fake, _backward, _setup_context)
@@ -315,15 +362,13 @@ def _four(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:
     return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 
 
-def _four_mask(mask, query: torch.Tensor, batch: tuple[int, ...]):
+def _four_mask(name: str, mask, query: torch.Tensor, batch: tuple[int, ...]):
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"attn_mask: got {type(mask).__name__}, expected a tensor")
-    if mask.dtype == torch.float32:
-        mask = mask.to(query.dtype)
+        raise TypeError(f"{name}: got {type(mask).__name__}, expected a tensor")
     if mask.dim() > len(batch) + 3:
-        raise ValueError(f"attn_mask: got {mask.dim()} dimensions, query has {query.dim()}")
+        raise ValueError(f"{name}: got {mask.dim()} dimensions, query has {query.dim()}")
     mask = mask[(None,) * (3 - mask.dim())]
     if all(size == 1 for size in mask.shape[:-3]):
         return mask.reshape(1, *mask.shape[-3:])
@@ -331,7 +376,7 @@ def _four_mask(mask, query: torch.Tensor, batch: tuple[int, ...]):
         return _four(mask, batch)
     except RuntimeError:
         raise ValueError(
-            f"attn_mask: got shape {list(mask.shape)}, "
+            f"{name}: got shape {list(mask.shape)}, "
             f"its first dimensions must broadcast to {list(batch)}"
         ) from None
 
@@ -352,6 +397,8 @@ def attention(
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     seed: int | None = None,
+    block_mask: torch.Tensor | None = None,
+    mask_block: int = 128,
 ) -> torch.Tensor:
     """``softmax(scale * query key^T + bias) value``, with the arguments of
     ``torch.nn.functional.scaled_dot_product_attention`` and more; exact, in memory of the order of
@@ -373,6 +420,14 @@ def attention(
     softcap: above 0, scores s become ``softcap * tanh(s / softcap)`` before mask and slopes.
     slopes: f32 [H]: ``- slope * |p - j|`` is added to the score of key j (ALiBi, arXiv:2108.12409).
     sinks: f32 [H], a further score for each head, of a key without value (arXiv:2309.17453).
+    block_mask: bool, of blocks of ``mask_block`` queries by ``mask_block`` keys (arXiv:1904.10509):
+        ``[..., H, ceil(L / mask_block), ceil(S / mask_block)]``, dimensions before the last two
+        broadcast.  False: none of these queries sees any of these keys.  Nothing of the block is
+        computed, forward or backward, nor are its keys and values read: the time goes with the
+        share that is True.  It holds beside all other limits, and counts queries from the first
+        one given, with ``to_end`` too.
+    mask_block: a multiple of 32.  128 are as many keys as the kernel takes at a time; of 64 it
+        packs keys and values twice as often, for some percent of the time, of 32 four times.
 
     A query that sees no key gives zeros, where torch's kernels differ.  NaN reaches every row that
     sees it.  Differentiable in query, key, value, attn_mask, sinks; on devices without a kernel the
@@ -401,15 +456,20 @@ def attention(
     except RuntimeError:
         shapes = [list(x.shape[:-3]) for x in (query, key, value)]
         raise ValueError(f"query, key, value: {shapes} do not broadcast") from None
-    mask = _four_mask(attn_mask, query, batch)
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.float32:
+        attn_mask = attn_mask.to(query.dtype)
+    mask = _four_mask("attn_mask", attn_mask, query, batch)
+    block_mask = _four_mask("block_mask", block_mask, query, batch)
     q, k, v = (_four(x, batch) for x in (query, key, value))
     try:
         out, _ = _op(
-            q, k, v, mask, None, None, scale, left, right, to_end, softcap, slopes, sinks,
-            dropout_p, seed,
+            q, k, v, mask, block_mask, mask_block, None, None, scale, left, right, to_end, softcap,
+            slopes, sinks, dropout_p, seed,
         )  # fmt: skip
     except Exception:  # the op checks all of this again, after autocast, which may make it fit
-        _check(q, k, v, mask, None, None, slopes, sinks, dropout_p, seed)
+        _check(
+            q, k, v, mask, block_mask, mask_block, None, None, slopes, sinks, dropout_p, seed
+        )
         raise
     if dims == 4:
         return out
@@ -451,11 +511,11 @@ def attention_varlen(
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     try:
         out, _ = _op(
-            q, k, v, None, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, sinks,
-            dropout_p, seed,
+            q, k, v, None, None, 0, q_offsets, k_offsets, scale, left, right, to_end, softcap,
+            slopes, sinks, dropout_p, seed,
         )  # fmt: skip
     except Exception:
-        _check(q, k, v, None, q_offsets, k_offsets, slopes, sinks, dropout_p, seed)
+        _check(q, k, v, None, None, 0, q_offsets, k_offsets, slopes, sinks, dropout_p, seed)
         _check_offsets("q_offsets", q_offsets, query.shape[0])
         _check_offsets("k_offsets", k_offsets, key.shape[0])
         raise

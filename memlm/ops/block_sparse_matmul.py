@@ -141,7 +141,8 @@ def block_sparse_matmul(
     scales.
 
     With packed codes, ``fast`` is as for :func:`memlm.ops.w4_matmul`; floats are multiplied in f32
-    in both modes.  bias, norm, eps, swiglu and residual are as there.
+    in both modes.  Inf and NaN of x reach what is stored at their k, and nothing else of their row.
+    bias, norm, eps, swiglu and residual are as there.
 
     Differentiable with respect to x, bias, norm and residual, and to ``codes`` that are floats: on
     the stored blocks only (the product of the gradient and x, sampled there), so that a pruned

@@ -806,6 +806,18 @@ void check_attention_case(const AttentionCase& c) {
   args.mask_strides[0] = c.q_len * c.k_len, args.mask_strides[2] = c.k_len, args.mask_strides[3] = 1;
   if (c.slopes) args.slopes = static_cast<const float*>(slopes.data());
   if (c.sinks) args.sinks = static_cast<const float*>(sinks.data());
+  std::vector<uint8_t> shown;  // block by block
+  if (c.mask_block) {
+    const int64_t size = c.mask_block;
+    const int64_t rows = (c.q_len + size - 1) / size, columns = (c.k_len + size - 1) / size;
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) shown.push_back(!c.hidden(h, i * size, j * size));
+    args.block_mask = shown.data();
+    args.mask_block = size;
+    args.block_mask_strides[1] = rows * columns, args.block_mask_strides[2] = columns;
+    args.block_mask_strides[3] = 1;
+  }
 
   on_every_isa([&] {
     std::vector<std::vector<uint8_t>> first;
@@ -859,6 +871,8 @@ void check_attention() {
       {1, 1, 1, 210, 131, 8, 8, f32, 0.4f, -1, 0, 1, 0, 0, false, false, 0, 0},  // rows before all keys
       {1, 6, 2, 1, 300, 16, 16, f32, 0.3f, -1, 0, 1, 0, 0, false, true, 0, 0},
       {1, 2, 2, 3, 1, 1, 1, f16, 1, -1, -1, 0, 0, 0, false, false, 0, 0},
+      {2, 4, 2, 70, 100, 16, 24, f32, 0.3f, -1, 0, 1, 0, 0, false, false, 0, 0, 32},
+      {1, 2, 1, 5, 200, 16, 16, bf16, 0.3f, -1, -1, 0, 2, 2, true, true, 0.2f, 7, 64},
   };
   for (const AttentionCase& c : cases) check_attention_case(c);
 }

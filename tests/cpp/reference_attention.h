@@ -16,7 +16,11 @@ struct AttentionCase {
   bool slopes, sinks;
   float dropout;
   uint64_t seed;
+  int64_t mask_block = 0;  // of a block mask by head; 0: none
 
+  bool hidden(int64_t h, int64_t i, int64_t j) const {
+    return mask_block && (2 * h + 5 * (i / mask_block) + j / mask_block) % 3;
+  }
   int64_t q_rows() const { return batch * heads * q_len; }
   int64_t k_rows() const { return batch * kv_heads * k_len; }
 };
@@ -59,7 +63,7 @@ inline AttentionResults attention(const AttentionCase& c, const Values& q, const
   AttentionResults r = {Bounded(c.q_rows() * c.v_dim), Bounded(c.q_rows()), Bounded(c.q_rows() * c.dim),
                         Bounded(c.k_rows() * c.dim),   Bounded(c.k_rows() * c.v_dim),
                         Bounded(c.q_rows() * keys),    Bounded(c.heads)};
-  const double sums = sum_of(keys + 1) + 2 * u * (1 + keys / 128);
+  const double sums = sum_of(keys + 1) + 2 * u * (1 + keys / (c.mask_block ? 32 : 128));
   const double rows_sum = sum_of(c.q_len * group) + 4 * u;
   for (int64_t row = 0; row < c.q_rows(); ++row) {
     const int64_t i = row % c.q_len, h = row / c.q_len % c.heads, b = row / c.q_len / c.heads;
@@ -87,7 +91,7 @@ inline AttentionResults attention(const AttentionCase& c, const Values& q, const
       const double bias = c.slopes ? slopes[h] * distance : 0;
       s[j] += added - bias;
       off[j] += 3 * u * (std::fabs(s[j]) + bias + std::fabs(added));
-      const bool unseen = (c.left >= 0 && j < at - c.left) || (c.right >= 0 && j > at + c.right) ||
+      const bool unseen = c.hidden(h, i, j) || (c.left >= 0 && j < at - c.left) || (c.right >= 0 && j > at + c.right) ||
                           (c.mask == 1 && mask[(b * c.q_len + i) * keys + j] == 0);
       if (unseen) s[j] = -INFINITY;
       if (unseen || s[j] == -INFINITY) off[j] = 0;
