@@ -14,6 +14,7 @@ from memlm.prune.families import Family, Reached, Run
 from memlm.prune.gram import Gram
 
 TOKENS = 2048  # in a batch: what bounds the memory of activations inside a layer
+WORDS = 0.7  # of English, in a token
 
 
 def batches_of(model: nn.Module, calibration, samples: int, length: int) -> list:
@@ -21,9 +22,9 @@ def batches_of(model: nn.Module, calibration, samples: int, length: int) -> list
 
     calibration: token ids ``[batch, length]`` (of an encoder ``(ids, mask)``), or several of these,
         of transformers' models also dicts of arguments; or text, of a model with a tokenizer: of a
-        decoder one string, of which up to ``samples`` pieces of ``length`` tokens are taken, evenly
-        spread; of an encoder strings (or one, whose paragraphs are taken), cut to ``length``
-        tokens.
+        one string, of which up to ``samples`` pieces of ``length`` tokens (of an encoder, about so
+        many) are taken, evenly spread; or strings, of which an encoder takes up to ``samples``, cut
+        to ``length`` tokens.
 
     Raises ValueError where nothing is given, or text for a model without tokenizer.
     """
@@ -73,7 +74,8 @@ def _windows(ids: list[int], samples: int, length: int) -> list[torch.Tensor]:
 
 def _of_texts(tokenizer, texts: list[str], samples: int, length: int) -> list:
     if len(texts) == 1:
-        texts = [part for part in texts[0].split("\n\n") if part.strip()]
+        words, size = texts[0].split(), max(1, int(WORDS * length))
+        texts = [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
     texts = [texts[i] for i in _spread(len(texts), samples)]
     if not texts:
         raise ValueError("calibration: the text is empty")

@@ -51,7 +51,8 @@ def sparsegpt(
     group's scales are found when its first column is reached, from the weights as they are then.
 
     ``damping`` times the mean of the products' diagonal is added to it; ten and a hundred times
-    as much where there is no Cholesky factor otherwise.  Raises ValueError where that does not help.
+    as much where there is no Cholesky factor otherwise.  Raises ValueError where that does not
+    help.
     """
     factor = inverse_factor(products, damping)
     n, k = weight.shape
