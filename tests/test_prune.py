@@ -412,6 +412,20 @@ def test_text_becomes_batches(tmp_path):
     assert model.tokenizer.decode(pieces[0].tolist()) == "abcdefgh" * 2
 
 
+def test_texts_become_batches_with_masks(tmp_path):
+    tiny.bert(tmp_path)
+    tiny.tokenizer(tmp_path)
+    model = memlm.load(tmp_path)
+    texts = ["abc", "abcdefghijkl", "ab", "x" * 700]
+    batches = batches_of(model, texts, 4, 10)
+    rows = [row[mask].tolist() for ids, mask in batches for row, mask in zip(ids, mask)]
+    assert sorted(map(len, rows)) == [2, 3, 10, 10]
+    assert {"abc", "ab", "x" * 10} < {model.tokenizer.decode(row) for row in rows}
+    # One string: pieces of 7 words, of which 10 tokens stay, and a last one of one word.
+    batches = batches_of(model, "a " * 50, 100, 10)
+    assert sum(int(mask.sum()) for _, mask in batches) == 7 * 10 + 1
+
+
 @pytest.mark.parametrize(
     "settings, match",
     (
