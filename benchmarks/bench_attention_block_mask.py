@@ -1,5 +1,5 @@
-"""``attention`` with block masks of several densities, forward and backward, beside itself without a
-mask, torch's function with the mask's elements, and torch's flex_attention: docs/attention.md.
+"""``attention`` with block masks of several densities, forward and backward, beside itself without
+a mask, torch's function with the mask's elements, and torch's flex_attention: docs/attention.md.
 
     python -m benchmarks.bench_attention_block_mask [--record]
 
@@ -35,9 +35,9 @@ BACKWARD = ("dense", "memlm", "torch")
 
 @dataclass(frozen=True)
 class Case:
-    """Self-attention of one sequence, f32.  Each block of queries sees the block of itself, and others at
-    random, so many that ``density`` of its blocks are seen: of all, or if causal of those up to
-    itself.  The heads share one mask: torch's function would take 537 MB for eight."""
+    """Self-attention of one sequence, f32.  Each block of queries sees the block of itself, and
+    others at random, so many that ``density`` of its blocks are seen: of all, or if causal of those
+    up to itself.  The heads share one mask: torch's function would take 537 MB for eight."""
 
     length: int
     dim: int
