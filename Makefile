@@ -18,6 +18,8 @@ bench: $(VENV)/.rivals
 	$(BIN)/python -m benchmarks.bench_w4_matmul --record
 	$(BIN)/python -m benchmarks.bench_w8_matmul --record
 	$(BIN)/python -m benchmarks.bench_w8a8_matmul --record
+	$(BIN)/python -m benchmarks.bench_block_sparse_matmul --record
+	$(BIN)/python -m benchmarks.bench_w4_sparse_matmul --record
 	$(BIN)/python -m benchmarks.page
 
 # Compiles llama.cpp, which takes some minutes.

@@ -64,6 +64,10 @@ class Case:
     def __str__(self) -> str:
         return f"{self.n}x{self.k}, m={self.m}"
 
+    def weights(self) -> torch.Tensor:
+        """f32 [n, k]; the same tensor for every m."""
+        return _weights(self.n, self.k)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -85,7 +89,9 @@ MATMULS = {
         macs=lambda case: case.m * case.n * case.k,
         share=lambda case: 1.0,
     )
-    for name in ("w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
+    for name in (
+        "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "block_sparse_matmul", "w4_sparse_matmul"
+    )
 }
 EMBEDDING = Operation(
     "embedding",
@@ -292,9 +298,14 @@ def _keep_memory() -> None:
 
 
 def measure(
-    operation: Operation, cases: Iterable[Case], candidates: list[Candidate], threads: list[int]
+    operation: Operation,
+    cases: Iterable[Case],
+    candidates: list[Candidate],
+    threads: list[int],
+    rounds: int | None = None,
 ) -> list[Measurement]:
-    """Times every candidate on every case with every number of threads.
+    """Times every candidate on every case with every number of threads, in so many rounds; None: as
+    many as give good medians.
 
     A rival that refuses a case is left out, with a message.  Raises AssertionError for a result
     that is wrong.
@@ -309,7 +320,7 @@ def measure(
             limit = limits.measure(count)
             for case in cases:
                 progress.update(task, description=f"{operation.name} {case}, {count} threads")
-                for runner in _time(operation, case, candidates):
+                for runner in _time(operation, case, candidates, rounds):
                     c = runner.candidate
                     gops = limit.f32_gmacs if c.arithmetic == "f32" else limit.i8_gmacs
                     results.append(
@@ -332,8 +343,10 @@ def _weights(n: int, k: int) -> torch.Tensor:
     return torch.randn(n, k)
 
 
-def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list[_Runner]:
-    w = _weights(case.n, case.k)
+def _time(
+    operation: Operation, case: Case, candidates: list[Candidate], wanted: int | None
+) -> list[_Runner]:
+    w = case.weights()
     torch.manual_seed(1)
     x = operation.x(case)
     exact = operation.exact(x, w)
@@ -351,7 +364,8 @@ def _time(operation: Operation, case: Case, candidates: list[Candidate]) -> list
     _cool(runners)
     start = time.perf_counter()
     rounds = 0
-    while rounds < ROUNDS or time.perf_counter() - start < SECONDS * len(runners):
+    seconds = 0 if wanted else SECONDS * len(runners)
+    while rounds < (wanted or ROUNDS) or time.perf_counter() - start < seconds:
         for runner in runners:
             runner.turn()
         rounds += 1
@@ -497,7 +511,7 @@ def pytest_cases(candidates: list[Candidate], shapes: list[tuple[int, int]], ms:
 
 def run_benchmark(benchmark, operation: Operation, case: Case, candidate: Candidate) -> None:
     """One entry of pytest-benchmark, with cold weights."""
-    w, x = _weights(case.n, case.k), operation.x(case)
+    w, x = case.weights(), operation.x(case)
     with torch.inference_mode():
         runner = _Runner(candidate, x, w, operation.exact(x, w))
         _cool([runner])

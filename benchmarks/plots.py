@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .harness import Measurement
+
+if TYPE_CHECKING:
+    from .sparse import Line
 
 MARKERS = "os^Dvp*XP<>h"
 Name = tuple[str, str]  # impl, format
@@ -130,4 +134,39 @@ def ratios(results: list[Measurement], reference: Name, path: Path) -> None:
                   loc="outside right center")  # fmt: skip
     title = f"{results[0].op} on {results[0].device}, {results[0].threads} threads"
     figure.suptitle(title, x=0.01, ha="left")  # the legend stands on the right
+    _finish(figure, path, plt)
+
+
+def sparse(lines: list[Line], path: Path) -> None:
+    """Time over that of the dense product, by the share of W that is stored: a panel for each m, the
+    largest W of each format; dotted, the largest ratio that is wanted."""
+    if not (plt := _pyplot()):
+        return
+    largest = max(line.n * line.k for line in lines)
+    lines = [line for line in lines if line.n * line.k == largest]
+    ms = sorted({line.m for line in lines})
+    figure, axes = plt.subplots(
+        1, len(ms), figsize=(3 + 3.5 * len(ms), 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    formats = list(dict.fromkeys(line.format for line in lines))
+    for axis, m in zip(axes[0], ms):
+        for i, format in enumerate(formats):
+            of_format = sorted(
+                (line for line in lines if (line.m, line.format) == (m, format)),
+                key=lambda line: line.density,
+            )
+            stored = [line.density for line in of_format]
+            axis.plot(stored, [line.time_ratio for line in of_format], f"{MARKERS[i]}-",
+                      color=f"C{i}", label=format, markersize=5, linewidth=1)  # fmt: skip
+            if format.startswith("block") and of_format[0].most_time:
+                axis.plot(stored, [line.most_time for line in of_format], ":", color=f"C{i}")
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(title=f"m={m}", xlabel="share of W that is stored", xlim=(0, 1), ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("time / time of the dense product")
+    axes[0][-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    first = lines[0]
+    title = f"W {first.n}x{first.k} on {first.device}, {first.threads} threads"
+    figure.suptitle(title, x=0.01, ha="left")
     _finish(figure, path, plt)

@@ -2,20 +2,10 @@
 // before any memory is read or written; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
-#include "array.h"
-#include "formats.h"
-#include "include/memlm.h"
+#include "packed_array.h"
 
 namespace memlm {
 namespace {
-
-memlm_dtype float_dtype(const Array& array) {
-  if (array.dtype == kF32) return MEMLM_F32;
-  if (array.dtype == kF16) return MEMLM_F16;
-  if (array.dtype == kBF16) return MEMLM_BF16;
-  throw py::type_error(array.name + ": got " + text(array.dtype) +
-                       ", accepted are float32, float16, bfloat16");
-}
 
 Dtype named_dtype(const std::string& name) {
   for (Dtype dtype : {kF32, kF16, kBF16})
@@ -39,54 +29,6 @@ void run(const Call& call) {
   if (status == MEMLM_NO_MEMORY) throw std::bad_alloc();
   if (status != MEMLM_OK) throw py::value_error(memlm_last_error());
 }
-
-// A packed W[n, k], checked against the layout that memlm/formats.py draws.
-struct Packed {
-  int bits;
-  Array codes, scales;
-  OptionalArray offsets;
-  memlm_packed c = {};
-
-  // Of memlm/arrays.py's (Format, n, k, codes, scales, offsets).
-  explicit Packed(const py::tuple& w)
-      : bits(w[0].attr("bits").cast<int>()),
-        codes(w[3], "codes"),
-        scales(w[4], "scales"),
-        offsets(w[5], "offsets") {
-    const auto n = w[1].cast<int64_t>(), k = w[2].cast<int64_t>();
-    const auto group = w[0].attr("group").cast<int64_t>();
-    if (n < 1 || n > INT32_MAX || k < 1 || k > INT32_MAX)
-      throw py::value_error("n, k: got " + text(Shape{n, k}) + ", accepted is 1 to 2^31-1");
-    const int64_t tiles = div_up(n, kTileRows), padded = padded_k(k, group);
-    codes.expect(bits == 8 ? kI8 : kU8, bits == 8 ? " for 8 bits" : " for 2 and 4 bits");
-    codes.expect(Shape{tiles, tile_bytes(bits, padded) / kBlock, kTileRows, kLaneK});
-    codes.expect_contiguous();
-    c.scale_dtype = float_dtype(scales);
-    if (c.scale_dtype == MEMLM_BF16)
-      throw py::type_error("scales: got bfloat16, accepted are float16, float32");
-    const Shape shape = {tiles, group ? padded / group : 1, kTileRows};
-    scales.expect(shape);
-    scales.expect_contiguous();
-    if (offsets) {
-      offsets->expect(scales.dtype, ", as scales");
-      offsets->expect(shape);
-      offsets->expect_contiguous();
-    }
-    c.codes = codes.data;
-    c.scales = scales.data;
-    c.offsets = offsets.data();
-    c.n = n;
-    c.k = k;
-    c.group = group;
-    c.levels = w[0].attr("codebook").cast<std::string>() == "nf" ? memlm_nf4_levels : nullptr;
-  }
-
-  void expect_bits(int wanted) const {
-    if (bits != wanted)
-      throw py::value_error("packed: got " + std::to_string(bits) + " bits, accepted are " +
-                            std::to_string(wanted));
-  }
-};
 
 // Where a result goes: into `given`, or, where that is None, into a new numpy array.
 struct Output {
@@ -113,8 +55,8 @@ struct Output {
   }
   void expect_apart(const Packed& w) const {
     expect_apart(w.codes);
-    expect_apart(w.scales);
-    expect_apart(w.offsets);
+    for (const OptionalArray* part : {&w.scales, &w.offsets, &w.starts, &w.places})
+      expect_apart(*part);
   }
 };
 
@@ -199,16 +141,37 @@ py::object matmul(const Array& x, const OptionalArray& x_scales, const Packed& w
   return out.object;
 }
 
+// A packed matrix that is not sparse.
+Packed dense(const py::tuple& packed) {
+  if (packed.size() > 6) throw py::value_error("packed: is sparse, accepted here are dense ones");
+  return Packed(packed);
+}
+
 using WeightOnly = memlm_status (*)(const memlm_packed*, const memlm_matmul_args*);
 
 py::object weight_only(int bits, WeightOnly kernel, py::handle x_in, const py::tuple& packed,
                        bool fast, const py::tuple& around) {
   const Array x(x_in, "x");
   const OptionalArray no_scales(py::none(), "x_scales");
-  const Packed w(packed);
+  const Packed w = dense(packed);
   w.expect_bits(bits);
   float_dtype(x);
   return matmul(x, no_scales, w, Around(around), fast, x.dtype, kernel);
+}
+
+py::object sparse_matmul(bool blocks, py::handle x_in, const py::tuple& packed, bool fast,
+                         const py::tuple& around) {
+  const Array x(x_in, "x");
+  const OptionalArray no_scales(py::none(), "x_scales");
+  const Packed w(packed);
+  if (w.c.pattern == MEMLM_DENSE || (w.c.pattern == MEMLM_BLOCKS) != blocks)
+    throw py::value_error(std::string("packed: accepted are ") +
+                          (blocks ? "blocks" : "2:4 and unstructured"));
+  float_dtype(x);
+  return matmul(x, no_scales, w, Around(around), fast, x.dtype, [&](const auto* weights, const auto* args) {
+    return blocks ? memlm_block_sparse_matmul(weights, w.bits, args)
+                  : memlm_w4_sparse_matmul(weights, args);
+  });
 }
 
 Shape x_scales_shape(const Shape& x, int64_t x_group) {
@@ -222,7 +185,7 @@ py::object w8a8_matmul(py::handle x_in, py::handle x_scales_in, const py::tuple&
                        int64_t x_group, const std::string& dtype, const py::tuple& around_in) {
   const Array x(x_in, "x");
   const OptionalArray x_scales(x_scales_in, "x_scales");
-  const Packed w(packed);
+  const Packed w = dense(packed);
   const Around around(around_in);
   w.expect_bits(8);
   Dtype y_dtype = x.dtype;
@@ -276,7 +239,7 @@ py::tuple quantize_rows(py::handle x_in, int64_t x_group, py::handle norm_in, do
 
 py::object embedding(py::handle ids_in, const py::tuple& packed, const std::string& dtype,
                      py::handle out_in, int threads) {
-  const Packed w(packed);
+  const Packed w = dense(packed);
   const Array ids(ids_in, "ids");
   if (ids.dtype != kI64 && ids.dtype != kI32)
     throw py::type_error("ids: got " + text(ids.dtype) + ", accepted are int64, int32");
@@ -306,7 +269,7 @@ py::object embedding(py::handle ids_in, const py::tuple& packed, const std::stri
 
 py::object dequantize(const py::tuple& packed, const std::string& dtype, py::handle out_in,
                       int threads) {
-  const Packed w(packed);
+  const Packed w = dense(packed);
   expect_threads(threads);
   const Output out(out_in, {w.c.n, w.c.k}, named_dtype(dtype));
   out.array.expect_contiguous();
@@ -382,6 +345,14 @@ void bind_arrays(py::module_& m) {
       return weight_only(op.bits, op.kernel, x, packed, fast, around);
     });
   }
+  m.def("block_sparse_matmul", [](py::handle x, const py::tuple& packed, bool fast,
+                                  const py::tuple& around) {
+    return sparse_matmul(true, x, packed, fast, around);
+  });
+  m.def("w4_sparse_matmul", [](py::handle x, const py::tuple& packed, bool fast,
+                               const py::tuple& around) {
+    return sparse_matmul(false, x, packed, fast, around);
+  });
   m.def("w8a8_matmul", w8a8_matmul);
   m.def("quantize_rows", quantize_rows);
   m.def("embedding", embedding);

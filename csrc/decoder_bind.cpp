@@ -20,15 +20,33 @@ using Dims = std::tuple<int64_t, int64_t, int64_t>;  // n, k, group
 
 const void* at(Address address) { return reinterpret_cast<const void*>(address); }
 
-// codes, scales, offsets; whether scales are f32; whether codes are of NF4
+// codes, scales, offsets; whether scales are f32; whether codes are of NF4; pattern, starts and places
+// of a sparse matrix
 memlm_linear linear(Address codes, Address scales, Address offsets, bool f32, bool nf4, Dims dims,
-                    int bits, int mode, Address bias) {
+                    int bits, int mode, Address bias, int pattern, Address starts, Address places) {
   const auto [n, k, group] = dims;
-  return {{at(codes), at(scales), at(offsets), f32 ? MEMLM_F32 : MEMLM_F16, n, k, group,
-           nf4 ? memlm_nf4_levels : nullptr},
-          bits,
-          static_cast<memlm_mode>(mode),
-          at(bias)};
+  memlm_linear made = {};
+  memlm_packed& w = made.w;
+  w.codes = at(codes);
+  w.scales = at(scales);
+  w.offsets = at(offsets);
+  w.scale_dtype = f32 ? MEMLM_F32 : MEMLM_F16;
+  w.n = n;
+  w.k = k;
+  w.group = group;
+  w.levels = nf4 ? memlm_nf4_levels : nullptr;
+  w.pattern = static_cast<memlm_pattern>(pattern);
+  w.starts = static_cast<const int64_t*>(at(starts));
+  w.places = at(places);
+  static const char nothing[64] = {};  // codes and scales of no blocks
+  if (w.pattern == MEMLM_BLOCKS && !w.codes) {
+    w.codes = nothing;
+    w.scales = bits < 16 ? nothing : nullptr;
+  }
+  made.bits = bits;
+  made.mode = static_cast<memlm_mode>(mode);
+  made.bias = at(bias);
+  return made;
 }
 
 memlm_decoder_layer layer(Address input_norm, Address post_norm, Address q_norm, Address k_norm,
@@ -97,7 +115,8 @@ void run(const Layers& layers, const std::vector<Address>& blocks, const std::ve
 void bind_decoder(py::module_& m) {
   py::class_<memlm_linear>(m, "LinearArguments")
       .def(py::init(&linear), py::arg("codes"), py::arg("scales"), py::arg("offsets"), py::arg("f32"),
-           py::arg("nf4"), py::arg("dims"), py::arg("bits"), py::arg("mode"), py::arg("bias"));
+           py::arg("nf4"), py::arg("dims"), py::arg("bits"), py::arg("mode"), py::arg("bias"),
+           py::arg("pattern"), py::arg("starts"), py::arg("places"));
   py::class_<memlm_decoder_layer>(m, "LayerArguments")
       .def(py::init(&layer), py::arg("input_norm"), py::arg("post_norm"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("norm_eps"), py::arg("qkv"), py::arg("o"), py::arg("gate_up"),

@@ -15,11 +15,16 @@ _PUBLIC = {
     "PagedKVCache": "memlm.kv_cache",
     "Format": "memlm._format",
     "Packed": "memlm.formats",
+    "SparseFormat": "memlm._format",
+    "SparsePacked": "memlm.sparse_formats",
     "quantize_weight": "memlm.quantize",
     "QuantConfig": "memlm.convert",
     "quantize_": "memlm.convert",
+    "sparsify_": "memlm.convert",
     "quantize_files": "memlm.streaming",
     "dequantize_": "memlm.convert",
+    "PruneConfig": "memlm.prune",
+    "prune_": "memlm.prune",
     "layer_specs": "memlm.convert",
     "build_layers_": "memlm.convert",
     "explain": "memlm.explanation",
@@ -29,7 +34,7 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-_MODULES = ("arrays", "cpu", "data", "formats", "hf", "io", "layers", "limits", "memory", "models", "ops")
+_MODULES = ("arrays", "cpu", "data", "formats", "hf", "io", "layers", "limits", "memory", "models", "ops", "prune")
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 

@@ -55,12 +55,12 @@ def quantize_rows(xp, padded, k: int, format: Format, dtype):
         stored = _Stored(xp, dtype, middle)
     top = stored.normalise(w, top)
     if format.bits == 8:
-        nearest = _nearest(xp, w, tuple(range(-127, 128)))
+        nearest = rounder(xp, w, tuple(range(-127, 128)))
         scales, offsets = stored.scales(abs(top) / 127), None
     else:
-        nearest = _nearest(xp, w, format.levels[: len(format.codes)])
+        nearest = rounder(xp, w, format.levels[: len(format.codes)])
         scales, offsets = _search(xp, w, top, stored, nearest, format)
-    _, q = nearest(_positions(xp, w, *stored.loaded(scales, offsets)))
+    _, q = nearest(positions(xp, w, *stored.loaded(scales, offsets)))
     q = _to(q, xp.int8 if format.bits == 8 else xp.uint8).T.reshape(rows, -1)[:, :k]
     scales = scales.reshape(rows, groups)
     return q, scales, None if offsets is None else offsets.reshape(rows, groups)
@@ -112,7 +112,7 @@ def _search(xp, w, top, stored, nearest, format):
     best, least = _better(xp, w, stored, nearest, best, least, *best)
     for shrink in _SHRINK[len(levels)]:
         s, o = top * (shrink / reach), 0.0 if format.symmetric else top * -shrink
-        values, _ = nearest(_positions(xp, w, s, o))
+        values, _ = nearest(positions(xp, w, s, o))
         # Least squares for s, and o, given the codes.
         dot, squares = _sum(w * values), _sum(values * values)
         if not format.symmetric:
@@ -144,7 +144,7 @@ def _better(xp, w, stored, nearest, best, least, scales, offsets):
     return best, xp.where(wins, error, least)
 
 
-def _positions(xp, w, s, o):
+def positions(xp, w, s, o):
     """Where weights lie among levels of this scale and offset."""
     return (w - o) * _inverse(xp, s)
 
@@ -162,7 +162,7 @@ def _sum(x):
     return total[None]
 
 
-def _nearest(xp, like, levels: tuple[float, ...]):
+def rounder(xp, like, levels: tuple[float, ...]):
     """A function: x, which it may overwrite, -> the nearest of ascending ``levels``, and their
     codes."""
     first, last = levels[0], levels[-1]

@@ -28,17 +28,21 @@ from typing import Any
 import numpy as np
 
 from memlm import _core, _rounding
-from memlm._format import FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format
+from memlm._format import (
+    DEFAULT_MODES, FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format, SparseFormat, parse_format,
+)  # fmt: skip
 from memlm.errors import FormatError
 from memlm.io.files import read_json
 from memlm.io.mapped import open_mapped
 
 __all__ = [
-    "Format", "FormatError", "Packed", "dequantize", "embedding", "load", "matmul", "pack",
-    "quantize", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "Format", "FormatError", "Packed", "SparseFormat", "SparsePacked", "block_sparse_matmul",
+    "dequantize", "embedding", "load", "matmul", "pack", "quantize", "quantize_rows", "w2_matmul",
+    "w4_matmul", "w4_sparse_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 PARTS = ("codes", "scales", "offsets")
+SPARSE_PARTS = (*PARTS, "starts", "places")
 Array = Any  # numpy's, or one with __dlpack__
 
 _THREADS = len(os.sched_getaffinity(0))
@@ -65,21 +69,52 @@ class Packed:
                 f"offsets: got {'none' if self.offsets is None else 'an array'}, {self.format} has "
                 f"{'none' if self.format.symmetric else 'one for each scale'}"
             )
-        if not isinstance(self.n, int) or not isinstance(self.k, int):
-            raise FormatError(f"n, k: got {self.n!r}, {self.k!r}, accepted are integers")
-        try:
-            _core.check_packed(_parts(self))
-        except (TypeError, ValueError) as error:
-            raise FormatError(
-                f"{error} (for {self.format} of a {self.n}x{self.k} matrix)"
-            ) from None
+        _check(self)
 
 
-def _parts(packed: Packed) -> tuple:
+@dataclass(frozen=True, eq=False)
+class SparsePacked:
+    """A sparse matrix ``W[n, k]`` in the layout that ``memlm/sparse_formats.py`` draws, of arrays
+    of any kind, checked when made (FormatError): all that its starts and places say, too.
+
+    ``matmul`` and the sparse matmuls also take a :class:`memlm.SparsePacked`, of torch tensors.
+    """
+
+    format: SparseFormat
+    n: int
+    k: int
+    codes: Array
+    scales: Array | None = None
+    offsets: Array | None = None
+    starts: Array | None = None
+    places: Array | None = None
+
+    def __post_init__(self):
+        lacks = self.scales is not None and self.format.symmetric is not (self.offsets is None)
+        if lacks or self.format.is_float is not (self.scales is None):
+            raise FormatError(f"scales, offsets: are not those of {self.format}")
+        if self.format.pattern == "2:4" and self.starts is not None:
+            raise FormatError(f"starts: got an array, {self.format} has none")
+        _check(self)
+
+
+def _check(packed: Packed | SparsePacked) -> None:
+    """Raises FormatError unless the arrays are such a matrix."""
+    p = packed
+    if not isinstance(p.n, int) or not isinstance(p.k, int):
+        raise FormatError(f"n, k: got {p.n!r}, {p.k!r}, accepted are integers")
+    try:
+        _core.check_packed(_parts(p))
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{error} (for {p.format} of a {p.n}x{p.k} matrix)") from None
+
+
+def _parts(packed: Packed | SparsePacked) -> tuple:
     """What the kernels take of a packed matrix."""
     p = packed
     try:
-        return p.format, p.n, p.k, p.codes, p.scales, p.offsets
+        parts = p.format, p.n, p.k, p.codes, p.scales, p.offsets
+        return (*parts, p.starts, p.places) if hasattr(p.format, "pattern") else parts
     except AttributeError:
         raise TypeError(f"packed: got {type(packed).__name__}, accepted is a Packed") from None
 
@@ -172,15 +207,63 @@ def w8a8_matmul(
     return _core.w8a8_matmul(x, x_scales, _parts(packed), x_group, name, around)
 
 
-def matmul(x: Array, packed: Packed, bias: Array | None = None, mode: str | None = None, **options):
+def block_sparse_matmul(
+    x: Array,
+    packed: SparsePacked,
+    bias: Array | None = None,
+    mode: str | None = None,
+    norm: Array | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Array | None = None,
+    *,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """The same for a W of blocks; ``mode`` None is that of the dense operation, and blocks of floats
+    are multiplied in f32 in either: see :func:`w4_matmul`, :func:`memlm.ops.block_sparse_matmul`."""
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    parts = _parts(packed)
+    return _core.block_sparse_matmul(x, parts, _is_fast(mode or DEFAULT_MODES[parts[0].bits]), around)
+
+
+def w4_sparse_matmul(
+    x: Array,
+    packed: SparsePacked,
+    bias: Array | None = None,
+    mode: str = "fast",
+    norm: Array | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Array | None = None,
+    *,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """The same for a W of which two of every 4, or any, are stored: see :func:`w4_matmul`,
+    :func:`memlm.ops.w4_sparse_matmul`."""
+    around = _around(bias, norm, eps, swiglu, residual, out, threads)
+    return _core.w4_sparse_matmul(x, _parts(packed), _is_fast(mode), around)
+
+
+def matmul(
+    x: Array,
+    packed: Packed | SparsePacked,
+    bias: Array | None = None,
+    mode: str | None = None,
+    **options,
+):
     """The product by the operation that fits ``packed.format`` and ``mode``: ``"fast"``,
-    ``"accurate"``, for 8 bits ``"w8a8"`` (one scale per row of x), or None for the operation's
-    default.  All other arguments are those of :func:`w4_matmul`."""
-    bits = _parts(packed)[0].bits
-    if mode == "w8a8" and bits == 8:
-        return w8a8_matmul(x, None, packed, bias, **options)
+    ``"accurate"``, for 8 bits, dense, ``"w8a8"`` (one scale per row of x), or None for the
+    operation's default.  All other arguments are those of :func:`w4_matmul`."""
+    format = _parts(packed)[0]
     modes = {} if mode is None else {"mode": mode}
-    return _MATMULS[bits](x, packed, bias, **modes, **options)
+    if hasattr(format, "pattern"):
+        product = block_sparse_matmul if format.pattern == "block" else w4_sparse_matmul
+        return product(x, packed, bias, **modes, **options)
+    if mode == "w8a8" and format.bits == 8:
+        return w8a8_matmul(x, None, packed, bias, **options)
+    return _MATMULS[format.bits](x, packed, bias, **modes, **options)
 
 
 _MATMULS = {2: w2_matmul, 4: w4_matmul, 8: w8_matmul}  # by bits per weight
@@ -344,9 +427,9 @@ def _to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
     return np.ascontiguousarray(full.reshape(tiles, TILE_ROWS, columns).swapaxes(1, 2))
 
 
-def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
+def load(folder: str | Path) -> dict[str, Packed | SparsePacked | np.ndarray]:
     """What a packed memlm folder (memlm/io/packed_folder.py) holds, memory-mapped: nothing is copied,
-    and nothing read until it is used.  Packed matrices stand under their module's name, all other
+    and nothing read until it is used, but for the places of sparse matrices.  Packed matrices stand under their module's name, all other
     tensors, read-only, under their own; the ``order`` of a matrix whose columns have one under
     ``<module>.order``.
 
@@ -365,9 +448,12 @@ def load(folder: str | Path) -> dict[str, Packed | np.ndarray]:
     try:
         for name, spec in quantization["layers"].items():
             owner = spec.get("tied_to", name)
-            names = {part: f"{owner}.{FILE_PARTS[part]}" for part in PARTS}
+            format = parse_format(spec["format"])
+            sparse = isinstance(format, SparseFormat)
+            kind, expected = (SparsePacked, SPARSE_PARTS) if sparse else (Packed, PARTS)
+            names = {part: f"{owner}.{FILE_PARTS[part]}" for part in expected}
             parts = {part: tensors.get(file) for part, file in names.items()}
-            packed[name] = Packed(Format.parse(spec["format"]), spec["n"], spec["k"], **parts)
+            packed[name] = kind(format, spec["n"], spec["k"], **parts)
             used |= set(names.values())
     except FormatError as error:
         raise FormatError(f"{folder}: {name}: {error}") from None

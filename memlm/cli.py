@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from memlm._format import FLOATS
 from memlm.io.files import replacing
 
 app = typer.Typer(
@@ -44,7 +45,13 @@ Kv = Annotated[
     Optional[str],
     typer.Option(help="What keys and values are stored as: f32, bf16, int8, int4 (default: as computed)."),
 ]
-Linear = Annotated[str, typer.Option(help="Format of linear layers: int4, int4a-g64, int8, ...")]
+Linear = Annotated[
+    str,
+    typer.Option(
+        help="Format of linear layers: int4, int4a-g64, int8, ...; of pruned ones block/int4, "
+        "2:4/int4, unstructured/int4, ..."
+    ),
+]
 EMBEDDING_HELP = "Format of embeddings and of a head tied to one; 'float' leaves them."
 
 
@@ -103,6 +110,21 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _format(name: str) -> str | None:
+    return None if name == "float" else name
+
+
+def _targets(texts: list[str] | None, value: str) -> dict[str, str]:
+    """{pattern: value} of what was given as PATTERN=VALUE."""
+    targets = {}
+    for text in texts or ():
+        pattern, equals, given = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"--target {text!r}: expected PATTERN={value}")
+        targets[pattern] = given
+    return targets
+
+
 @app.command()
 def quantize(
     src: Model,
@@ -135,18 +157,9 @@ def quantize(
     """
     import memlm
 
-    def given(format: str) -> str | None:
-        return None if format == "float" else format
-
-    targets = {}
-    for text in target or ():
-        pattern, equals, format = text.rpartition("=")
-        if not equals:
-            raise ValueError(f"--target {text!r}: expected PATTERN=FORMAT")
-        targets[pattern] = given(format)
-    config = memlm.QuantConfig(
-        given(linear), given(embedding), given(embedding), mode, targets, ignore or ()
-    )
+    targets = {name: _format(text) for name, text in _targets(target, "FORMAT").items()}
+    linear, embedding = _format(linear), _format(embedding)
+    config = memlm.QuantConfig(linear, embedding, embedding, mode, targets, ignore or ())
     with Bar("quantising") as bar:
         files = memlm.quantize_files(resolve(src), dst, config, requantize, bar)
     account = memlm.explain(memlm.load(dst))
@@ -161,6 +174,93 @@ def quantize(
     if str(json_file) != "-":
         out.print(f"{dst}: {megabytes(weights)}, {weights / account.float_bytes:.0%} of f32")
     write_json(result, json_file)
+
+
+@app.command()
+def prune(
+    src: Model,
+    dst: Annotated[Path, typer.Argument(help="The folder to write.")],
+    method: Annotated[str, typer.Option(help="sparsegpt, wanda, or magnitude.")] = "sparsegpt",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros.")] = 0.5,
+    pattern: Annotated[str, typer.Option(help="block, 2:4, or unstructured.")] = "unstructured",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="What the weights that stay are rounded to: int4, int8-g32, nf4-g64, with block f32 "
+            "and bf16; 'float': nothing is rounded, and the zeros are stored."
+        ),
+    ] = "int4",
+    block: Annotated[str, typer.Option(help="ROWSxCOLUMNS of a block.")] = "16x32",
+    allocation: Annotated[
+        str, typer.Option(help="uniform, or sensitivity: layers that can spare more lose more.")
+    ] = "uniform",
+    calibration: Annotated[
+        Optional[Path],
+        typer.Option(help="A text file (default: State of the Union addresses, fetched)."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
+    target: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="PATTERN=SPARSITY for layers that differ, as for quantize; 'float' leaves them "
+            "alone. Repeatable."
+        ),
+    ] = None,
+    ignore: Annotated[
+        Optional[list[str]], typer.Option(help="PATTERN of layers to leave alone. Repeatable.")
+    ] = None,
+    embedding: Annotated[str, typer.Option(help=EMBEDDING_HELP)] = "int8",
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Take weights out of a model's linear layers, layer by layer, and store what is left.
+
+    Layers that are left alone are stored in --format, too, as far as a dense one has it; what the
+    file already holds in codes keeps them.
+    """
+    import memlm
+    from memlm import data
+    from memlm.io.packed_folder import check_target
+
+    targets = {name: _share(text) for name, text in _targets(target, "SPARSITY").items()}
+    try:
+        rows, columns = map(int, block.split("x"))
+    except ValueError:
+        raise ValueError(f"--block {block!r}: expected ROWSxCOLUMNS") from None
+    config = memlm.PruneConfig(
+        method, sparsity, pattern, (rows, columns), _format(format), allocation, targets, ignore or (),
+        samples=samples, length=length,
+    )  # fmt: skip
+    check_target(dst)
+    _set_threads(threads)
+    model = memlm.load(resolve(src))
+    text = calibration.read_text("utf-8") if calibration else data.state_of_the_union()
+    with Bar("pruning") as bar:
+        report = memlm.prune_(model, config, text, bar)
+    dense, embedding = None if format in ("float", *FLOATS) else format, _format(embedding)
+    memlm.quantize_(model, memlm.QuantConfig(dense, embedding, embedding))
+    files = memlm.save(model, dst)
+    result = {
+        "path": str(dst),
+        "disk_bytes": files["model.safetensors"],
+        "of_f32": files["model.safetensors"] / memlm.explain(model).float_bytes,
+        **report.to_dict(),
+    }
+    if str(json_file) != "-":
+        out.print(str(report), soft_wrap=True, highlight=False, markup=False)
+        larger = [layer for layer in report.layers if layer.bytes > layer.dense_bytes]
+        for layer in larger:
+            out.print(
+                f"{layer.name}: {layer.bytes - layer.dense_bytes:,} bytes more than dense: with so few "
+                f"zeros, {layer.pattern} saves nothing", soft_wrap=True, highlight=False, markup=False,
+            )  # fmt: skip
+        out.print(f"{dst}: {megabytes(result['disk_bytes'])}, {result['of_f32']:.0%} of f32")
+    write_json(result, json_file)
+
+
+def _share(text: str) -> float | None:
+    return None if text == "float" else float(text)
 
 
 @app.command()

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from memlm.formats import Format, Packed, layout
-from memlm.layers import Embedding, Linear, PackedModule
+from memlm import formats, sparse_formats
+from memlm._format import parse_format
+from memlm.formats import Format, Packed
+from memlm.layers import Embedding, Linear, PackedModule, SparseLinear, linear_of
 from memlm.layers.linear import is_conv1d, linear_weight
-from memlm.layers.packed import PARTS
 from memlm.ops import mode_for
 from memlm.ops._matmul import X_DTYPES
-from memlm.quantize import quantize_weight
+from memlm.quantize import lacks_zeros, pack_weight
+from memlm.sparse_formats import SparseFormat, SparsePacked, SparseTensors
 
 # Set on a module that quantize_ left as it is: the reason, for explain.
 LEFT_ALONE = "_memlm_left_alone"
@@ -30,12 +32,14 @@ class QuantConfig:
     """What to quantise, and how.
 
     linear: format (``"int4"``, ``"int4a-g64"``, ``"int8"`` ..., :mod:`memlm.formats`) of linear
-        layers and of Hugging Face's Conv1D; None leaves them alone.
+        layers and of Hugging Face's Conv1D; None leaves them alone.  A sparse one
+        (``"block/int4"``, ``"2:4/int4"`` ..., :mod:`memlm.sparse_formats`) is for layers that have
+        been pruned, and leaves alone those without zeros that it could leave out.
     embedding: format of embeddings, and of an output head that is tied to one; None leaves them
         alone.
     head: format of an untied output head (the model's ``get_output_embeddings()``, or a layer
         named ``lm_head``); None leaves it alone.
-    targets: pattern -> format (None: left alone) of layers that differ from these three; the first
+    targets: pattern -> format of either kind (None: left alone) of layers that differ from these three; the first
         that matches counts.  A pattern is a layer's name, the name of its class (``"Linear"``), or
         ``"re:"`` and a regular expression that matches from the name's start, as in
         compressed-tensors' ``targets``.
@@ -45,11 +49,11 @@ class QuantConfig:
         and accurate for 8.
     """
 
-    linear: str | Format | None = "int4"
+    linear: str | Format | SparseFormat | None = "int4"
     embedding: str | Format | None = None
-    head: str | Format | None = None
+    head: str | Format | SparseFormat | None = None
     mode: str | None = None
-    targets: Mapping[str, str | Format | None] = field(default_factory=dict)
+    targets: Mapping[str, str | Format | SparseFormat | None] = field(default_factory=dict)
     ignore: Sequence[str] = ()
 
     def __post_init__(self):
@@ -61,6 +65,8 @@ class QuantConfig:
             raise TypeError(f"ignore: got {self.ignore!r}, expected a list of patterns")
         for name in ("linear", "embedding", "head"):
             object.__setattr__(self, name, _parse(name, getattr(self, name)))
+        if isinstance(self.embedding, SparseFormat):
+            raise ValueError(f"embedding: got {self.embedding}, {_DENSE_ONLY}")
         targets = {p: _parse(f"targets: {p}", format) for p, format in self.targets.items()}
         object.__setattr__(self, "targets", targets)
         for pattern in (*targets, *self.ignore):
@@ -68,11 +74,16 @@ class QuantConfig:
                 re.compile(pattern[3:] if pattern.startswith("re:") else "")
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r}: {error}") from None
-        for format in (self.linear, self.head, self.embedding, *targets.values()):
-            if self.mode is not None and format is not None:
-                mode_for(format, self.mode)
+        for format in self.formats if self.mode is not None else ():
+            mode_for(format, self.mode)
 
-    def format_of(self, name: str, kind: str, role: str) -> Format | None:
+    @property
+    def formats(self) -> list[Format | SparseFormat]:
+        """All that it names."""
+        named = (self.linear, self.embedding, self.head, *self.targets.values())
+        return [format for format in named if format is not None]
+
+    def format_of(self, name: str, kind: str, role: str) -> Format | SparseFormat | None:
         """The format of the layer ``name`` of class ``kind``, whose ``role`` is linear, embedding or
         head; None: left alone."""
         if any(_matches(pattern, name, kind) for pattern in self.ignore):
@@ -90,9 +101,12 @@ class QuantConfig:
                 raise ValueError(f"pattern {pattern!r}: matches no layer of the model")
 
 
-def _parse(what: str, value) -> Format | None:
+_DENSE_ONLY = "accepted for embeddings are dense formats"
+
+
+def _parse(what: str, value) -> Format | SparseFormat | None:
     try:
-        return None if value is None else Format.parse(value)
+        return None if value is None else parse_format(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from None
 
@@ -105,7 +119,7 @@ def _matches(pattern: str, name: str, kind: str) -> bool:
 
 def quantize_(
     model: nn.Module,
-    config: QuantConfig | str | Format = QuantConfig(),
+    config: QuantConfig | str | Format | SparseFormat = QuantConfig(),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
@@ -128,7 +142,7 @@ def quantize_(
     is itself one layer, which nobody can replace in place.
     """
     _check_model(model)
-    if isinstance(config, (str, Format)):
+    if isinstance(config, (str, Format, SparseFormat)):
         config = QuantConfig(linear=config)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: got {type(config).__name__}, accepted are QuantConfig or a name")
@@ -159,12 +173,37 @@ def quantize_(
     return model
 
 
+def sparsify_(
+    model: nn.Module,
+    config: QuantConfig | str | SparseFormat,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> nn.Module:
+    """Replaces the linear layers of ``model`` that have been pruned by
+    :class:`memlm.layers.SparseLinear`, in place: :func:`quantize_` with a sparse format.
+
+    Layers that have no zeros which the pattern leaves out (a whole block, two of every 4, any)
+    stay as they are, and so do embeddings and the head unless the config says otherwise:
+    :func:`memlm.explain` tells why.  ``quantize_`` afterwards packs what is still float.
+
+    config: a sparse format, or a :class:`QuantConfig` that has one.
+    filter_fn, strict, progress: as for :func:`quantize_`, and so are the result and what is raised;
+        ValueError for a config without a sparse format.
+    """
+    if not isinstance(config, QuantConfig):
+        config = QuantConfig(linear=SparseFormat.parse(config))
+    if not any(isinstance(format, SparseFormat) for format in config.formats):
+        raise ValueError("config: has no sparse format, such as 'block/int4'; see quantize_")
+    return quantize_(model, config, filter_fn, strict, progress)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Layers to replace that share one weight."""
 
     layers: deque[tuple[str, nn.Module]]
-    format: Format
+    format: Format | SparseFormat
 
 
 @dataclass(frozen=True)
@@ -188,7 +227,7 @@ def _replace(group: _Group, mode: str | None, places) -> Iterator[str]:
         if isinstance(module, nn.Embedding):
             new = Embedding(packed, module.weight.dtype, module.padding_idx)
         else:
-            new = Linear(packed, module.bias, mode, module.weight.dtype)
+            new = linear_of(packed, module.bias, mode, module.weight.dtype)
         _put(places, module, new)
         del module
         yield name
@@ -229,7 +268,7 @@ def _plan(
             left.append(_Left(name, module, reason, wanted=False))
         elif filter_fn is not None and not filter_fn(module, name):
             left.append(_Left(name, module, "filter_fn", wanted=False))
-        elif reason := _obstacle(module, weight, meta):
+        elif reason := _obstacle(module, weight, meta) or _misfit(module, format):
             left.append(_Left(name, module, reason, wanted=True))
         elif id(module) in attention:
             reason = "nn.MultiheadAttention reads its weight without calling it"
@@ -309,14 +348,26 @@ def _obstacle(module: nn.Module, weight: nn.Parameter | None, meta: bool) -> str
     return None
 
 
+def _misfit(module: nn.Module, format: Format | SparseFormat) -> str | None:
+    """Why the weight of a layer cannot be stored in a sparse format, or need not; or None.  Nothing
+    is known of a weight on the meta device."""
+    if isinstance(format, Format):
+        return None
+    if isinstance(module, nn.Embedding):
+        return f"config: {format}, {_DENSE_ONLY}"
+    return None if module.weight.is_meta else lacks_zeros(linear_weight(module), format)
+
+
 def _names(dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _quantize(name: str, module: nn.Module, format: Format) -> Packed:
+def _quantize(
+    name: str, module: nn.Module, format: Format | SparseFormat
+) -> Packed | SparsePacked:
     weight = module.weight if isinstance(module, nn.Embedding) else linear_weight(module)
     try:
-        return quantize_weight(weight, format)
+        return pack_weight(weight, format)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -376,7 +427,7 @@ def _rename_tied(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
         leaves = [leaf]
         if leaf == "weight" and isinstance(module, PackedModule):
             leaves = list(module.packed.tensors())
-        elif leaf in PARTS and not isinstance(module, PackedModule):
+        elif leaf in SparseLinear.PARTS and not isinstance(module, PackedModule):
             leaves = ["weight"]
         if leaves == [leaf]:
             renamed[target] = source
@@ -401,12 +452,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     layers = deque(module for module in model.modules() if isinstance(module, PackedModule))
     uses = defaultdict(int)
     for layer in layers:
-        uses[memory_of(layer.codes)] += 1
+        uses[memory_of(layer.first)] += 1
     weights: dict[int, nn.Parameter] = {}
     places = _places(model)
     while layers:
         layer = layers.popleft()
-        key = memory_of(layer.codes)
+        key = memory_of(layer.first)
         new = layer.to_float(dtype)
         if uses[key] > 1:
             new.weight = weights.setdefault(key, new.weight)
@@ -430,23 +481,27 @@ def layer_specs(model: nn.Module) -> dict[str, dict]:
         if not isinstance(module, PackedModule):
             continue
         spec = spec_of(module)
-        owner = first.setdefault(memory_of(module.codes), name)
+        owner = first.setdefault(memory_of(module.first), name)
         if owner != name:
             spec["tied_to"] = owner
         specs[name] = spec
     return specs
 
 
-def spec_of(module: PackedModule) -> dict:
-    """The spec of one layer, see :func:`layer_specs`."""
+def spec_of(module: PackedModule, packed: Packed | SparsePacked | None = None) -> dict:
+    """The spec of one layer, see :func:`layer_specs`; or of one of ``packed``, some of its rows."""
+    w = module if packed is None else packed
     spec = {
-        "type": type(module).__name__,
+        "type": "Linear" if isinstance(module, Linear) else "Embedding",
         "format": module.format.name,
-        "n": module.n,
-        "k": module.k,
-        "scale_dtype": _names([module.scales.dtype]),
+        "n": w.n,
+        "k": w.k,
         "dtype": _names([module.dtype]),
     }
+    if w.scales is not None:
+        spec["scale_dtype"] = _names([w.scales.dtype])
+    if isinstance(module.format, SparseFormat):
+        spec["stored"] = sparse_formats.stored(module.format, w.codes)
     if module.order is not None:
         spec["order"] = True
     if isinstance(module, Linear):
@@ -492,18 +547,31 @@ def _build(old: nn.Module, spec: dict) -> PackedModule:
     if (spec["type"], n, k) != (kind, *weight.shape):
         shape = "x".join(map(str, weight.shape))
         raise ValueError(f"{spec['type']} {n}x{k}, but the model has {kind} {shape}")
-    format, scale_dtype = Format.parse(spec["format"]), _DTYPES[spec["scale_dtype"]]
-    tensors = {
-        part: torch.empty(shape, dtype=dtype, device="meta")
-        for part, (shape, dtype) in layout(format, *weight.shape, scale_dtype).items()
-    }
-    packed = Packed(format, *weight.shape, **tensors)
+    packed = _empty(parse_format(spec["format"]), *weight.shape, spec)
     dtype, order = _DTYPES[spec["dtype"]], None
     if spec.get("order"):
         order = torch.empty(packed.k, dtype=torch.int32, device="meta")
     if kind == "Embedding":
+        if isinstance(packed, SparseTensors):
+            raise ValueError(f"format {packed.format}, {_DENSE_ONLY}")
         return Embedding(packed, dtype, old.padding_idx)
     if spec["bias"] is not (old.bias is not None):
         raise ValueError(f"bias {spec['bias']}, but the model's is {old.bias is not None}")
     bias = None if old.bias is None else torch.empty(packed.n, dtype=dtype, device="meta")
-    return Linear(packed, bias, spec["mode"], dtype, order)
+    return linear_of(packed, bias, spec["mode"], dtype, order)
+
+
+def _empty(format: Format | SparseFormat, n: int, k: int, spec: dict) -> Packed | SparseTensors:
+    """A packed matrix on the meta device."""
+    sparse = isinstance(format, SparseFormat)
+    scales = () if sparse and format.is_float else (_DTYPES[spec["scale_dtype"]],)
+    if sparse:
+        stored = sparse_formats.check_stored(format, n, k, spec["stored"])
+        kind, parts = SparseTensors, sparse_formats.layout(format, n, k, stored, *scales)
+    else:
+        kind, parts = Packed, formats.layout(format, n, k, *scales)
+    tensors = {
+        part: torch.empty(shape, dtype=dtype, device="meta")
+        for part, (shape, dtype) in parts.items()
+    }
+    return kind(format, n, k, **tensors)

@@ -9,8 +9,9 @@ from torch import nn
 
 from memlm.convert import LEFT_ALONE, memory_of
 from memlm.cpu import isa
-from memlm.layers import Linear, PackedModule
+from memlm.layers import Linear, PackedModule, SparseLinear
 from memlm.layers.linear import is_conv1d
+from memlm.sparse_formats import density
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Row:
     """One module that holds weights.
 
     ``bytes``: what its tensors take, 0 for those shared with an earlier row; ``float_bytes``: the
-    same in f32.  ``op``, ``isa``, ``mode`` say which kernel runs; of a module that memlm left as
+    same in f32; ``density``: the share of its weights that is stored.  ``op``, ``isa``, ``mode`` say which kernel runs; of a module that memlm left as
     it is ``reason`` says why.
     """
 
@@ -32,6 +33,7 @@ class Row:
     bytes: int
     float_bytes: int
     reason: str
+    density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Explanation:
             kernel = " ".join(part for part in (row.op, row.isa, row.mode) if part)
             share = f"{row.bytes / row.float_bytes:.0%}" if row.float_bytes else ""
             sizes = (f"{row.bytes:,}", share)
-            table.append((row.name, row.type, row.shape, row.format, kernel, *sizes, row.reason))
+            sparse = f"{row.density:.0%} stored" if row.density < 1 else ""
+            note = row.reason or sparse
+            table.append((row.name, row.type, row.shape, row.format, kernel, *sizes, note))
         share = f"{self.bytes / max(1, self.float_bytes):.0%}"
         table.append(("total", "", "", "", "", f"{self.bytes:,}", share, ""))
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
@@ -95,9 +99,11 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _packed_row(name: str, module: PackedModule, tensors: list, own: list) -> Row:
-    weights = module.n * module.k if any(t is module.codes for t in own) else 0
-    others = sum(p.numel() for p in module.parameters(recurse=False) if any(p is t for t in own))
+    weights = module.n * module.k if any(t is module.first for t in own) else 0
+    others = [p for p in module.parameters(recurse=False) if p is not module.codes]
+    others = sum(p.numel() for p in others if any(p is t for t in own))
     device = module.codes.device.type
+    sparse = isinstance(module, SparseLinear)
     return Row(
         name=name,
         type=type(module).__name__,
@@ -109,6 +115,7 @@ def _packed_row(name: str, module: PackedModule, tensors: list, own: list) -> Ro
         bytes=_bytes(own),
         float_bytes=4 * (weights + others),
         reason="" if weights else "(shares the tensors of an earlier layer)",
+        density=density(module.packed) if sparse else 1.0,
     )
 
 

@@ -45,6 +45,8 @@ beyond ``n``, so padding never reaches a result.
 The integer kernels quantise activations in groups of 32 along ``k``, hence the 32.  Codes and
 scales are separate tensors: each is read front to back, and other tools see plain arrays.
 ``csrc/formats.h`` holds the same constants for C++; a test compares the two.
+
+Matrices with many zeros are stored as :mod:`memlm.sparse_formats` draws, with the codes of these.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ from memlm.errors import FormatError
 
 __all__ = [
     "ACT_GROUP", "CODEBOOKS", "DEFAULTS", "GROUPS", "LANE_K", "NF4_LEVELS", "SCALE_DTYPES",
-    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "joined", "layout",
-    "pack", "split_rows", "stack_rows", "unpack", "values",
+    "TILE_ROWS", "VERSION", "ZEROS", "Format", "Packed", "check", "dequantize", "from_tiles", "joined",
+    "layout", "pack", "scaled", "split_rows", "stack_rows", "to_tiles", "unpack", "values",
 ]  # fmt: skip
 
 SCALE_DTYPES = (torch.float16, torch.float32)
@@ -134,7 +136,7 @@ def check(format: Format, n: int, k: int, tensors: dict[str, torch.Tensor]) -> N
             raise FormatError(f"{name}: must be contiguous")
 
 
-def _to_tiles(rows: torch.Tensor, columns: int) -> torch.Tensor:
+def to_tiles(rows: torch.Tensor, columns: int) -> torch.Tensor:
     """[n, c] -> [tiles, columns, 16], padded with zeros."""
     n, c = rows.shape
     tiles = -(-n // TILE_ROWS)
@@ -143,7 +145,7 @@ def _to_tiles(rows: torch.Tensor, columns: int) -> torch.Tensor:
     return full.view(tiles, TILE_ROWS, columns).transpose(1, 2).contiguous()
 
 
-def _from_tiles(tiled: torch.Tensor, n: int) -> torch.Tensor:
+def from_tiles(tiled: torch.Tensor, n: int) -> torch.Tensor:
     """[tiles, columns, 16] -> [n, columns]."""
     tiles, columns, _ = tiled.shape
     return tiled.transpose(1, 2).reshape(tiles * TILE_ROWS, columns)[:n]
@@ -188,7 +190,7 @@ def pack(
 
     padded = format.padded_k(k)
     tiles = -(-n // TILE_ROWS)
-    codes = _to_tiles(q, padded)  # [tiles, K, 16]
+    codes = to_tiles(q, padded)  # [tiles, K, 16]
     fields = codes.view(tiles, -1, 8 // format.bits, LANE_K, TILE_ROWS)
     codes = fields[:, :, 0]
     for i in range(1, fields.shape[2]):
@@ -199,8 +201,8 @@ def pack(
         n,
         k,
         codes.contiguous(),
-        _to_tiles(scales, groups),
-        None if offsets is None else _to_tiles(offsets, groups),
+        to_tiles(scales, groups),
+        None if offsets is None else to_tiles(offsets, groups),
     )
 
 
@@ -212,9 +214,9 @@ def unpack(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
         fields = [codes >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
         codes = torch.stack(fields, dim=2)
     tiles = codes.shape[0]
-    q = _from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
-    offsets = None if packed.offsets is None else _from_tiles(packed.offsets, packed.n)
-    return q.contiguous(), _from_tiles(packed.scales, packed.n), offsets
+    q = from_tiles(codes.reshape(tiles, -1, TILE_ROWS), packed.n)[:, : packed.k]
+    offsets = None if packed.offsets is None else from_tiles(packed.offsets, packed.n)
+    return q.contiguous(), from_tiles(packed.scales, packed.n), offsets
 
 
 def stack_rows(parts: Sequence[Packed]) -> Packed:
@@ -287,9 +289,13 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 def dequantize_with(packed: Packed, values: torch.Tensor | None, compute: torch.dtype):
     """As :func:`dequantize`, with ``values`` for the codes 0, 1, ...; None: themselves."""
-    q, scales, offsets = unpack(packed)
-    k = packed.k
-    span = packed.format.group or k
+    return scaled(*unpack(packed), packed.format.group, values, compute)
+
+
+def scaled(q, scales, offsets, group: int, values: torch.Tensor | None, compute: torch.dtype):
+    """The weights ``[n, k]`` of codes, scales and offsets as :func:`unpack` returns them."""
+    k = q.shape[1]
+    span = group or k
     q = q.to(compute) if values is None else values[q.int()]
     w = q * scales.to(compute).repeat_interleave(span, dim=1)[:, :k]
     if offsets is not None:

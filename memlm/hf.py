@@ -33,7 +33,7 @@ from memlm.hf_layers import fuse_layers, unfuse_layers  # noqa: F401
 from memlm.io.packed_folder import QUANT_METHOD, check_order
 from memlm.io.pages import release
 from memlm.layers import PackedModule
-from memlm.quantize import quantize_weight
+from memlm.quantize import pack_weight
 
 # Earlier ones do not compare shapes where a quantizer is at work.
 require_version("transformers>=5.23", "memlm loads nothing into earlier ones")
@@ -237,7 +237,7 @@ class _Quantize:
         quantizer._hide_ties(model)
 
     def _compare(self, layer: PackedModule, name: str, tensor) -> None:
-        again = quantize_weight(tensor, layer.format).tensors()
+        again = pack_weight(tensor, layer.format).tensors()
         if not all(torch.equal(again[part], mine) for part, mine in layer.packed.tensors().items()):
             raise ValueError(
                 f"{name}: the config ties it to another weight, but the file holds another value for "

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMode
 
-from memlm.formats import TILE_ROWS, split_rows, stack_rows
+from memlm.formats import TILE_ROWS
 from memlm.hf_cache import PagedCache
-from memlm.layers import Linear
-from memlm.layers.native import LayerParts, NativeLayers, Watch, can_run, is_plain
+from memlm.layers import Linear, linear_of
+from memlm.layers.native import LINEARS, LayerParts, NativeLayers, Watch, can_run, is_plain
+from memlm.layers.packed import split_rows, stack_rows
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
@@ -83,7 +84,7 @@ def _rows_as_one(layers: list[nn.Module]) -> Linear:
     """The layers as one.  Where they are no neighbours in memory yet, their tensors become views of
     those of the one, so that the weights are there once."""
     for layer in layers:
-        if not is_plain(layer, Linear):
+        if not is_plain(layer, *LINEARS):
             raise ValueError(f"linear: got {type(layer).__name__}, accepted is memlm's Linear, no hooks")
     first = layers[0]
     if len({layer.mode for layer in layers}) > 1 or any(layer.order is not None for layer in layers):
@@ -93,13 +94,16 @@ def _rows_as_one(layers: list[nn.Module]) -> Linear:
     whole = stack_rows([layer.packed for layer in layers])
     for layer, part in zip(layers, split_rows(whole, [layer.n for layer in layers])):
         for name, tensor in part.tensors().items():
-            layer._buffers[name] = tensor
+            if name in layer._buffers:
+                layer._buffers[name] = tensor
+            else:
+                layer._parameters[name].data = tensor
     biases = [layer.bias for layer in layers]
     bias = None
     if any(b is not None for b in biases):
-        parts = [first.scales.new_zeros(x.n) if x.bias is None else x.bias.detach() for x in layers]
+        parts = [first.first.new_zeros(x.n) if x.bias is None else x.bias.detach() for x in layers]
         bias = torch.cat([p.to(next(b for b in biases if b is not None).dtype) for p in parts])
-    return Linear.from_packed(whole, bias, first.mode)
+    return linear_of(whole, bias, first.mode)
 
 
 def _parts(layer: nn.Module) -> LayerParts:
@@ -122,7 +126,7 @@ def _parts(layer: nn.Module) -> LayerParts:
     if len(eps) > 1:
         raise ValueError("layer: its norms have several eps")
     for linear in (attention.o_proj, mlp.down_proj):
-        if not is_plain(linear, Linear):
+        if not is_plain(linear, *LINEARS):
             raise ValueError(f"linear: got {type(linear).__name__}, accepted is memlm's Linear, no hooks")
     return LayerParts(
         *weights,

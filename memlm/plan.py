@@ -576,7 +576,7 @@ class _EncoderMemory(_Memory):
         up with its gelu; or the gelu with down_proj's result and its sum with x."""
         rows, e, ws = self.rows, self.e, self.layer_workspaces(self.rows)
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        locals_ = (1 + 3 + 1) * hidden * rows * e
+        locals_ = (hidden + (3 + 1) * self.config.heads * self.config.head_dim) * rows * e
         attention = 2 * hidden * rows * e + max(ws["qkv_proj"], ws["o_proj"])
         attention += self.config.heads * rows * F32
         up = (hidden + inner) * rows * e + max(inner * rows * e, ws["up_proj"])
@@ -591,7 +591,8 @@ class _EncoderMemory(_Memory):
         of the first norm, its result; up, its gelu, the input of the second norm; for each norm
         mean and 1 / deviation.  Around frozen layers also A x, for B's gradient."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        numbers = (1 + 3 + 1 + 1 + 1 + 1) * hidden + 2 * inner
+        width = self.config.heads * self.config.head_dim
+        numbers = (1 + 1 + 1 + 1) * hidden + (3 + 1) * width + 2 * inner
         adapters = 4 * self.settings.rank if self.lora else 0
         per_row = (numbers + adapters + 4) * self.e + self.config.heads * F32
         return self.rows * per_row

@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from memlm import _rounding, ops
-from memlm.formats import TILE_ROWS, Format, Packed, layout
+from memlm import _rounding, ops, sparse_formats
+from memlm._format import parse_format
+from memlm.formats import ACT_GROUP, LANE_K, TILE_ROWS, Format, Packed, layout
 from memlm.ops._matmul import X_DTYPES
+from memlm.sparse_formats import FLOAT_DTYPES, SparseFormat, SparsePacked
 
+_ROWS = 64  # tiles looked at at a time
 _CHUNK = 64 << 20  # bytes of a mapped weight in memory at a time, with ``done``
 
 
@@ -36,11 +40,7 @@ def quantize_weight(
     matrix, is empty, or holds NaN or Inf.
     """
     format = Format.parse(format)
-    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
-        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-        raise TypeError(f"w: got {got}, accepted is a floating-point tensor")
-    if w.dim() != 2 or w.numel() == 0:
-        raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
+    _check_matrix(w)
     rows = w.shape[0]
     if done is not None:
         rows = max(1, _CHUNK // (w.shape[1] * w.element_size() * TILE_ROWS)) * TILE_ROWS
@@ -66,6 +66,74 @@ def quantize_weight(
                 whole[part][tile : tile + len(tensor)] = tensor
             done(chunk)
     return Packed(format, *w.shape, **whole)
+
+
+def sparse_quantize(
+    w: torch.Tensor,
+    format: str | SparseFormat,
+    done: Callable[[torch.Tensor], None] | None = None,
+) -> SparsePacked:
+    """Of ``w [n, k]`` (f32, bf16, f16, f64) what is not zero, or in a block with something that is
+    not, rounded to the format's values: as :func:`quantize_weight` rounds the whole matrix, or to
+    f32 or bf16.  ``done`` as there.
+
+    Raises TypeError or ValueError as there, and ValueError for ``2:4`` where more than two of 4
+    consecutive weights of a row are not zero.
+    """
+    format = SparseFormat.parse(format)
+    if not format.is_float:
+        packed = quantize_weight(w, format.values, done)
+        return sparse_formats.pack_dense(packed, w.detach() != 0, format.pattern)
+    _check_matrix(w)
+    with torch.no_grad():
+        if not torch.isfinite(w).all():
+            raise ValueError("w: contains NaN or Inf")
+        values = w.detach().to(FLOAT_DTYPES[format.values])
+        return sparse_formats.pack(values, w.detach() != 0, None, None, format)
+
+
+def lacks_zeros(w: torch.Tensor, format: SparseFormat) -> str | None:
+    """Why a sparse format leaves out nothing of ``w [n, k]``, or, of ``2:4``, cannot hold it; None
+    where it can."""
+    pattern, empty = format.pattern, False
+    for rows in w.detach().split(_ROWS * TILE_ROWS):
+        zero = rows == 0
+        if pattern == "unstructured":
+            empty = bool(zero.any())
+        else:
+            run = LANE_K if pattern == "2:4" else ACT_GROUP
+            runs = F.pad(zero, (0, -zero.shape[1] % run), value=True).unflatten(1, (-1, run))
+            if pattern == "2:4":
+                if bool((runs.sum(2) < run - 2).any()):
+                    return "more than two of 4 consecutive weights are not zero"
+                continue
+            blocks = F.pad(runs.all(2), (0, 0, 0, -len(runs) % TILE_ROWS), value=True)
+            empty = bool(blocks.unflatten(0, (-1, TILE_ROWS)).all(1).any())
+        if empty:
+            return None
+    if pattern == "2:4":
+        return None
+    what = "block of 16 rows and 32 k" if pattern == "block" else "weight"
+    return f"no {what} is zero: there is nothing to leave out"
+
+
+def pack_weight(
+    w: torch.Tensor,
+    format: str | Format | SparseFormat,
+    done: Callable[[torch.Tensor], None] | None = None,
+) -> Packed | SparsePacked:
+    """:func:`quantize_weight` or :func:`sparse_quantize`, as the format wants."""
+    format = parse_format(format)
+    quantize = sparse_quantize if isinstance(format, SparseFormat) else quantize_weight
+    return quantize(w, format, done)
+
+
+def _check_matrix(w: torch.Tensor) -> None:
+    if not isinstance(w, torch.Tensor) or not w.is_floating_point():
+        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f"w: got {got}, accepted is a floating-point tensor")
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"w: got shape {list(w.shape)}, expected [n, k] with n, k at least 1")
 
 
 def _known(w: torch.Tensor) -> torch.Tensor:

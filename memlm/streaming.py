@@ -41,11 +41,14 @@ from memlm.io.packed_folder import (
     replacing_model,
     write_config,
 )  # fmt: skip
-from memlm.layers import Embedding, Linear
+from memlm.layers import Embedding, linear_of
 from memlm.models.decoder import Decoder
-from memlm.models.load import FLOATS, build_for, check_names, other_tensors, read_tensor
+from memlm.models.load import (
+    FLOATS, build_for, check_embedding, check_names, other_tensors, read_tensor,
+)  # fmt: skip
 from memlm.ops import mode_for
-from memlm.quantize import quantize_weight
+from memlm.quantize import lacks_zeros, pack_weight
+from memlm.sparse_formats import SparseFormat
 
 _PARTIAL = ".partial"
 _PART = (
@@ -62,14 +65,14 @@ class _Job:
     shape: tuple[int, ...]
     module: str | None
     kind: type[nn.Module]
-    format: Format | None
+    format: Format | SparseFormat | None
     bias: bool
 
 
 def quantize_files(
     src: str | Path,
     dst: str | Path,
-    config: QuantConfig | str | Format = QuantConfig(embedding="int8"),
+    config: QuantConfig | str | Format | SparseFormat = QuantConfig(embedding="int8"),
     requantize: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, int]:
@@ -89,7 +92,7 @@ def quantize_files(
     than a packed model, ValueError naming the tensor for weights with NaN or Inf.
     """
     src, dst = Path(src), Path(dst)
-    if isinstance(config, (str, Format)):
+    if isinstance(config, (str, Format, SparseFormat)):
         config = QuantConfig(config)
     if src.resolve() in dst.resolve().parents:
         raise ValueError(f"dst: {dst} lies inside src, {src}")
@@ -248,16 +251,22 @@ class _ReadAhead:
         return 4 * math.prod(self._jobs[i].shape)
 
 
+def _packs(source: torch.Tensor, format: Format | SparseFormat | None) -> bool:
+    """Whether the tensor is to be packed: for sparse formats one that has zeros to leave out."""
+    sparse = isinstance(format, SparseFormat)
+    return format is not None and not (sparse and lacks_zeros(source, format))
+
+
 def _make(
     checkpoint: Checkpoint, job: _Job, config: QuantConfig, requantize: bool
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """One job's tensors as the file names them, and what is to be known of them."""
     source = read_tensor(checkpoint, job.name, job.shape, dequantize=requantize)
     stored = source if isinstance(source, PackedTensor) else None
-    if stored is None and job.format is not None:
+    if stored is None and _packs(source, job.format):
         done = pages.release if checkpoint.maps(job.name) else None
         try:
-            stored = PackedTensor(quantize_weight(source, job.format, done))
+            stored = PackedTensor(pack_weight(source, job.format, done))
         except ValueError as error:
             raise ValueError(f"{job.name}: {error}") from None
     if stored is None:
@@ -266,13 +275,11 @@ def _make(
     else:
         mode = config.mode or stored.mode
         if issubclass(job.kind, nn.Embedding):
-            if stored.order is not None:
-                raise FormatError(f"{job.name}: an embedding whose columns have an order")
+            check_embedding(job.name, stored)
             spec = spec_of(Embedding(stored.packed))
         else:
-            spec = spec_of(Linear(stored.packed, mode=mode, order=stored.order)) | {
-                "bias": job.bias
-            }
+            layer = linear_of(stored.packed, mode=mode, order=stored.order)
+            spec = spec_of(layer) | {"bias": job.bias}
         tensors = file_tensors(job.module, stored.packed, stored.order)
     dtype = None if stored is not None else str(source.dtype).removeprefix("torch.")
     anew = not requantize and isinstance(source, torch.Tensor) and checkpoint.coded(job.name)

@@ -9,9 +9,11 @@ from memlm import formats, ops
 from memlm.ops import _matmul
 from memlm.formats import Format, Packed, pack
 from memlm.ops._registry import implementations
-from memlm.quantize import quantize_weight
+from memlm.ops.w4_sparse_matmul import pattern_number
+from memlm.quantize import quantize_weight, sparse_quantize
+from memlm.sparse_formats import SparseFormat, SparsePacked
 
-from . import numerics
+from . import numerics, sparse
 from .paths import PATHS, path_id
 
 # n, k: one of each, tails in both, several stretches of k, more tiles than one block.
@@ -20,20 +22,48 @@ SHAPES = [(1, 1), (16, 32), (17, 33), (5, 129), (100, 300), (33, 2111), (130, 41
 # which starts at 13 or 25), several tiles, tails.
 ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 25, 31, 33]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [(n, k, dtype) for n, k in SHAPES for dtype in DTYPES]
 
 
-def arguments(
-    x, packed: Packed, bias, fast: bool, norm=None, eps=0.0, swiglu=False, residual=None
-) -> tuple:
-    """The torch op's arguments."""
-    format = packed.format
+# W among the arguments of the ops over sparse matrices.
+WEIGHT_NAMES = {
+    "block_sparse_matmul": "starts places codes scales offsets bits codebook n k".split(),
+    "w4_sparse_matmul": "codes places starts scales pattern codebook n k group".split(),
+}
+
+
+def weight_arguments(packed: Packed | SparsePacked) -> tuple:
+    """W among the torch op's arguments."""
+    format, sizes = packed.format, (packed.n, packed.k)
+    if isinstance(packed, SparsePacked):
+        values = format.values
+        codebook = int(not format.is_float and values.codebook == "nf")
+        if format.pattern == "block":
+            parts = (packed.starts, packed.places, packed.codes, packed.scales, packed.offsets)
+            return (*parts, format.bits, codebook, *sizes)
+        parts = (packed.codes, packed.places, packed.starts, packed.scales)
+        return (*parts, pattern_number(format.pattern), codebook, *sizes, values.group)
     offsets = (packed.offsets,) if format.bits < 8 else ()
     if format.bits == 4:
         offsets = (*offsets, _matmul.CODEBOOKS.index(format.codebook))
-    return (
-        x, packed.codes, packed.scales, *offsets, packed.n, packed.k, packed.format.group, bias, fast,
-        norm, eps, swiglu, residual,
-    )  # fmt: skip
+    return (packed.codes, packed.scales, *offsets, *sizes, format.group)
+
+
+def arguments(
+    x, packed, bias, fast: bool, norm=None, eps=0.0, swiglu=False, residual=None
+) -> tuple:
+    """The torch op's arguments."""
+    return (x, *weight_arguments(packed), bias, fast, norm, eps, swiglu, residual)
+
+
+def quantized(w: torch.Tensor, format: str) -> Packed | SparsePacked:
+    return (sparse_quantize if "/" in format else quantize_weight)(w, format)
+
+
+def arithmetic(implementation: str, m: int, fast: bool, format: str) -> str:
+    """As numerics.arithmetic; weights that are floats are always multiplied as such."""
+    floats = "/" in format and SparseFormat.parse(format).is_float
+    return numerics.arithmetic(implementation, m, fast and not floats)
 
 
 def run(name: str, implementation: str, x, packed, bias, fast, **around):
@@ -41,33 +71,36 @@ def run(name: str, implementation: str, x, packed, bias, fast, **around):
 
 
 def random_case(format: str, n: int, k: int, m: int, dtype, seed: int = 0):
+    """x, W, for a sparse format with half of its weights unless it is tiny, and bias."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=generator)
+    if "/" in format:
+        density = 0.5 if k > 32 and not format.startswith("2:4") else 1.0
+        w = sparse.random_weights(SparseFormat.parse(format), n, k, density, seed)
     # Columns of very different size, as activations have.
     spread = torch.exp(2 * torch.randn(k, generator=generator))
     x = (torch.randn(m, k, generator=generator) * spread).to(dtype)
     bias = torch.randn(n, generator=generator).to(dtype)
-    return x, quantize_weight(w, format), bias
+    return x, quantized(w, format), bias
 
 
-def check_against_fp64(name, format, implementation, isa, fast):
+def check_against_fp64(name, format, implementation, isa, fast, cases=CASES, rows=ROWS):
     if isa is not None:
         memlm.set_isa(isa)
-    for n, k in SHAPES:
-        for dtype in DTYPES:
-            x, packed, bias = random_case(format, n, k, max(ROWS), dtype)
-            known = {}
-            for m in ROWS:
-                arithmetic = numerics.arithmetic(implementation, m, fast)
-                if arithmetic not in known:
-                    known[arithmetic] = numerics.exact_matmul(x, packed, bias, arithmetic)
-                exact, bound = known[arithmetic]
-                y = run(name, implementation, x[:m].contiguous(), packed, bias, fast)
-                assert y.dtype == dtype and y.shape == (m, n)
-                numerics.assert_within(y, exact[:m], bound[:m])
-            y = run(name, implementation, x[:1], packed, None, fast)
-            arithmetic = numerics.arithmetic(implementation, 1, fast)
-            numerics.assert_within(y, *numerics.exact_matmul(x[:1], packed, None, arithmetic))
+    for n, k, dtype in cases:
+        x, packed, bias = random_case(format, n, k, max(rows), dtype)
+        known = {}
+        for m in rows:
+            kind = arithmetic(implementation, m, fast, format)
+            if kind not in known:
+                known[kind] = numerics.exact_matmul(x, packed, bias, kind)
+            exact, bound = known[kind]
+            y = run(name, implementation, x[:m].contiguous(), packed, bias, fast)
+            assert y.dtype == dtype and y.shape == (m, n)
+            numerics.assert_within(y, exact[:m], bound[:m])
+        y = run(name, implementation, x[:1], packed, None, fast)
+        kind = arithmetic(implementation, 1, fast, format)
+        numerics.assert_within(y, *numerics.exact_matmul(x[:1], packed, None, kind))
 
 
 def around_cases(format: str, n: int, k: int, m: int, dtype):
@@ -88,19 +121,21 @@ def around_cases(format: str, n: int, k: int, m: int, dtype):
     ]
 
 
-def check_around(name, format, implementation, isa, fast):
+def check_around(name, format, implementation, isa, fast, dtypes=DTYPES):
     if isa is not None:
         memlm.set_isa(isa)
     for n, k, m in ((1, 1, 1), (17, 33, 7), (100, 300, 1), (40, 1056, 41)):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for x, packed, around in around_cases(format, n, k, m, dtype):
                 y = run(name, implementation, x, packed, None, fast, **around)
-                arithmetic = numerics.arithmetic(implementation, m, fast)
-                exact, bound = numerics.exact_around(x, packed, arithmetic, **around)
+                kind = arithmetic(implementation, m, fast, format)
+                exact, bound = numerics.exact_around(x, packed, kind, **around)
                 numerics.assert_within(y, exact, bound)
                 # Zeros would be far outside; half of all gates are closed, and give next to nothing.
                 least = 0.3 if "swiglu" in around else 0.8
-                assert (exact.abs() > bound).double().mean() > least
+                stored = exact != 0  # where a sparse W has any weight; a tiny one has few
+                share = (exact.abs() > bound)[stored].double().mean()
+                assert share > least or ("/" in format and exact.numel() <= 16)
 
 
 def check_around_extremes(name, format):
@@ -109,12 +144,12 @@ def check_around_extremes(name, format):
     values = [-1e4, -100.0, -88.0, -87.0, 0.0, 87.0, 88.0, 1e4]
     w = torch.cat((torch.tensor(values).repeat(2), torch.ones(16)))[:, None].expand(32, 64).clone()
     w[:, 1:] = 0
-    both, x = quantize_weight(w, format), torch.zeros(40, 64)
+    both, x = quantized(w, format), torch.zeros(40, 64)
     x[:, 0] = 1
     for m in (1, 40):
         y = run(name, "cpp", x[:m], both, None, False, swiglu=True)
-        arithmetic = numerics.arithmetic("cpp", m, False)
-        numerics.assert_within(y, *numerics.exact_around(x[:m], both, arithmetic, swiglu=True))
+        kind = arithmetic("cpp", m, False, format)
+        numerics.assert_within(y, *numerics.exact_around(x[:m], both, kind, swiglu=True))
     norm, zeros, x = torch.ones(64), torch.zeros(1, 64), torch.ones(1, 64)
     assert torch.equal(run(name, "cpp", zeros, packed, None, True, norm=norm, eps=1e-5), torch.zeros(1, 20))
     for value in (float("nan"), float("inf")):
@@ -151,13 +186,15 @@ def check_f32_scales(name, format, fast):
     """Weights far outside f16's range keep f32 scales."""
     for size in (1e-12, 1e12):
         w = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)) * size
-        packed = quantize_weight(w, format)
+        if "/" in format:
+            w *= sparse.mask(SparseFormat.parse(format), 40, 96, 0.7)
+        packed = quantized(w, format)
         assert packed.scales.dtype == torch.float32
         for m in (7, 40):
             x = torch.randn(m, 96, generator=torch.Generator().manual_seed(2))
             y = run(name, "cpp", x, packed, None, fast)
-            arithmetic = numerics.arithmetic("cpp", m, fast)
-            numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, arithmetic))
+            kind = arithmetic("cpp", m, fast, format)
+            numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, kind))
 
 
 def check_integers_exact(name, format: str, code_low: int, code_high: int, isa: str):
@@ -225,8 +262,8 @@ def check_small_activations(name, format):
         x[0, 32:64] = 1e-40
         x[1] = 0
         y = run(name, "cpp", x, packed, None, True)
-        arithmetic = numerics.arithmetic("cpp", m, True)
-        numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, arithmetic))
+        kind = arithmetic("cpp", m, True, format)
+        numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, kind))
         assert torch.equal(y[1], torch.zeros(20))
 
 
@@ -236,8 +273,8 @@ def check_large_sizes(name, format, fast):
         x, packed, bias = random_case(format, n, k, 33, torch.float32)
         for m in (1, 33):
             y = run(name, "cpp", x[:m].contiguous(), packed, bias, fast)
-            arithmetic = numerics.arithmetic("cpp", m, fast)
-            numerics.assert_within(y, *numerics.exact_matmul(x[:m], packed, bias, arithmetic))
+            kind = arithmetic("cpp", m, fast, format)
+            numerics.assert_within(y, *numerics.exact_matmul(x[:m], packed, bias, kind))
 
 
 def off_by_one(t: torch.Tensor) -> torch.Tensor:
@@ -247,7 +284,8 @@ def off_by_one(t: torch.Tensor) -> torch.Tensor:
 
 def check_unaligned(name, format, fast):
     x, packed, bias = random_case(format, 70, 300, 33, torch.float32)
-    moved = Packed(packed.format, 70, 300, **{k: off_by_one(t) for k, t in packed.tensors().items()})
+    parts = {name: off_by_one(tensor) for name, tensor in packed.tensors().items()}
+    moved = type(packed)(packed.format, 70, 300, **parts)
     for m in (1, 7, 33):
         y = run(name, "cpp", off_by_one(x[:m]), moved, off_by_one(bias), fast)
         assert torch.equal(y, run(name, "cpp", x[:m].contiguous(), packed, bias, fast))

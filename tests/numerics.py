@@ -11,19 +11,35 @@ import torch
 import torch.nn.functional as F
 
 import memlm
-from memlm import formats
+from memlm import formats, sparse_formats
 from memlm.formats import ACT_GROUP, Packed
-from memlm.ops._matmul import fast_weights, prologue, quantize_activations
+from memlm.ops import _matmul
+from memlm.ops._matmul import prologue, quantize_activations
+from memlm.sparse_formats import SparsePacked
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 
-def magnitudes(packed: Packed) -> torch.Tensor:
+def dequantize(packed: Packed | SparsePacked) -> torch.Tensor:
+    """f64 [n, k]."""
+    module = sparse_formats if isinstance(packed, SparsePacked) else formats
+    return module.dequantize(packed, torch.float64)
+
+
+def fast_weights(packed: Packed | SparsePacked) -> torch.Tensor:
+    """f64 [n, k], as integer sums see them."""
+    dense = sparse_formats.to_dense(packed) if isinstance(packed, SparsePacked) else packed
+    return _matmul.fast_weights(dense, torch.float64)
+
+
+def magnitudes(packed: Packed | SparsePacked) -> torch.Tensor:
     """f64 [n, k]: ``|s q'| + |o|``, what a weight's two parts add up to without cancelling."""
-    weights = formats.dequantize(packed, torch.float64).abs()
+    weights = dequantize(packed).abs()
     if packed.offsets is None:
         return weights
+    if isinstance(packed, SparsePacked):
+        packed = sparse_formats.to_dense(packed)
     offsets = formats.unpack(packed)[2].double().abs()
     offsets = offsets.repeat_interleave(packed.format.group, dim=1)[:, : packed.k]
     return weights + 2 * offsets  # |s q| <= |w| + |o|
@@ -43,15 +59,15 @@ def arithmetic(implementation: str, m: int, fast: bool) -> str:
     return "bf16x3" if tiles else "f32"
 
 
-def exact_matmul(x, packed: Packed, bias, arithmetic: str):
+def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str):
     """The product in f64 over the unpacked weights, of the numbers that the arithmetic works with,
     and the bound on a kernel's distance from it."""
     rows, u = x.reshape(-1, packed.k).float(), ROUNDOFF[torch.float32]
-    w, size_w, terms = formats.dequantize(packed, torch.float64), magnitudes(packed), packed.k
+    w, size_w, terms = dequantize(packed), magnitudes(packed), packed.k
     if arithmetic == "int8":
         q, scale = quantize_activations(rows)
         rows = (q.double() * scale.double()).view(rows.shape[0], -1)[:, : packed.k]
-        w, terms = fast_weights(packed, torch.float64), -(-packed.k // ACT_GROUP)
+        w, terms = fast_weights(packed), -(-packed.k // ACT_GROUP)
         size_w = size_w.maximum(w.abs())
     elif arithmetic == "bf16":  # the kernel's weights are one FMA: rounded once to f32
         rows, w = rows.bfloat16().double(), w.float().bfloat16().double()
@@ -71,7 +87,15 @@ def exact_matmul(x, packed: Packed, bias, arithmetic: str):
     return y.view(shape), bound.view(shape)
 
 
-def exact_around(x, packed: Packed, arithmetic: str, norm=None, eps=0.0, swiglu=False, residual=None):
+def product_bound(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The bound on an f32 product, of magnitudes ``a [m, k]`` and ``b [k, n]`` in f64."""
+    u = ROUNDOFF[torch.float32]
+    return (4 + 5 * math.sqrt(a.shape[1])) * u * (a @ b) + SMALLEST[torch.float32]
+
+
+def exact_around(
+    x, packed: Packed | SparsePacked, arithmetic: str, norm=None, eps=0.0, swiglu=False, residual=None
+):
     """As exact_matmul, for a product with the layers around it.
 
     The kernel's left side h is off by a few roundings, and by those of a sum of k squares with norm.
@@ -82,7 +106,7 @@ def exact_around(x, packed: Packed, arithmetic: str, norm=None, eps=0.0, swiglu=
     u, k = ROUNDOFF[torch.float32], packed.k
     h = prologue(x.double(), k, norm, eps).reshape(-1, k)
     off = (16 + (5 * math.sqrt(k) if norm is not None else 0)) * u * h.abs()
-    w = (fast_weights if arithmetic == "int8" else formats.dequantize)(packed, torch.float64)
+    w = (fast_weights if arithmetic == "int8" else dequantize)(packed)
     y = h @ w.T
     bound = (8 + 5 * math.sqrt(k)) * u * (h.abs() @ magnitudes(packed).T)
     bound += off @ magnitudes(packed).T + FLUSHED[arithmetic] * 2 * (h.abs().sum(1)[:, None] + k)

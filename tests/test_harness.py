@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import memlm
-from benchmarks import harness, matmul
+from benchmarks import (
+    bench_block_sparse_matmul, bench_w4_sparse_matmul, harness, matmul, sparse,
+)  # fmt: skip
 from benchmarks.bench_dequantize import CANDIDATES as DEQUANTIZE
 from benchmarks.bench_embedding import CANDIDATES as EMBEDDING
 from memlm import limits
@@ -67,6 +69,33 @@ def test_lines_of_json(tmp_path, capsys, op, candidates):
     assert {(x["impl"], x["m"], x["n"]) for x in map(json.loads, added)} == {
         ("memlm", 5, 16), ("memlm", 5, 32),
     }  # fmt: skip
+
+
+def test_sparse_benchmarks(tmp_path, monkeypatch):
+    """Both operations in one page, one file and one picture; bytes go by what is stored."""
+    page = tmp_path / "sparse.md"
+    page.write_text(sparse.PAGE.read_text())
+    monkeypatch.setattr(sparse, "PAGE", page)
+    monkeypatch.setattr(sparse, "RESULTS", tmp_path / "sparse.json")
+    sizes = ["--shapes", "64x128", "--ms", "1,3", "--record"]
+    bench_block_sparse_matmul.main([*sizes, "--densities", "0.25", "0.5"])
+    bench_w4_sparse_matmul.main(sizes)
+    recorded = json.loads((tmp_path / "sparse.json").read_text())
+    lines = [sparse.Line(**line) for line in recorded["block_sparse_matmul"]]
+    assert [(r.format, r.density, r.m) for r in lines[:4]] == [
+        ("block/int4a-g32", density, m) for density in (0.25, 0.5) for m in (1, 3)
+    ]
+    assert len(lines) == 4 * 4 and len(recorded["w4_sparse_matmul"]) == 3 * 2 * 2
+    for line in lines:
+        assert line.density <= line.bytes_ratio < line.density + 0.03 == line.most_bytes
+    dense = [sparse.Line(**line).bytes_ratio for line in recorded["w4_sparse_matmul"]]
+    assert 0.5 < min(dense) < max(dense) < 0.9
+    rows = page.read_text().splitlines()
+    assert sum(row.startswith("| block/") for row in rows) == 8
+    assert sum(row.startswith(("| 2:4/", "| unstructured/")) for row in rows) == 6
+    assert any(row.startswith("| memlm block/f32 |") for row in rows)
+    assert "**0.26** | 0.28 |" in page.read_text()
+    assert (tmp_path / "sparse.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ struct FloatSums {
 template <class W>
 struct Accurate {
   using Unit = NoUnit;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kIntegers = false;
+  static constexpr bool kExpandsDirectly = false;
   static constexpr bool kUnpacks = true;
   static constexpr int kDirectTiles = kDirectTilesAccurate;
   static constexpr int64_t kPanelBytesPerK = 4 * kTileRows;  // f32 [k][16]
@@ -98,10 +99,6 @@ struct Accurate {
   template <int MT>
   static const float* run_of(const Stretch<W>& s, int64_t i, const char* x) {
     return reinterpret_cast<const float*>(x) + s.run(i) * kActGroup * MT;
-  }
-
-  static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
-    return f_load(sums);
   }
 };
 

@@ -9,25 +9,35 @@ namespace MEMLM_ISA {
 
 template <class W, bool kCompressed = W::kCompressed>
 struct Cursor {
+  const W& codec;
   const uint8_t* codes;
-  explicit Cursor(const Stretch<W>& s) : codes(s.codes) {}
-  void prefetch_run() {}  // unpacked tiles are read in one stream
-  void load2(const W& codec, int i, B& b0, B& b1) { codec.load2(codes, i, b0, b1); }
+  explicit Cursor(const Stretch<W>& s) : codec(s.codec), codes(s.codes) {}
+  void prefetch_run() { prefetch(codes, tile_bytes(W::kBits, kActGroup)); }
+  // Blocks 2i and 2i + 1 of a run, as Dots with K takes them (fast-inl.h).
+  template <int K>
+  void load2(int i, B& b0, B& b1) {
+    codec.load2(codes, i, b0, b1);
+    if (K > kLaneK) b_interleave(b0, b1);
+  }
   void next_run() { codes += tile_bytes(W::kBits, kActGroup); }
 };
 
 template <class W>
 struct Cursor<W, true> {
+  const W codec;  // a copy, which stores of bytes cannot change: it stays in registers
   const uint8_t *codes, *places, *end;
-  explicit Cursor(const Stretch<W>& s) : codes(s.codes), places(s.places), end(s.end) {}
+  explicit Cursor(const Stretch<W>& s)
+      : codec(s.codec), codes(s.codes), places(s.places), end(s.end) {}
   void prefetch_run() {
     prefetch(codes, tile_bytes(2, kActGroup));  // half of the nibbles
     prefetch(places, kActGroup / kLaneK * kPlaceBytes);
   }
-  B next(const W& codec) { return codec.expand(*this); }
-  void load2(const W& codec, int, B& b0, B& b1) {
-    b0 = codec.dot_block(next(codec));
-    b1 = codec.dot_block(next(codec));
+  B next() { return codec.expand(*this); }
+  template <int K>
+  void load2(int, B& b0, B& b1) {
+    b0 = codec.dot_block(next());
+    b1 = codec.dot_block(next());
+    if (K > kLaneK) b_interleave(b0, b1);
   }
   void next_run() {}
 };
@@ -74,7 +84,7 @@ inline const uint8_t* each_expanded(const Stretch<W>& s, Use&& use) {
     for (int64_t sub = 0; sub < s.subs; ++sub) {
       cursor.prefetch_run();
       for (int i = 0; i < kActGroup; i += kLaneK, k += kLaneK)
-        each_expanded(s.codec, cursor.next(s.codec), scale, offset,
+        each_expanded(cursor.codec, cursor.next(), scale, offset,
                       [&](int j, F w) { use(k + j, j, w); }, Indices<0, 1, 2, 3>());
     }
   }

@@ -25,13 +25,6 @@ struct Dots {
   I total(int m, int32_t start) const { return W::total(p[m], start); }
 };
 
-// Blocks 2i and 2i + 1 of the 32 k at codes, as Dots with K takes them.
-template <int K, class W>
-inline void load_dots(const W& codec, const uint8_t* codes, int i, B& b0, B& b1) {
-  codec.load2(codes, i, b0, b1);
-  if (K > kLaneK) b_interleave(b0, b1);
-}
-
 template <class W, int MT, int K = kDotK>
 struct IntegerSums {
   F v[MT];
@@ -72,7 +65,8 @@ struct IntegerSums {
 template <class W>
 struct Fast {
   using Unit = NoUnit;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kIntegers = false;
+  static constexpr bool kExpandsDirectly = true;  // compressed codes of a single row, without a panel
   static constexpr bool kUnpacks = W::kUnpacks;
   static constexpr int kDirectTiles = kDirectTilesFast;
   // Panel, per 32 k: f32 scale [16], f32 offset [16] (if any), 8 blocks of codes as bytes.
@@ -111,14 +105,14 @@ struct Fast {
     // Interleaving does not pay for a single row, whose packed form is the same either way.
     constexpr int K = MT == 1 ? kLaneK : kDotK;
     IntegerSums<W, MT, K> acc(sums);
-    const uint8_t* codes = s.codes;
+    Cursor<W> codes(s);
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.dot_scale(g), offset = s.dot_offset(g);
       for (int64_t i = 0; i < s.subs; ++i) {
-        prefetch(codes, tile_bytes(W::kBits, kActGroup));
-        const auto load2 = [&](int j, B& b0, B& b1) { load_dots<K>(s.codec, codes, j, b0, b1); };
+        codes.prefetch_run();
+        const auto load2 = [&](int j, B& b0, B& b1) { codes.template load2<K>(j, b0, b1); };
         acc.add(load2, scale, offset, x + s.run(g * s.subs + i) * kRecord * MT);
-        codes += tile_bytes(W::kBits, kActGroup);
+        codes.next_run();
       }
     }
     acc.store(sums);
@@ -135,8 +129,7 @@ struct Fast {
         codes.prefetch_run();
         for (int j = 0; j < 4; ++j) {
           B b0, b1;
-          codes.load2(s.codec, j, b0, b1);
-          if (kDotK > kLaneK) b_interleave(b0, b1);
+          codes.template load2<kDotK>(j, b0, b1);
           b_store(blocks + 2 * j * kBlock, b0);
           b_store(blocks + (2 * j + 1) * kBlock, b1);
         }
@@ -162,10 +155,6 @@ struct Fast {
           f_load(scales), W::kOffsets ? f_load(scales + 16) : f_zero(), x);
     }
     acc.store(sums);
-  }
-
-  static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
-    return f_load(sums);
   }
 };
 

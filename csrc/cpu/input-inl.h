@@ -113,6 +113,8 @@ inline void quantize_row(const Input& in, int64_t row, int64_t k, int64_t padded
     for (int64_t i = 0; i < padded; i += 16) largest = i_max(largest, f_magnitude_bits(f_load(x + i)));
   const Rounding whole(i_reduce_max(largest));
   for (int64_t i = 0; i < padded; i += kActGroup) {
+    __builtin_prefetch(x + i + 512);
+    __builtin_prefetch(x + i + 528);
     const F a = f_load(x + i), b = f_load(x + i + 16);
     const Rounding rounding =
         in.x_group ? Rounding(i_reduce_max(i_max(f_magnitude_bits(a), f_magnitude_bits(b)))) : whole;

@@ -111,6 +111,17 @@ __attribute__((always_inline)) inline void store_tile(const Columns& columns, co
   memcpy(out, args.dtype == MEMLM_F32 ? static_cast<const void*>(f32) : half, count * size);
 }
 
+// Asks for the places of y that store_tile will write soon.
+inline void prefetch_tiles(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
+                           int64_t tiles, int64_t row, int rows) {
+  const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2, n0 = tile * kTileRows;
+  const int64_t n1 = n0 + tiles * kTileRows < columns.n ? n0 + tiles * kTileRows : columns.n;
+  for (int i = 0; i < rows; ++i) {
+    const char* y = static_cast<const char*>(args.y) + (row + i) * args.y_stride * size;
+    for (int64_t at = n0 * size; at < n1 * size; at += 64) __builtin_prefetch(y + at, 1);
+  }
+}
+
 template <int N>
 struct Rows { static constexpr int value = N; };
 
@@ -143,21 +154,35 @@ void pack_rows(const memlm_packed& w, const Input& in, const RowTiles& tiles, in
   });
 }
 
-// What few rows take of compressed weights at a time: the largest group.  Its panel stays in the L1.
-constexpr int64_t kExpandK = 128;
+// How many k few rows take of compressed weights at a time, a multiple of the largest group: the panel
+// takes half of a 32 KB L1.
+template <class Mode>
+constexpr int64_t kExpandK = 16 * 1024 / Mode::kPanelBytesPerK / 128 * 128;
 
 // Few rows of x times one tile of compressed weights.
 template <class Mode, class W>
 void expand_and_multiply(const W& codec, const memlm_packed& w, int64_t tile, int64_t padded, int mt,
                          const char* x, float* sums) {
-  alignas(64) char panel[kExpandK * Mode::kPanelBytesPerK];
+  if constexpr (Mode::kExpandsDirectly) {
+    if (mt == 1) return Mode::template direct<1>(Stretch<W>(codec, w, tile, 0, padded), x, sums);
+  }
+  constexpr int64_t kStep = kExpandK<Mode>;
+  alignas(64) char panel[kStep * Mode::kPanelBytesPerK];
   const uint8_t* codes = nullptr;
-  for (int64_t k = 0; k < padded; k += kExpandK) {
-    const int64_t end = k + kExpandK < padded ? k + kExpandK : padded;
+  for (int64_t k = 0; k < padded; k += kStep) {
+    const int64_t end = k + kStep < padded ? k + kStep : padded;
     const Stretch<W> s(codec, w, tile, k, end, codes);
     codes = Mode::unpack(s, panel);
     with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s, panel, x, sums); });
   }
+}
+
+// Row `row` of a product from its sums, which are floats unless the mode's are integers.
+template <class Mode, class W>
+inline F finished(const Stretch<W>& s, const char* x_tile, int64_t padded, int mt, int row,
+                  const float* sums) {
+  if constexpr (Mode::kIntegers) return Mode::finish(s, x_tile, padded, mt, row, sums);
+  return f_load(sums);
 }
 
 template <class Mode, class W>
@@ -174,13 +199,13 @@ void few_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& ar
         const int64_t w_tile = columns.w_tile(tile, part);
         const Stretch<W> s(codec, w, w_tile, 0, padded);
         Mode::start(x, padded, mt, sums);
-        if constexpr (W::kCompressed) {
-          expand_and_multiply<Mode>(codec, w, w_tile, padded, mt, x, sums);
-        } else {
+        if constexpr (!W::kCompressed) {
           with_rows(mt, [&](auto n) { Mode::template direct<n.value>(s, x, sums); });
+        } else {
+          expand_and_multiply<Mode>(codec, w, w_tile, padded, mt, x, sums);
         }
         for (int row = 0; row < mt; ++row)
-          totals[row][part] = Mode::finish(s, x, padded, mt, row, sums + row * kTileRows);
+          totals[row][part] = finished<Mode>(s, x, padded, mt, row, sums + row * kTileRows);
       }
       for (int row = 0; row < mt; ++row) store_tile(columns, args, tile, row, totals[row]);
     }
@@ -231,6 +256,16 @@ constexpr int64_t longest_stretch() {
   return fits;
 }
 
+// The most k that a tile stores.
+inline int64_t longest_tile(const memlm_packed& w, int64_t padded) {
+  int64_t longest = 0;
+  for (int64_t tile = 0; tile < div_up(w.n, kTileRows); ++tile) {
+    const int64_t stored = stored_k(w, tile, padded);
+    longest = stored > longest ? stored : longest;
+  }
+  return longest;
+}
+
 template <class Mode, class W>
 memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul_args& args,
                        int64_t padded, const RowTiles& x_tiles, const char* x) {
@@ -238,14 +273,20 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
   const int64_t row_bytes = Mode::row_bytes(padded);
   int64_t most = columns.tiles / (args.threads * kPiecesPerThread);
   if (Mode::kTiles) most += most % 2;  // they are multiplied in pairs
-  const int64_t limit = kBlockTiles<Mode> / columns.parts;
-  const int64_t size = most < 1 ? 1 : most > limit ? limit : most;  // tiles of y per block
+  const int64_t longest = longest_tile(w, padded);
   constexpr int64_t kStretch = longest_stretch<Mode>();
-  const int64_t stretch = kStretch < padded ? kStretch : padded;
+  // Tiles of W that are short (few k, or sparse) are read in one stretch.  No sums wait for the next one
+  // then, and more tiles share a pass of x.
+  const bool whole_k = !Mode::kTiles && longest <= kStretch;
+  const int64_t stretch = whole_k ? longest : kStretch < padded ? kStretch : padded;
+  const int64_t fits = whole_k && longest ? kPanelBytes<Mode> / (longest * Mode::kPanelBytesPerK)
+                                          : kBlockTiles<Mode>;
+  const int64_t limit = (fits < kMostBlockTiles ? fits : kMostBlockTiles) / columns.parts;
+  const int64_t size = most < 1 ? 1 : most > limit ? limit : most;  // tiles of y per block
   bool unpack = Mode::kUnpacks;
   if constexpr (!Mode::kTiles && !W::kCompressed) unpack = unpack && x_tiles.count > Mode::kDirectTiles;
   const int64_t panel_bytes = unpack ? stretch * Mode::kPanelBytesPerK : 0;
-  const int64_t chunk = div_up(kChunkRows, x_tiles.rows);  // register tiles
+  const int64_t chunk = whole_k ? 1 : div_up(kChunkRows, x_tiles.rows);  // register tiles
   const int64_t chunk_rows = (chunk < x_tiles.count ? chunk : x_tiles.count) * x_tiles.rows;
   const int64_t slot_bytes = size * columns.parts * (panel_bytes + chunk_rows * kTileRows * 4);
   const Buffer slots(args.threads * slot_bytes);
@@ -260,20 +301,16 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         Mode::start(x_tile(t), padded, Mode::kTiles ? static_cast<int>(x_tiles.rows) : x_tiles.rows_of(t),
                     sums_of(t) + i * sums_next);
     Block<W> block = whole;
-    int64_t longest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t stored = stored_k(w, whole.w_tile(i), padded);
-      longest = stored > longest ? stored : longest;
-    }
     for (block.k0 = 0; block.k0 < longest; block.k0 = block.k1) {
       block.k1 = block.k0 + stretch < longest ? block.k0 + stretch : longest;
       const uint8_t* ends[kMostBlockTiles];
       if constexpr (Mode::kUnpacks) {
-        for (int64_t i = 0; unpack && i < count; ++i)
+        for (int64_t i = 0; unpack && (!whole_k || t0 == 0) && i < count; ++i)
           ends[i] = Mode::unpack(block.stretch(i), block.panel(i));
       }
       for (int64_t t = t0; t < t1; ++t) {
         const int mt = x_tiles.rows_of(t);
+        if (block.k1 == longest) prefetch_tiles(columns, args, whole.tile0, whole.tiles, t * x_tiles.rows, mt);
         if constexpr (Mode::kTiles) {
           const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
           Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);
@@ -296,9 +333,9 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
         for (int64_t i = 0; i < whole.tiles; ++i) {
           F total[2];
           for (int part = 0; part < columns.parts; ++part)
-            total[part] = Mode::finish(whole.stretch(i + part * whole.tiles), x_tile(t), padded,
-                                       x_tiles.rows_of(t), row,
-                                       sums_of(t) + (i + part * whole.tiles) * sums_next + row * kTileRows);
+            total[part] = finished<Mode>(whole.stretch(i + part * whole.tiles), x_tile(t), padded,
+                                         x_tiles.rows_of(t), row,
+                                         sums_of(t) + (i + part * whole.tiles) * sums_next + row * kTileRows);
           store_tile(columns, args, whole.tile0 + i, t * x_tiles.rows + row, total);
         }
   };

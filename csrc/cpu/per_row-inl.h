@@ -21,7 +21,7 @@ struct RowEnds {
 template <class W>
 struct PerRow {
   using Unit = NoUnit;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kIntegers = true, kExpandsDirectly = false;
   static constexpr bool kUnpacks = false;  // dot takes the codes, or their bytes flipped, as they are
   static constexpr int kDirectTiles = 0;
   static constexpr int64_t kPanelBytesPerK = kTileRows;  // nothing is unpacked, but stretches are cut

@@ -109,7 +109,7 @@ inline void multiply_tiles(TilePair x, bool two_x, TilePair w, bool two_w, int64
 template <class W, class T>
 struct Bf16Tiles {
   using Unit = TileUnit;
-  static constexpr bool kTiles = true, kUnpacks = true;
+  static constexpr bool kTiles = true, kUnpacks = true, kIntegers = false;
   static constexpr int64_t kStepK = 32;  // k in a tile
   // Panel, per 32 k: T::kParts tiles [16][16][2] of pairs of k.  Packed x, per 16 rows and 32 k:
   // T::kParts tiles [16][32].
@@ -166,17 +166,13 @@ struct Bf16Tiles {
       multiply_tiles<T>(xs, mt > kTileX, {block.panel(i), block.panel(i + 1)}, i + 1 < count, steps,
                         sums + i * sums_next, sums_next);
   }
-
-  static F finish(const Stretch<W>&, const char*, int64_t, int, int, const float* sums) {
-    return f_load(sums);
-  }
 };
 
 // As PerRow: whole integer sums.
 template <class W>
 struct PerRowTiles {
   using Unit = TileUnit;
-  static constexpr bool kTiles = true, kUnpacks = false;
+  static constexpr bool kTiles = true, kUnpacks = false, kIntegers = true;
   static constexpr int64_t kStepK = 64;
   static constexpr int64_t kPanelBytesPerK = kTileRows;  // nothing is unpacked, but stretches are cut
 

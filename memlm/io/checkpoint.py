@@ -10,6 +10,7 @@ import torch
 
 from memlm.formats import Packed
 from memlm.io.pages import check_how
+from memlm.sparse_formats import SparsePacked
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class PackedTensor:
     arithmetic that the checkpoint asks for, if any.
     """
 
-    packed: Packed
+    packed: Packed | SparsePacked
     order: torch.Tensor | None = None
     mode: str | None = None
 

@@ -4,8 +4,9 @@
                             "quantization_config": {"quant_method": "memlm", "version": 2,
                                                     "layers": {module: spec}}   (memlm.layer_specs;
                             empty for a float model)
-    model.safetensors       <module>.weight    the codes of a packed layer, memlm/formats.py
-                            <module>.scales, .offsets
+    model.safetensors       <module>.weight    the codes of a packed layer, memlm/formats.py or
+                                               memlm/sparse_formats.py
+                            <module>.scales, .offsets, .starts, .places
                             <module>.order     int32 [k], where columns have an order of their own
                             everything else as Hugging Face has it
     tokenizer.json, ...     what else the model came with
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 
 from memlm import formats
-from memlm._format import FILE_PARTS, FOLDER_VERSION
+from memlm._format import FILE_PARTS, FOLDER_VERSION, parse_format
 from memlm.errors import FormatError
 from memlm.formats import Format, Packed
 from memlm.io.checkpoint import Checkpoint, PackedTensor
@@ -40,6 +41,7 @@ from memlm.io.huggingface import Folder
 from memlm.io.tokenizer import from_gguf
 from memlm.layers.packed import dequantize_ordered
 from memlm.ops import mode_for
+from memlm.sparse_formats import SparsePacked
 
 QUANT_METHOD = "memlm"
 # What else a model's folder holds comes along, but for weights in other files, and the index of ours.
@@ -118,18 +120,17 @@ class PackedFolder:
         order = parts.pop("order", None)
         has = {"bias": f"{module}.bias" in self._stored, "order": order is not None}
         try:
-            format, n, k = Format.parse(spec["format"]), spec["n"], spec["k"]
+            format, n, k = parse_format(spec["format"]), spec["n"], spec["k"]
             if not all(type(size) is int for size in (n, k)):
                 raise ValueError(f"n {n!r}, k {k!r} are no sizes")
             if spec["type"] not in ("Linear", "Embedding"):
                 raise ValueError(f"type {spec['type']!r:.80}; known are Linear and Embedding")
             if mode is not None:
                 mode_for(format, mode)
-            packed = Packed(format, n, k, **parts)
-            if f"torch.{spec['scale_dtype']}" != str(packed.scales.dtype):
-                raise ValueError(
-                    f"scale_dtype {spec['scale_dtype']!r:.80}, but {packed.scales.dtype}"
-                )
+            packed = (Packed if isinstance(format, Format) else SparsePacked)(format, n, k, **parts)
+            scales = None if packed.scales is None else str(packed.scales.dtype)[len("torch.") :]
+            if spec.get("scale_dtype") != scales:
+                raise ValueError(f"scale_dtype {spec.get('scale_dtype')!r:.80}, but {scales}")
             for what, there in has.items():
                 if bool(spec.get(what)) is not there:
                     raise ValueError(f"{what} {spec.get(what)!r:.80}, but the file has it: {there}")
@@ -171,7 +172,7 @@ def check_order(order: torch.Tensor, k: int) -> None:
 
 
 def file_tensors(
-    module: str, packed: Packed, order: torch.Tensor | None
+    module: str, packed: Packed | SparsePacked, order: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """What the file holds of a packed layer, by its names there."""
     parts = packed.tensors() | ({} if order is None else {"order": order})

@@ -14,11 +14,15 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from memlm import _core
+from memlm.formats import ACT_GROUP
 from memlm.kv_cache import PagedKVCache, Step
 from memlm.layers.linear import Linear
+from memlm.layers.sparse import SparseLinear
 from memlm.ops.matmul_topk import MODES
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # memlm_dtype
+PATTERNS = (None, "2:4", "unstructured", "block")  # memlm_pattern
+LINEARS = (Linear, SparseLinear)
 
 
 class LayerParts(NamedTuple):
@@ -38,10 +42,10 @@ class LayerParts(NamedTuple):
     window: int
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling it computes what ``kind`` says and nothing else."""
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether calling it computes what one of ``kinds`` says and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not hooks and "forward" not in module.__dict__
+    return type(module) in kinds and not hooks and "forward" not in module.__dict__
 
 
 def can_run(x: torch.Tensor) -> bool:
@@ -67,16 +71,18 @@ def _address(t: torch.Tensor | None) -> int:
 
 def _linear(layer: Linear) -> _core.LinearArguments:
     packed = layer.packed  # checks that the tensors hold what n, k and format claim
+    format, values = packed.format, getattr(packed.format, "values", packed.format)
     return _core.LinearArguments(
-        _address(packed.codes),
-        _address(packed.scales),
-        _address(packed.offsets),
-        packed.scales.dtype == torch.float32,
-        packed.format.codebook == "nf",
-        (packed.n, packed.k, packed.format.group),
-        packed.format.bits,
+        *map(_address, (packed.codes, packed.scales, packed.offsets)),
+        packed.scales is not None and packed.scales.dtype == torch.float32,
+        getattr(values, "codebook", "") == "nf",
+        (packed.n, packed.k, getattr(values, "group", ACT_GROUP)),
+        format.bits,
         MODES.index(layer.mode),
         _address(layer.bias),
+        PATTERNS.index(getattr(format, "pattern", None)),
+        _address(getattr(packed, "starts", None)),
+        _address(getattr(packed, "places", None)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,27 +10,43 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from memlm import formats, sparse_formats
 from memlm.formats import Format, Packed
 from memlm.ops import dequantize
-
-PARTS = ("codes", "scales", "offsets")
+from memlm.sparse_formats import SparseFormat, SparsePacked, SparseTensors
 
 # During Module._apply (``.to``, ``.half``): its function -> tensor -> what became of it, so that
 # tensors shared by several layers stay shared.  Entries die with the function and the tensor.
 _moved: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def dequantize_ordered(packed: Packed, dtype: torch.dtype, order: torch.Tensor | None):
+def dequantize_ordered(
+    packed: Packed | SparsePacked, dtype: torch.dtype, order: torch.Tensor | None
+):
     """``W [n, k]`` with its columns where x has them: packed column j is column ``order[j]``."""
     w = dequantize(packed, dtype)
     return w if order is None else torch.empty_like(w).index_copy_(1, order.long(), w)
+
+
+def stack_rows(parts: Sequence[Packed | SparsePacked]) -> Packed | SparsePacked:
+    """:func:`memlm.formats.stack_rows`, or that of :mod:`memlm.sparse_formats`."""
+    return _rows_of(parts[0]).stack_rows(parts)
+
+
+def split_rows(packed: Packed | SparsePacked, sizes: Sequence[int]) -> list:
+    """:func:`memlm.formats.split_rows`, or that of :mod:`memlm.sparse_formats`."""
+    return _rows_of(packed).split_rows(packed, sizes)
+
+
+def _rows_of(packed):
+    return sparse_formats if isinstance(packed, SparsePacked) else formats
 
 
 class PackedWeight(torch.Tensor):
     """A packed matrix seen as ``W [n, k]``, for code that reads ``layer.weight``: shape, dtype and
     device cost nothing, any computation dequantises all of it.  Read-only (TypeError)."""
 
-    packed: Packed
+    packed: Packed | SparsePacked
     order: torch.Tensor | None
     _is_hf_initialized = True  # transformers gives random values to weights that a file lacks
 
@@ -65,26 +82,49 @@ class PackedWeight(torch.Tensor):
 
 
 class PackedModule(nn.Module):
-    """Holds a packed ``W [n, k]`` in the buffers ``codes``, ``scales`` and ``offsets`` (None when
-    symmetric).  They move between devices with the module; casts such as ``.half()`` leave them as
-    they are and change ``dtype``, the type that ``weight`` appears in."""
+    """Holds a packed ``W [n, k]`` in the buffers that ``PARTS`` names (None where it has no such
+    part, as ``offsets`` when symmetric); codes that are floats are a parameter.  They move between
+    devices with the module; casts such as ``.half()`` leave them as they are and change ``dtype``,
+    the type that ``weight`` appears in."""
 
-    def __init__(self, packed: Packed, dtype: torch.dtype, order: torch.Tensor | None = None):
+    PARTS = ("codes", "scales", "offsets")
+
+    def __init__(
+        self,
+        packed: Packed | SparseTensors,
+        dtype: torch.dtype,
+        order: torch.Tensor | None = None,
+    ):
         super().__init__()
         if order is not None and (order.dtype != torch.int32 or order.shape != (packed.k,)):
             got = f"{order.dtype} {list(order.shape)}"
             raise ValueError(f"order: got {got}, expected torch.int32 [{packed.k}]")
-        self.format: Format = packed.format
+        self.format: Format | SparseFormat = packed.format
         self.n, self.k = packed.n, packed.k
         self.dtype = dtype
-        for name in PARTS:
-            self.register_buffer(name, getattr(packed, name))
+        for name in self.PARTS:
+            part = getattr(packed, name)
+            if name == "codes" and part.is_floating_point():
+                if not isinstance(part, nn.Parameter):
+                    part = nn.Parameter(part)
+                self.register_parameter(name, part)
+            else:
+                self.register_buffer(name, part)
         self.register_buffer("order", order)  # of columns, see Linear
 
     @property
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | SparsePacked:
         """The packed matrix, checked against its format (FormatError)."""
-        return Packed(self.format, self.n, self.k, self.codes, self.scales, self.offsets)
+        return Packed(self.format, self.n, self.k, *self._parts().values())
+
+    @property
+    def first(self) -> torch.Tensor:
+        """A tensor of W's that is not empty, as codes may be: where it lies says whose W it is."""
+        return next(t for t in self._parts().values() if t is not None and t.numel())
+
+    def _parts(self) -> dict[str, torch.Tensor | None]:
+        """The tensors that PARTS names."""
+        return {name: getattr(self, name) for name in self.PARTS}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -106,13 +146,22 @@ class PackedModule(nn.Module):
             raise ValueError(f"weight: got {given}, expected {mine}")
         if weight.order is not self.order:
             raise ValueError("weight: its columns are in an order of their own")
-        for name in PARTS:
-            self._buffers[name] = getattr(weight.packed, name)
+        for name in self.PARTS:
+            held = self._parameters if name in self._parameters else self._buffers
+            held[name] = getattr(weight.packed, name)
 
     def _apply(self, fn, recurse=True):
         parts, self._buffers = self._buffers, {}
+        values = self._parameters.get("codes")
+        kept = [] if values is None else [values, values.grad]
+
+        def moving(tensor):
+            new = fn(tensor)
+            keeps = new.dtype != tensor.dtype and any(tensor is one for one in kept)
+            return tensor.to(new.device) if keeps else new
+
         try:
-            super()._apply(fn, recurse)
+            super()._apply(moving if kept else fn, recurse)
         finally:
             self._buffers = parts
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
@@ -134,8 +183,8 @@ class PackedModule(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         # copy_() would convert without a word: f32 scales into f16 may overflow.
-        for name in PARTS:
-            mine, given = self._buffers[name], state_dict.get(prefix + name)
+        for name, mine in self._parts().items():
+            given = state_dict.get(prefix + name)
             if mine is not None and given is not None and given.dtype != mine.dtype:
                 error_msgs.append(f"{prefix}{name}: got {given.dtype}, expected {mine.dtype}")
                 return

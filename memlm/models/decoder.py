@@ -20,7 +20,7 @@ from memlm.errors import FormatError
 from memlm.formats import TILE_ROWS
 from memlm.kv_cache import PagedKVCache, Step
 from memlm.layers import Embedding, Linear
-from memlm.layers.native import LayerParts, NativeLayers, Watch, can_run, is_plain
+from memlm.layers.native import LINEARS, LayerParts, NativeLayers, Watch, can_run, is_plain
 from memlm.models.config import MAX_LAYERS, integer, number
 from memlm.ops import attention
 
@@ -285,7 +285,7 @@ class Layer(nn.Module):
         inner, outer = attention._modules, mlp._modules
         linears = (inner["qkv_proj"], inner["o_proj"], outer["gate_up_proj"], outer["down_proj"])
         norms = [own["input_norm"], own["post_norm"], inner["q_norm"], inner["k_norm"]]
-        if not all(is_plain(module, Linear) for module in linears):
+        if not all(is_plain(module, *LINEARS) for module in linears):
             return None
         if not all(norm is None or is_plain(norm, nn.RMSNorm) for norm in norms):
             return None
@@ -356,9 +356,7 @@ class Decoder(nn.Module):
         if end > self.config.max_positions:
             raise ValueError(f"ids: {end} tokens, the model takes {self.config.max_positions}")
         if cache is None:
-            x, angles = self.embed_tokens(ids), self.rotary.table(length, ids.device)[:length]
-            for layer in self.layers:
-                x = layer(x, angles)
+            x = self.hidden(ids)
             return self.logits(x[:, -1:] if last_only else x)
         sequences = held or [cache.add() for _ in range(batch)]
         logits = []
@@ -369,6 +367,15 @@ class Decoder(nn.Module):
             if not last_only:
                 logits.append(self.logits(x))
         return self.logits(x[:, -1:]) if last_only else torch.cat(logits, dim=1)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Whole sequences ``[batch, length]`` through all layers, without a cache: ``[batch, length,
+        hidden]``, of which :meth:`logits` are made."""
+        x, length = self.embed_tokens(ids), ids.shape[1]
+        angles = self.rotary.table(length, ids.device)[:length]
+        for layer in self.layers:
+            x = layer(x, angles)
+        return x
 
     def run(self, ids: torch.Tensor, cache: PagedKVCache, step: Step) -> torch.Tensor:
         """New tokens ``ids [rows]`` of the step's sequences, one after the other, through all
@@ -390,7 +397,7 @@ class Decoder(nn.Module):
     def _native_layers(self, x: torch.Tensor) -> NativeLayers | None:
         """All layers as one call, where that computes what calling them would."""
         embed = self.embed_tokens  # whose result is x, which the call overwrites
-        if not can_run(x) or not (is_plain(embed, nn.Embedding) or is_plain(embed, Embedding)):
+        if not can_run(x) or not is_plain(embed, nn.Embedding, Embedding):
             return None
         if self._native is None or not self._native[1].unchanged():
             self._native = None

@@ -16,7 +16,8 @@ from memlm.models.config import MAX_LAYERS, integer, number
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of an encoder."""
+    """Sizes of an encoder.  ``head_dim`` is memlm's own key in a config: heads that were taken out
+    (:func:`memlm.prune.remove_`) leave the others as large as they were."""
 
     MODEL_TYPES = ("bert",)
 
@@ -25,6 +26,7 @@ class EncoderConfig:
     intermediate_size: int
     layers: int
     heads: int
+    head_dim: int
     max_positions: int
     token_types: int
     layer_norm_eps: float
@@ -40,39 +42,40 @@ class EncoderConfig:
             raise FormatError("config: only absolute position embeddings are known")
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise FormatError("config: is_decoder: only BERT encoders are known")
-        made = cls(
+        heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
+        if config.get("head_dim") is None and hidden % heads:
+            raise FormatError(f"config: {heads} heads do not divide {hidden}")
+        return cls(
             vocab_size=integer(config, "vocab_size"),
-            hidden_size=integer(config, "hidden_size"),
+            hidden_size=hidden,
             intermediate_size=integer(config, "intermediate_size"),
             layers=integer(config, "num_hidden_layers", most=MAX_LAYERS),
-            heads=integer(config, "num_attention_heads"),
+            heads=heads,
+            head_dim=integer(config, "head_dim", hidden // heads),
             max_positions=integer(config, "max_position_embeddings"),
             token_types=integer(config, "type_vocab_size"),
             layer_norm_eps=number(config, "layer_norm_eps", 1e-12),
         )
-        if made.hidden_size % made.heads:
-            raise FormatError(f"config: {made.heads} heads do not divide {made.hidden_size}")
-        return made
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         width = config.hidden_size
-        self.heads = config.heads
-        self.qkv_proj = nn.Linear(width, 3 * width)
-        self.o_proj = nn.Linear(width, width)
+        self.heads, inner = config.heads, config.heads * config.head_dim
+        self.qkv_proj = nn.Linear(width, 3 * inner)
+        self.o_proj = nn.Linear(inner, width)
         self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.up_proj = nn.Linear(width, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, width)
         self.mlp_norm = nn.LayerNorm(width, config.layer_norm_eps)
 
     def forward(self, x, mask):
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         qkv = self.qkv_proj(x).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, mask)
-        x = self.attention_norm(x + self.o_proj(y.transpose(1, 2).reshape(batch, length, width)))
+        x = self.attention_norm(x + self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)))
         return self.mlp_norm(x + self.down_proj(F.gelu(self.up_proj(x))))
 
 
@@ -160,6 +163,7 @@ class Encoder(nn.Module):
         each (one below the other where there are several)."""
         config = self.config
         width, inner = config.hidden_size, config.intermediate_size
+        rows = config.heads * config.head_dim
         tensors = {
             "embed_tokens.weight": {"embeddings.word_embeddings.weight": config.vocab_size},
             "embed_positions.weight": {
@@ -172,7 +176,7 @@ class Encoder(nn.Module):
             ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
             modules |= {
                 f"{ours}.qkv_proj": {
-                    f"{theirs}.attention.self.{part}": width for part in ("query", "key", "value")
+                    f"{theirs}.attention.self.{part}": rows for part in ("query", "key", "value")
                 },
                 f"{ours}.o_proj": {f"{theirs}.attention.output.dense": width},
                 f"{ours}.attention_norm": {f"{theirs}.attention.output.LayerNorm": width},

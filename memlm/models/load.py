@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from memlm.convert import memory_of, spec_of
 from memlm.errors import FormatError
-from memlm.formats import joined, split_rows, stack_rows
+from memlm.formats import Packed, joined
 from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.packed_folder import (
@@ -24,7 +24,8 @@ from memlm.io.packed_folder import (
     replacing_model, write_config,
 )  # fmt: skip
 from memlm.io.tokenizer import load_tokenizer
-from memlm.layers import Embedding, Linear, PackedModule, Stacked
+from memlm.layers import Embedding, Linear, PackedModule, Stacked, linear_of
+from memlm.layers.packed import split_rows, stack_rows
 from memlm.models.decoder import Decoder, DecoderConfig
 from memlm.models.encoder import Encoder, EncoderConfig
 
@@ -207,26 +208,37 @@ def _put_packed(model: nn.Module, name: str, parts: list, dtype, state: dict) ->
     parent, old = model.get_submodule(parent), model.get_submodule(name)
     if isinstance(old, nn.Embedding):
         (stored,) = parts
-        if stored.order is not None:
-            raise FormatError(f"{name}: an embedding whose columns have an order")
+        check_embedding(name, stored)
         parent._modules[leaf] = Embedding(stored.packed, dtype, old.padding_idx)
         return
     bias = state.pop(f"{name}.bias", None)
     if _is_one_layer(parts):
         order, mode = parts[0].order, parts[0].mode
         whole = stack_rows([part.packed for part in parts])
-        parent._modules[leaf] = Linear(whole, bias, mode, dtype, order)
+        parent._modules[leaf] = linear_of(whole, bias, mode, dtype, order)
         return
     rows = [len(p) if isinstance(p, torch.Tensor) else p.packed.n for p in parts]
     biases = [None] * len(parts) if bias is None else bias.split(rows)
     parent._modules[leaf] = Stacked([_layer(*part, dtype) for part in zip(parts, biases)])
 
 
+def check_embedding(name: str, stored: PackedTensor) -> None:
+    """Raises FormatError for a matrix of which no rows can be taken by index."""
+    if stored.order is not None:
+        raise FormatError(f"{name}: an embedding whose columns have an order")
+    if not isinstance(stored.packed, Packed):
+        raise FormatError(f"{name}: an embedding in {stored.packed.format}, a format of linear layers")
+
+
 def _is_one_layer(parts: list[torch.Tensor | PackedTensor]) -> bool:
     first = parts[0]
     if not all(isinstance(part, PackedTensor) for part in parts):
         return False
-    kinds = {(p.packed.format.name, p.packed.scales.dtype, p.mode) for p in parts}
+    scales = [p.packed.scales for p in parts]
+    kinds = {
+        (p.packed.format.name, None if s is None else s.dtype, p.mode)
+        for p, s in zip(parts, scales)
+    }
     orders = [part.order for part in parts]
     same = all(o is None for o in orders) or (
         all(o is not None and torch.equal(o, first.order) for o in orders)
@@ -236,7 +248,7 @@ def _is_one_layer(parts: list[torch.Tensor | PackedTensor]) -> bool:
 
 def _layer(part: torch.Tensor | PackedTensor, bias, dtype) -> nn.Module:
     if isinstance(part, PackedTensor):
-        return Linear(part.packed, bias, part.mode, dtype, part.order)
+        return linear_of(part.packed, bias, part.mode, dtype, part.order)
     layer = nn.Linear(*part.shape[::-1], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(part.to(dtype))
     if bias is not None:
@@ -337,4 +349,4 @@ def _add(tensors: dict, specs: dict, layer: nn.Module, kind: str, sources: dict[
     for source, packed in zip(sources, split_rows(layer.packed, rows)):
         module = source.removesuffix(".weight")
         tensors |= file_tensors(module, packed, layer.order)
-        specs[module] = {**spec_of(layer), "n": packed.n}
+        specs[module] = spec_of(layer, packed)

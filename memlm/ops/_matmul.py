@@ -109,13 +109,20 @@ def fast_weights(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Te
 
 def reference(x, packed: Packed, bias, fast: bool, norm, eps, swiglu, residual) -> torch.Tensor:
     """The operation in plain torch: what the kernels are measured against."""
-    shape = check(x, packed, bias, norm, swiglu, residual)
-    rows = prologue(x, packed.k, norm, eps).reshape(-1, packed.k)
+    check(x, packed, bias, norm, swiglu, residual)
+    w = fast_weights(packed) if fast else formats.dequantize(packed)
+    return reference_of_floats(x, w, bias, fast, norm, eps, swiglu, residual)
+
+
+def reference_of_floats(x, w, bias, fast: bool, norm, eps, swiglu, residual) -> torch.Tensor:
+    """The same for checked arguments and a float ``w [n, k]``."""
+    n, k = w.shape
+    rows = prologue(x, k, norm, eps).reshape(-1, k)
     if fast:
         q, scale = quantize_activations(rows)
-        rows = (q * scale).flatten(1)[:, : packed.k]
-    y = rows @ (fast_weights(packed) if fast else formats.dequantize(packed)).T
-    return epilogue(y, bias, swiglu, residual).to(x.dtype).view(shape)
+        rows = (q * scale).flatten(1)[:, :k]
+    y = epilogue(rows @ w.T, bias, swiglu, residual)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def fake(x, packed: Packed, bias, norm, swiglu, residual) -> torch.Tensor:
@@ -123,19 +130,28 @@ def fake(x, packed: Packed, bias, norm, swiglu, residual) -> torch.Tensor:
     return x.new_empty(check(x, packed, bias, norm, swiglu, residual))
 
 
-def grad_x(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """``grad [..., n] @ W``, dequantising GRAD_ROWS rows of W at a time.
+def grad_x(grad: torch.Tensor, dequantized: Callable) -> torch.Tensor:
+    """``grad [..., n] @ W``, with GRAD_ROWS rows of W at a time: ``dequantized(row, rows, dtype)``.
 
     This is the accurate product in both modes: rounding the activations is treated as the identity
     (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
     """
-    total = None
-    for row in range(0, packed.n, GRAD_ROWS):
-        rows = min(GRAD_ROWS, packed.n - row)
-        w = torch.ops.memlm.dequantize(*weight_arguments(packed), row, rows, grad.dtype)
-        part = grad[..., row : row + rows] @ w
+    n, total = grad.shape[-1], None
+    for row in range(0, n, GRAD_ROWS):
+        rows = min(GRAD_ROWS, n - row)
+        part = grad[..., row : row + rows] @ dequantized(row, rows, grad.dtype)
         total = part if total is None else total + part
     return total
+
+
+def _grad_x_dense(bits: int):
+    """:func:`grad_x` over the dense weights among an op's arguments."""
+
+    def run(grad, given):
+        weights = weight_arguments(packed_given(bits, given))
+        return grad_x(grad, lambda *rows: torch.ops.memlm.dequantize(*weights, *rows))
+
+    return run
 
 
 def grad_norm(grad, x, norm, eps: float):
@@ -160,16 +176,19 @@ def grad_bias(grad: torch.Tensor) -> torch.Tensor:
 
 
 class Arguments:
-    """Where an op's arguments stand: ``names``, as its schema has them."""
+    """Where an op's arguments stand: ``names``, as its schema has them; and gradients, from that of
+    the product ``grad [..., n]``: of its left side, ``grad_x(grad, given)``, and where codes can
+    have one of theirs, ``grad_codes(grad, left, given)``."""
 
-    def __init__(self, op, bits: int, names: list[str]):
-        self.op, self.bits, self.names = op, bits, names
+    def __init__(self, op, names: list[str], grad_x: Callable, grad_codes: Callable | None):
+        self.op, self.names, self.grad_x, self.grad_codes = op, names, grad_x, grad_codes
         self.floats = tuple(self.names.index(x) for x in ("x", "bias", "norm", "residual"))
 
     def setup_context(self, ctx, inputs, output) -> None:
         """Keeps what :meth:`backward` needs."""
         given = dict(zip(self.names, inputs))
-        if given["norm"] is None and not given["swiglu"]:
+        codes = ctx.needs_input_grad[self.names.index("codes")]
+        if given["norm"] is None and not given["swiglu"] and not codes:
             given["x"] = None  # the product's gradient needs no x
         given["residual"] = None
         ctx.tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
@@ -177,44 +196,59 @@ class Arguments:
         ctx.others = given
 
     def backward(self, ctx, grad) -> tuple:
-        """Gradients of all of the op's arguments: of x, bias, norm and residual where they are
-        asked for, None of the others."""
+        """Gradients of all of the op's arguments: of x, codes, bias, norm and residual where they
+        are asked for, None of the others."""
         given = {**ctx.others, **dict(zip(ctx.tensors, ctx.saved_tensors))}
         grads = dict.fromkeys(self.names)
         wanted = dict(zip(self.names, ctx.needs_input_grad))
         if wanted["residual"]:
             grads["residual"] = grad
-        if given["swiglu"] and (wanted["x"] or wanted["norm"] or wanted["bias"]):
+        if given["swiglu"] and any(wanted[name] for name in ("x", "codes", "norm", "bias")):
             again = {**given, "swiglu": False, "residual": None}
             grad = grad_swiglu(grad, self.op(*(again[name] for name in self.names)))
         if wanted["x"] or wanted["norm"]:
-            product = grad_x(grad, packed_given(self.bits, given))
+            product = self.grad_x(grad, given)
             if given["norm"] is None:
                 grads["x"] = product
             else:
                 grads["x"], grads["norm"] = grad_norm(product, given["x"], given["norm"], given["eps"])
+        if wanted["codes"]:
+            left = prologue(given["x"], given["k"], given["norm"], given["eps"])
+            grads["codes"] = self.grad_codes(grad, left, given)
         if wanted["bias"]:
             grads["bias"] = grad_bias(grad)
         return tuple(grads.values())
 
 
-def define(name: str, bits: int, arguments: str, reference: Callable, fake: Callable):
-    """Adds to the C++ op over ``bits``-bit weights what torch needs beside the kernel.
-    ``arguments``: the names of the op's arguments; ``reference`` and ``fake`` take a dict of them."""
+def define(
+    name: str,
+    arguments: str,
+    reference: Callable,
+    fake: Callable,
+    grad_x: Callable,
+    grad_codes: Callable | None = None,
+):
+    """Adds to the C++ op what torch needs beside the kernel.  ``arguments``: the names of the op's
+    arguments; ``reference`` and ``fake`` take a dict of them; gradients as :class:`Arguments` says."""
     names = arguments.split()
 
     def named(function):
         return lambda *args: function(dict(zip(names, args)))
 
     qualified = getattr(torch.ops.memlm, name).default
-    table = Arguments(qualified, bits, names)
+    table = Arguments(qualified, names, grad_x, grad_codes)
     op = _registry.define(name, named(reference), named(fake), table.backward, table.setup_context)
     register_autocast(op, table.floats)
     return op
 
 
+def define_dense(name: str, bits: int, arguments: str, reference: Callable, fake: Callable):
+    """:func:`define` for an op over ``bits``-bit dense weights."""
+    return define(name, arguments, reference, fake, _grad_x_dense(bits))
+
+
 def define_weight_only(name: str, bits: int, arguments: str):
-    """:func:`define` for an op over float x in one of two modes."""
+    """:func:`define_dense` for an op over float x in one of two modes."""
     around = ("norm", "eps", "swiglu", "residual")
 
     def run(given):
@@ -225,7 +259,7 @@ def define_weight_only(name: str, bits: int, arguments: str):
         rest = (given[key] for key in ("bias", "norm", "swiglu", "residual"))
         return fake(given["x"], packed_given(bits, given), *rest)
 
-    return define(name, bits, arguments, run, shape)
+    return define_dense(name, bits, arguments, run, shape)
 
 
 def codebook_index(name: str) -> int:

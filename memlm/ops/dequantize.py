@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from memlm import formats
+from memlm import formats, sparse_formats
 from memlm.formats import Packed
 from memlm.ops import _matmul
 from memlm.ops._registry import define
+from memlm.sparse_formats import SparsePacked
 
 
 def _reference(codes, scales, offsets, bits, codebook, n, k, group, row, rows, dtype):
@@ -23,11 +24,15 @@ def _fake(codes, scales, offsets, bits, codebook, n, k, group, row, rows, dtype)
 _op = define("dequantize", _reference, _fake)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize(
+    packed: Packed | SparsePacked, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """``W [n, k]`` of a packed matrix in ``dtype`` (f32, bf16, f16), computed in f32.
 
     Raises TypeError for another dtype.
     """
     if dtype not in _matmul.X_DTYPES:
         raise TypeError(f"dtype: got {dtype}, accepted are {_matmul.X_DTYPES}")
+    if isinstance(packed, SparsePacked):
+        return sparse_formats.dequantize(packed, dtype)
     return _op(*_matmul.weight_arguments(packed), 0, packed.n, dtype)

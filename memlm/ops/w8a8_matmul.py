@@ -60,7 +60,7 @@ def _fake(given: dict) -> torch.Tensor:
     return given["x"].new_empty(shape, dtype=dtype)
 
 
-_op = _matmul.define("w8a8_matmul", 8, ARGUMENTS, _reference, _fake)
+_op = _matmul.define_dense("w8a8_matmul", 8, ARGUMENTS, _reference, _fake)
 
 
 def w8a8_matmul(
