@@ -28,7 +28,7 @@ from memlm import limits, ops
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"
 RESULTS = ROOT / "benchmarks" / "results" / "attention_block_mask.json"
-HEADS, BLOCK, ROUNDS = 8, 128, 7
+HEADS, BLOCK, ROUNDS = 8, 128, 5
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 BACKWARD = ("dense", "memlm", "torch")
 
