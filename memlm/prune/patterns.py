@@ -1,8 +1,8 @@
 """Where zeros may stand: which of a matrix's weights go, by their scores.
 
 ``unstructured``: anywhere.  ``2:4``: all but two of each four consecutive columns of a row, and of
-those left over behind the last four.  ``block``: whole blocks of rows and columns; incomplete ones stand
-below and on the right.
+those left over behind the last four.  ``block``: whole blocks of rows and columns; incomplete ones
+stand below and on the right.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _two_of_four(scores: torch.Tensor) -> torch.Tensor:
 def lowest_blocks(
     sums: torch.Tensor, share: float, shape: tuple[int, int], block: tuple[int, int]
 ) -> torch.Tensor:
-    """The ``share`` of blocks whose ``sums [rows / R, columns / C]`` are the lowest, each divided by
-    its number of weights, of a matrix of this ``shape``; bool ``[n, k]``."""
+    """The ``share`` of blocks whose ``sums [n / R, k / C]`` are the lowest, each divided by its
+    number of weights, of a matrix of this ``shape``; bool ``[n, k]``."""
     counts = block_sums(sums.new_ones(shape), block)
     chosen = lowest(sums / counts, round(share * sums.numel()))
     rows = chosen.repeat_interleave(block[0], 0)[: shape[0]]

@@ -27,6 +27,8 @@ from memlm.prune.scores import magnitude, wanda
 from memlm.prune.sparsegpt import Pruned, sparsegpt
 from memlm.quantize import sparse_quantize
 
+ROWS = 512  # of a weight, looked at at a time
+
 
 @torch.no_grad()
 def prune_(
@@ -54,14 +56,14 @@ def prune_(
     Returns what became of each layer.  Raises TypeError for another kind of model or config,
     ValueError for a pattern that matches no layer, for weights with NaN or Inf, for a model with
     nothing to prune, or no calibration where it is needed; the model is then unchanged.  Where
-    inputs turn out to have NaN or Inf, or a pruned layer cannot be stored, the ValueError comes when
-    the layers before it are pruned.
+    inputs turn out to have NaN or Inf, or a pruned layer cannot be stored, the ValueError comes
+    when the layers before it are pruned.
     """
     _check_model(model)
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a PruneConfig")
     if isinstance(model, (nn.Linear, PackedModule)):
-        raise ValueError(f"model: is itself a {type(model).__name__}, expected one that holds layers")
+        raise ValueError(f"model: is itself a {type(model).__name__}, expected one with layers")
     measured = config.method != "magnitude" or config.allocation != "uniform"
     family = batches = None
     if measured or calibration is not None:
@@ -128,6 +130,13 @@ class _Work:
     reports: list[LayerReport] = field(default_factory=list)
     done: int = 0
 
+    def __post_init__(self):
+        modules = {name: self.model.get_submodule(name) for name in self.chosen}
+        self.dtypes = {
+            name: module.dtype if isinstance(module, Linear) else module.weight.dtype
+            for name, module in modules.items()
+        }
+
     def run(self) -> PruneReport:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
@@ -150,9 +159,8 @@ class _Work:
     def _names(self) -> list[list[str]]:
         """The chosen linear layers inside each layer of the family."""
         names = {id(self.model.get_submodule(name)): name for name in self.chosen}
-        return [
-            [names[id(m)] for m in layer.modules() if id(m) in names] for layer in self.family.layers
-        ]
+        layers = self.family.layers
+        return [[names[id(m)] for m in layer.modules() if id(m) in names] for layer in layers]
 
     def _walk(self) -> None:
         walk, names = Walk(self.family, self.batches), self._names()
@@ -181,9 +189,9 @@ class _Work:
 
     @contextmanager
     def _opened(self, names: list[str], layer: nn.Module | None = None, keep: bool = False):
-        """These linear layers as float ones, by name, in f32 inside memlm's ``layer``, and a dict to
-        put the packed form of those into that are to be stored so.  Then they are what they shall
-        be; with ``keep`` what they were."""
+        """These linear layers as float ones, by name, in f32 inside memlm's ``layer``, and a dict
+        to put the packed form of those into that are to be stored so.  Then they are what they
+        shall be; with ``keep`` what they were."""
         linears, before, packed = {}, {}, {}
         for name in names:
             module = self.model.get_submodule(name)
@@ -193,27 +201,26 @@ class _Work:
                 self._replace(before[name], module)
             linears[name] = module
         ours = isinstance(self.model, (Decoder, Encoder)) and layer is not None
-        finished = False
         try:
             if ours:
                 with in_f32(layer):
                     yield linears, packed
             else:
                 yield linears, packed
-            finished = not keep
+        except BaseException:
+            keep = True
+            raise
         finally:
             for name, linear in linears.items():
-                if name in packed:
-                    self._store(linear, packed[name])
-                elif name in before and finished:
+                if name in before and keep:
+                    self._replace(linear, before[name])
+                    continue
+                if name in before:
                     for parameter in linear.parameters():
                         parameter.data = parameter.data.to(before[name].dtype)
-                elif name in before:
-                    self._replace(linear, before[name])
-
-    def _store(self, linear: nn.Module, packed: sparse_formats.SparsePacked) -> None:
-        dtype = linear.weight.dtype
-        self._replace(linear, SparseLinear(packed, linear.bias, None, dtype))
+                if name in packed:
+                    dtype = linear.weight.dtype
+                    self._replace(linear, SparseLinear(packed[name], linear.bias, None, dtype))
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         _put(self.places, old, new)
@@ -222,7 +229,7 @@ class _Work:
     def _prune(self, name: str, linear: nn.Module, gram: Gram | None, packed: dict) -> None:
         weight = linear_weight(linear)
         pruned = self._pruned(weight.float(), self.chosen[name], gram)
-        new = pruned.weight.to(weight.dtype)
+        new = pruned.weight.to(self.dtypes[name]).to(weight.dtype)
         self.reports.append(self._report(name, weight, new, pruned, gram))
         linear.weight.data = new.T.contiguous() if is_conv1d(linear) else new
         if pruned.packed is not None:
@@ -251,9 +258,9 @@ class _Work:
     ) -> LayerReport:
         n, k = old.shape
         error = None if gram is None else relative_error(old, new, gram.products)
-        dense = n * k * old.element_size()
+        dense = n * k * self.dtypes[name].itemsize
         if pruned.packed is None:
-            values, stored = str(old.dtype).removeprefix("torch."), dense
+            values, stored = str(self.dtypes[name]).removeprefix("torch."), dense
             sparsity = 1 - int(torch.count_nonzero(new)) / (n * k)
         else:
             format, stored = pruned.packed.format, pruned.packed.nbytes
@@ -276,7 +283,11 @@ def _dense_bytes(packed: sparse_formats.SparsePacked) -> int:
 
 def relative_error(old: torch.Tensor, new: torch.Tensor, products: torch.Tensor) -> float:
     """``||X new^T - X old^T|| / ||X old^T||`` for ``products = X^T X``, f64; 0 of nothing."""
-    old, change = old.double(), new.double() - old.double()
-    size = float(((old @ products) * old).sum())
-    lost = float(((change @ products) * change).sum())
+    size = lost = 0.0
+    single = products.float()
+    for rows, changed in zip(old.float().split(ROWS), new.float().split(ROWS)):
+        size += float(((rows @ single) * rows).sum())
+        # In f64: a change that hardly shows in the result is a small difference of large numbers.
+        change = changed.double() - rows.double()
+        lost += float(((change @ products) * change).sum())
     return math.sqrt(max(lost, 0.0) / size) if size > 0 else 0.0

@@ -68,7 +68,8 @@ class PruneReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = []
         for row in rows:
-            cells = [c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+            cells = [c.ljust(w) for c, w in zip(row[:4], widths)]
+            cells += [c.rjust(w) for c, w in zip(row[4:], widths[4:])]
             lines.append("  ".join(cells).rstrip())
         lines += [f"{name}: left alone: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
