@@ -6,12 +6,14 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <random>
 #include <string>
 
 #include "reference.h"
 #include "reference_paged.h"
+#include "reference_sparse.h"
 
 using namespace reference;
 
@@ -1063,6 +1065,151 @@ void check_paged() {
       check_paged_case(c);
 }
 
+struct SparseCase {
+  memlm_pattern pattern;
+  Format format;
+  int bits;
+  double density;
+};
+
+// y [m, n] of a sparse matrix, a NaN beyond each row left as it is.
+std::vector<uint8_t> run_sparse(const SparseWeights& w, const Array& x, int64_t m, bool fast, int threads) {
+  const int64_t n = w.dense.n, k = w.dense.k, size = Float(x.dtype).bytes;
+  std::vector<uint8_t> y(m * n * size, 0xff);
+  memlm_matmul_args args{};
+  args.m = m, args.x = x.data(), args.x_stride = k, args.y = y.data(), args.y_stride = n;
+  args.dtype = x.dtype, args.fast = fast, args.threads = threads;
+  const memlm_packed packed = w.packed();
+  require(w.pattern == MEMLM_BLOCKS ? memlm_block_sparse_matmul(&packed, w.bits, &args)
+                                    : memlm_w4_sparse_matmul(&packed, &args));
+  return y;
+}
+
+void check_within(const char* what, const SparseWeights& w, const Values& got, const Expected& expected) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::fabs(got[i] - expected.y[i]) <= expected.bound[i]))
+      fail("%s: pattern %d, %d-bit values of %s: number %d is %.9g, should be %.9g within %.3g", what,
+           w.pattern, w.bits, describe(w.dense).c_str(), static_cast<int>(i), got[i], expected.y[i],
+           expected.bound[i]);
+  }
+}
+
+// The gradients of blocks in f64.
+void check_grads(const SparseWeights& w, const Weights& zero, const std::vector<bool>& kept, int64_t m) {
+  const int64_t n = zero.n, k = zero.k, runs = round_up(k, kSub) / kSub;
+  const double u = Float(MEMLM_F32).roundoff();
+  const Array grad(MEMLM_F32, filled(m * n, normal)), x(MEMLM_F32, filled(m * k, normal));
+  const auto floats = [](const Array& a) { return std::vector<float>(a.values.begin(), a.values.end()); };
+  const std::vector<float> g = floats(grad), numbers = floats(x);
+  Expected to_x{Values(m * k), Values(m * k)}, to_values;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t c = 0; c < k; ++c) {
+      double size = 0;
+      for (int64_t r = 0; r < n; ++r) {
+        to_x.y[i * k + c] += grad.values[i * n + r] * (zero.product(r, c) + zero.offset(r, c));
+        size += std::fabs(grad.values[i * n + r]) * (std::fabs(zero.product(r, c)) + std::fabs(zero.offset(r, c)));
+      }
+      to_x.bound[i * k + c] = (4 + 5 * std::sqrt(static_cast<double>(n))) * u * size;
+    }
+  for (int64_t t = 0; t * kTile < n; ++t)
+    for (int64_t run = 0; run < runs; ++run) {
+      if (!kept[t * kTile * k + run * kSub]) continue;
+      for (int64_t c = run * kSub; c < (run + 1) * kSub; ++c)
+        for (int64_t r = t * kTile; r < (t + 1) * kTile; ++r) {
+          double sum = 0, size = 0;
+          for (int64_t i = 0; c < k && r < n && i < m; ++i) {
+            sum += grad.values[i * n + r] * x.values[i * k + c];
+            size += std::fabs(grad.values[i * n + r] * x.values[i * k + c]);
+          }
+          to_values.y.push_back(sum);
+          to_values.bound.push_back((4 + 5 * std::sqrt(static_cast<double>(m))) * u * size);
+        }
+    }
+  on_every_isa([&] {
+    const memlm_packed packed = w.packed();
+    std::vector<float> mine(m * k, NAN), values(to_values.y.size(), NAN);
+    require(memlm_block_sparse_grad_x(&packed, w.bits, m, g.data(), mine.data(), 2));
+    check_within("block_sparse_grad_x", w, Values(mine.begin(), mine.end()), to_x);
+    count("block_sparse_grad_x", m * k);
+    if (w.bits != 32) return;
+    require(memlm_block_sparse_grad_values(&packed, m, g.data(), numbers.data(), values.data(), 2));
+    check_within("block_sparse_grad_values", w, Values(values.begin(), values.end()), to_values);
+    count("block_sparse_grad_values", static_cast<int64_t>(values.size()));
+  });
+}
+
+// The largest of a product, tile by tile: what a part of a matrix's tiles is.
+void check_sparse_topk(const SparseWeights& w, const Array& x, Product product) {
+  const int64_t n = w.dense.n, top = std::min<int64_t>(n, 20);
+  const Array x32(MEMLM_F32, x.values);
+  const Values logits = decode(MEMLM_F32, run_sparse(w, x32, 1, product == Product::kFast, 1));
+  memlm_linear linear{};
+  linear.w = w.packed(), linear.bits = w.bits;
+  linear.mode = product == Product::kFast ? MEMLM_FAST : MEMLM_ACCURATE;
+  memlm_matmul_args args{};
+  args.m = 1, args.x = x32.data(), args.x_stride = w.dense.k, args.dtype = MEMLM_F32, args.threads = 3;
+  std::vector<float> values(top, NAN);
+  std::vector<int64_t> indices(top, -1);
+  require(memlm_matmul_topk(&linear, &args, top, values.data(), indices.data()));
+  Values sorted = logits;
+  std::sort(sorted.begin(), sorted.end(), std::greater<double>());
+  for (int64_t i = 0; i < top; ++i)
+    if (values[i] != sorted[i] || logits[indices[i]] != values[i])
+      fail("matmul_topk, pattern %d, %s: number %d", w.pattern, describe(w.dense).c_str(), static_cast<int>(i));
+}
+
+void check_sparse() {
+  const Format symmetric{Kind::kSymmetric, 4, 32}, table{Kind::kTable, 4, 64}, bytes{Kind::kSymmetric, 8, 32};
+  const SparseCase cases[] = {
+      {MEMLM_BLOCKS, symmetric, 4, 0.5},      {MEMLM_BLOCKS, {Kind::kAsymmetric, 4, 32}, 4, 0.3},
+      {MEMLM_BLOCKS, {Kind::kTable, 4, 32}, 4, 0.7}, {MEMLM_BLOCKS, {Kind::kSymmetric, 2, 32}, 2, 0.5},
+      {MEMLM_BLOCKS, bytes, 8, 0.5},          {MEMLM_BLOCKS, bytes, 16, 0.5},
+      {MEMLM_BLOCKS, bytes, 32, 0.5},         {MEMLM_BLOCKS, bytes, 32, 0},
+      {MEMLM_TWO_OF_FOUR, symmetric, 4, 0.5}, {MEMLM_TWO_OF_FOUR, table, 4, 0.5},
+      {MEMLM_UNSTRUCTURED, symmetric, 4, 0.5}, {MEMLM_UNSTRUCTURED, {Kind::kSymmetric, 4, 128}, 4, 1},
+      {MEMLM_UNSTRUCTURED, table, 4, 0.3}};
+  int turn = 0;
+  for (const SparseCase& c : cases)
+    for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {17, 33}, {70, 300}, {19, 1111}}) {
+      // Scales that are powers of two: 8-bit codes times them are exact in bf16.
+      const bool floats = c.bits > 8;
+      Weights w = random_weights(c.format, n, k, turn % 2 || floats ? MEMLM_F32 : MEMLM_F16, 1);
+      if (floats) w = Weights(c.format, n, k, w.q, MEMLM_F32, Values(n * c.format.groups(k), 0.25), {});
+      std::vector<bool> kept(n * k);
+      for (int64_t i = 0; i < n * k; ++i) kept[i] = uniform(0, 1) < c.density;
+      for (int64_t r = 0; c.pattern == MEMLM_TWO_OF_FOUR && r < n; ++r)
+        for (int64_t four = 0; four < k; four += 4) {
+          int64_t left = 2;
+          for (int64_t j = four; j < std::min(four + 4, k); ++j)
+            if (kept[r * k + j] && left-- <= 0) kept[r * k + j] = false;
+        }
+      const SparseWeights sparse(w, c.pattern, kept, c.bits);
+      const Weights zero = zeroed(w, c.pattern, kept);
+      const int64_t most = most_rows(w);
+      const Array x(kDtypes[turn++ % 3], filled(most * k, normal));
+      for (Product product : {Product::kAccurate, Product::kFast}) {
+        const Around none{};
+        const auto expect = [&](Rounding r) { return matmul(zero, x, k, most, r, none); };
+        const Expected plain = expect(floats ? Rounding::kNone : rounding(product, false));
+        const Expected on_tile_unit = expect(floats ? Rounding::kNone : rounding(product, true));
+        on_every_isa([&] {
+          for (int64_t m : {int64_t{1}, int64_t{2}, int64_t{7}, most}) {
+            const bool fast = product == Product::kFast;
+            const bool tiles = c.pattern != MEMLM_BLOCKS && on_tiles(product, m);
+            const std::vector<uint8_t> y = run_sparse(sparse, x, m, fast, 1);
+            const std::string operation = c.pattern == MEMLM_BLOCKS ? "block_sparse_matmul" : "w4_sparse_matmul";
+            check_within(operation.c_str(), sparse, decode(x.dtype, y), tiles ? on_tile_unit : plain);
+            if (run_sparse(sparse, x, m, fast, 3) != y)
+              fail("%s: 3 threads give other bits than one", operation.c_str());
+            count(operation + (fast ? " fast" : " accurate"), m * n);
+          }
+          if (n > 1) check_sparse_topk(sparse, x, product);
+        });
+      }
+      if (c.pattern == MEMLM_BLOCKS) check_grads(sparse, zero, kept, most);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -1083,6 +1230,7 @@ int main(int argc, char**) {
   check_largest_magnitude();
   check_attention();
   check_paged();
+  check_sparse();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
     std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));
