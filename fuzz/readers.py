@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import memlm
+from memlm import arrays
 from memlm.errors import FormatError
 from memlm.io import mapped, safetensors
 from memlm.io.checkpoint import open_checkpoint
@@ -24,6 +26,8 @@ from memlm.models.load import load
 REFUSALS = (FormatError, FileNotFoundError)
 # A reader may take memory in proportion to its file only: what a tiny file says it holds is not read.
 _LARGEST = 1 << 24
+# Of the layers in a sparse folder.
+_PATTERNS = {"re:.*up_proj": "2:4/int4", "re:.*down_proj": "unstructured/int4", "re:.*gate": "block/f32"}
 
 
 def gguf(folder: Path, data: bytes) -> None:
@@ -84,23 +88,41 @@ def index(folder: Path, data: bytes) -> None:
         checkpoint.tensor(name)
 
 
+def sparse(folder: Path, data: bytes) -> None:
+    """model.safetensors of a packed folder with sparse layers of every pattern: what is not refused
+    must not lead the kernels astray."""
+    (folder / "model.safetensors").write_bytes(data)
+    model = load(folder)
+    with torch.inference_mode():
+        model(torch.arange(6).view(1, 6), model.new_cache("f32"))
+    x = np.ones((2, 64), np.float32)
+    for w in arrays.load(folder).values():
+        if isinstance(w, arrays.SparsePacked):
+            arrays.matmul(x, w)
+
+
 READERS: dict[str, Callable[[Path, bytes], None]] = {
     "gguf": gguf, "safetensors": safetensors_file, "config": config, "packed": config,
-    "tokenizer": tokenizer, "index": index,
+    "tokenizer": tokenizer, "index": index, "sparse": sparse,
 }  # fmt: skip
 
 
 def surroundings(name: str, folder: Path) -> None:
     """Sound files that a reader finds around the fuzzed one."""
     from tests import tiny
+    from tests.sparse import prune_
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32, "num_hidden_layers": 1}
-    if name in ("config", "packed", "index"):
-        tiny.llama(folder, **sizes)
-    if name == "packed":
-        memlm.quantize_files(
-            folder, folder.parent / "packed", memlm.QuantConfig("int4", "int8", "int8")
-        )
+    if name == "sparse":  # several blocks
+        sizes |= {"hidden_size": 64, "intermediate_size": 64}
+    if name in ("config", "packed", "index", "sparse"):
+        model = tiny.llama(folder, **sizes)
+    config = memlm.QuantConfig("int4", "int8", "int8")
+    if name == "sparse":
+        prune_(prune_(model, "block/f32"), "2:4/int4").save_pretrained(folder)
+        config = memlm.QuantConfig("block/int4", "int8", "int8", targets=_PATTERNS)
+    if name in ("packed", "sparse"):
+        memlm.quantize_files(folder, folder.parent / "packed", config)
         for file in (folder.parent / "packed").iterdir():
             file.replace(folder / file.name)
     if name == "index":
@@ -117,6 +139,8 @@ def seeds(name: str) -> list[bytes]:
         surroundings(name, folder)
         if name in ("config", "packed"):
             return [(folder / "config.json").read_bytes()]
+        if name == "sparse":
+            return [(folder / "model.safetensors").read_bytes()]
         if name == "index":
             file = "model-00001-of-00001.safetensors"
             names = safetensors.open_mapped(folder / file)[0]

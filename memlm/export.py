@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from memlm.formats import Packed
 from memlm.io import safetensors
-from memlm.io.checkpoint import Checkpoint, open_checkpoint
+from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.files import temporary_folder
-from memlm.io.packed_folder import CONFIG_FILE, WEIGHTS_FILE, copy_others, move_model
+from memlm.io.packed_folder import (
+    CONFIG_FILE, WEIGHTS_FILE, PackedFolder, copy_others, move_model,
+)  # fmt: skip
 from memlm.models.load import build_for, check_names, other_tensors, read_tensor
+from memlm.sparse_formats import to_dense
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KINDS = (*FLOATS, "gguf", "compressed-tensors")
@@ -30,7 +35,8 @@ def export(
     to: ``"f32"``, ``"bf16"``, ``"f16"``: a Hugging Face folder with plain safetensors, codes
         dequantised (bf16 and f16 round).  ``"gguf"``: a file that llama.cpp runs.
         ``"compressed-tensors"``: a folder that transformers and vLLM load.  Packed matrices keep
-        their codes wherever the target has a type that holds them exactly.
+        their codes wherever the target has a type that holds them exactly; sparse ones are written
+        with their zeros, for none of these files leaves them out.
     progress: called with (done, total, name) after each tensor.
 
     Returns ``{"files": file name -> bytes, "rounded": names of tensors that the target's types do
@@ -46,6 +52,8 @@ def export(
         raise FileExistsError(f"{dst}: exists already")
     checkpoint = open_checkpoint(src)
     shapes = shapes_of(checkpoint)
+    if isinstance(checkpoint, PackedFolder):
+        checkpoint = _Dense(checkpoint)
     if to == "gguf":
         from memlm.io.gguf_writer import write_gguf
 
@@ -53,6 +61,23 @@ def export(
     if to == "compressed-tensors":
         return _compressed_tensors(checkpoint, shapes, dst, progress)
     return _floats(checkpoint, shapes, dst, FLOATS[to], progress)
+
+
+class _Dense:
+    """A packed folder whose sparse matrices have codes for all their weights, or are floats."""
+
+    def __init__(self, folder: PackedFolder):
+        self._folder = folder
+
+    def __getattr__(self, name: str):
+        return getattr(self._folder, name)
+
+    def packed(self, name: str) -> PackedTensor | None:
+        stored = self._folder.packed(name)
+        if stored is None or isinstance(stored.packed, Packed):
+            return stored
+        floats = stored.packed.format.is_float
+        return None if floats else replace(stored, packed=to_dense(stored.packed))
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

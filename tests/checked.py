@@ -4,7 +4,8 @@ OPERATIONS = (
     "attention", "attention_backward", "decoder_layers", "dequantize", "embedding", "kv_append",
     "largest_magnitude", "matmul_topk", "paged_attention", "quantize_rows", "quantize_weight",
     "w2_matmul accurate", "w2_matmul fast", "w4_matmul accurate", "w4_matmul fast",
-    "w8_matmul accurate", "w8_matmul fast", "w8a8_matmul groups", "w8a8_matmul rows",
+    "w4_sparse_matmul accurate", "w4_sparse_matmul fast", "w8_matmul accurate", "w8_matmul fast",
+    "w8a8_matmul groups", "w8a8_matmul rows", "block_sparse_matmul accurate", "block_sparse_matmul fast",
 )  # fmt: skip
 
 

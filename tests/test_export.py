@@ -1,5 +1,7 @@
 """memlm.export: other programs read what it writes, and compute the same."""
 
+import shutil
+
 import gguf
 import pytest
 import torch
@@ -11,6 +13,7 @@ from memlm.io.checkpoint import open_checkpoint
 from memlm.io.gguf import GGUF
 
 from . import tiny, tiny_gguf
+from .sparse import prune_
 
 IDS = torch.arange(60).view(2, 30)
 
@@ -158,3 +161,24 @@ def test_refusals(source, tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         export(source, tmp_path / "none.gguf", "gguf")
     assert not (tmp_path / "none.gguf").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("format", ["block/int4-g32", "block/f32", "2:4/int4", "unstructured/nf4-g64"])
+def test_sparse_matrices_are_written_with_their_zeros(source, tmp_path, format):
+    pruned = tmp_path / "float"
+    prune_(LlamaForCausalLM.from_pretrained(source), format).save_pretrained(pruned)
+    shutil.copy(source / "tokenizer.json", pruned)
+    folder = packed(pruned, tmp_path / "packed", memlm.QuantConfig(format))
+    expected = memlm.load(folder, dequantize=True).state_dict()
+    for to in ("f32", "gguf", "compressed-tensors"):
+        if to == "compressed-tensors" and "nf4" in format:
+            continue  # which it does not hold, sparse or not
+        result = export(folder, tmp_path / to, to)
+        nf4 = to == "gguf" and "nf4" in format
+        assert len(result["rounded"]) == (2 * 7 if nf4 else 0)
+        found = memlm.load(tmp_path / to, dequantize=True).state_dict()
+        for name, tensor in expected.items():
+            if nf4 and "proj" in name:
+                tensor = tensor.half().float()
+            assert torch.equal(found[name].float(), tensor), name
+        assert (found["layers.0.mlp.down_proj.weight"] == 0).float().mean() > 0.25

@@ -9,9 +9,11 @@
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 
 #include "reference.h"
 #include "reference_paged.h"
+#include "reference_sparse.h"
 
 using namespace reference;
 
@@ -138,7 +140,29 @@ struct Call {
   int threads;
   Around around;
   const Codes* codes;  // instead of numbers; NULL: none
+  const Sparse* sparse = nullptr;  // W's storage; NULL: it is dense
 };
+
+std::string name(const Weights& w, const Call& call) {
+  if (!call.sparse) return name(w, call.product);
+  const char* const mode = call.product == Product::kFast ? " fast" : " accurate";
+  return (call.sparse->pattern == MEMLM_BLOCKS ? "block_sparse_matmul" : "w4_sparse_matmul") +
+         std::string(mode);
+}
+
+memlm_status multiply(const Weights& w, const Call& call, const memlm_matmul_args& args) {
+  const memlm_packed packed = call.sparse ? call.sparse->packed() : w.packed();
+  if (call.sparse)
+    return packed.pattern == MEMLM_BLOCKS
+               ? memlm_block_sparse_matmul(&packed, call.sparse->bits, &args)
+               : memlm_w4_sparse_matmul(&packed, &args);
+  if (is_w8a8(call.product))
+    return memlm_w8a8_matmul(&packed, &args, call.codes ? call.codes->scales.data() : nullptr,
+                             x_group(call.product));
+  return (w.format.bits == 2   ? memlm_w2_matmul
+          : w.format.bits == 4 ? memlm_w4_matmul
+                               : memlm_w8_matmul)(&packed, &args);
+}
 
 int64_t columns(const Weights& w, const Around& around) { return around.swiglu ? w.n / 2 : w.n; }
 
@@ -165,14 +189,7 @@ std::vector<uint8_t> run(const Weights& w, const Array& x, int64_t x_stride, int
   if (call.around.residual) args.residual = call.around.residual->data();
   args.residual_stride = n;
   args.swiglu = call.around.swiglu;
-  const memlm_packed packed = w.packed();
-  if (is_w8a8(call.product))
-    require(memlm_w8a8_matmul(&packed, &args, call.codes ? call.codes->scales.data() : nullptr,
-                              x_group(call.product)));
-  else
-    require((w.format.bits == 2   ? memlm_w2_matmul
-             : w.format.bits == 4 ? memlm_w4_matmul
-                                  : memlm_w8_matmul)(&packed, &args));
+  require(multiply(w, call, args));
 
   std::vector<uint8_t> result;
   for (int64_t i = 0; i < m; ++i) {
@@ -205,14 +222,14 @@ void check_run(const Weights& w, const Array& x, int64_t x_stride, int64_t m, co
   for (size_t i = 0; i < y.size(); ++i) {
     if (!(std::fabs(y[i] - expected.y[i]) <= expected.bound[i]))
       fail("%s: %s, m=%d, dtype %d%s%s%s%s: y[%d] is %.9g, should be %.9g within %.3g",
-           name(w, call.product).c_str(), describe(w).c_str(), static_cast<int>(m), x.dtype,
+           name(w, call).c_str(), describe(w).c_str(), static_cast<int>(m), x.dtype,
            call.around.bias ? ", bias" : "", call.around.norm ? ", norm" : "",
            call.around.residual ? ", residual" : "", call.around.swiglu ? ", swiglu" : "",
            static_cast<int>(i), y[i], expected.y[i], expected.bound[i]);
     telling += std::fabs(expected.y[i]) > expected.bound[i];
   }
   bounded += static_cast<int64_t>(y.size());
-  count(name(w, call.product), static_cast<int64_t>(y.size()));
+  count(name(w, call), static_cast<int64_t>(y.size()));
 }
 
 // Any number of threads gives the same bits.
@@ -223,7 +240,7 @@ void check_threads(const Weights& w, const Array& x, int64_t x_stride, Call call
     for (int threads : {2, 3, 8}) {
       call.threads = threads;
       if (run(w, x, x_stride, m, call) != one)
-        fail("%s: %s, m=%d: %d threads give other bits than one", name(w, call.product).c_str(),
+        fail("%s: %s, m=%d: %d threads give other bits than one", name(w, call).c_str(),
              describe(w).c_str(), static_cast<int>(m), threads);
     }
   }
@@ -465,6 +482,38 @@ memlm_linear linear_of(const Weights& w, Product product, const Array* bias) {
 }
 
 // The largest logits are those of the whole product, in order.
+void check_topk(const Weights& w, const Array& x, const Array& bias, const Array& norm, int64_t m,
+                int64_t top, Product product, const Sparse* sparse = nullptr) {
+  const int64_t n = w.n, k = w.k;
+  const Array x32(MEMLM_F32, x.values), bias32(MEMLM_F32, bias.values), norm32(MEMLM_F32, norm.values);
+  const Call call = {product, 1, {&bias32, &norm32, nullptr, false}, nullptr, sparse};
+  const Values logits = decode(MEMLM_F32, run(w, x32, k, m, call));
+  memlm_linear linear = linear_of(w, product, &bias);
+  if (sparse) linear.w = sparse->packed(), linear.bits = sparse->bits;
+  memlm_matmul_args args{};
+  args.m = m;
+  args.x = x.data();
+  args.x_stride = k;
+  args.dtype = x.dtype;
+  args.norm = norm.data();
+  args.norm_eps = kEps;
+  args.threads = 3;
+  std::vector<float> values(m * top, NAN);
+  std::vector<int64_t> indices(m * top, -1);
+  require(memlm_matmul_topk(&linear, &args, top, values.data(), indices.data()));
+  for (int64_t row = 0; row < m; ++row) {
+    std::vector<int64_t> order(n);
+    for (int64_t i = 0; i < n; ++i) order[i] = i;
+    const double* y = &logits[row * n];
+    std::stable_sort(order.begin(), order.end(), [y](int64_t a, int64_t b) { return y[a] > y[b]; });
+    for (int64_t i = 0; i < top; ++i)
+      if (indices[row * top + i] != order[i] || values[row * top + i] != y[order[i]])
+        fail("matmul_topk, %s: number %d of row %d is %d", describe(w).c_str(),
+             static_cast<int>(i), static_cast<int>(row), static_cast<int>(indices[row * top + i]));
+  }
+  count("matmul_topk", m * top);
+}
+
 void check_topk() {
   int turn = 0;
   for (const Format& format : kFormats)
@@ -473,37 +522,68 @@ void check_topk() {
       const int64_t m = turn % 3 ? 1 : 7, top = std::min<int64_t>(n, 150);
       const Array x(kDtypes[turn % 3], filled(m * k, normal)), bias(x.dtype, filled(n, normal));
       const Array norm(x.dtype, filled(k, [] { return uniform(0.5, 1.5); }));
-      const Array x32(MEMLM_F32, x.values), bias32(MEMLM_F32, bias.values), norm32(MEMLM_F32, norm.values);
-      for (Product product : products(format)) {
-        if (product == Product::kW8A8Groups) continue;
+      for (Product product : products(format))
+        if (product != Product::kW8A8Groups)
+          on_every_isa([&] { check_topk(w, x, bias, norm, m, top, product); });
+    }
+}
+
+// Every pattern and type of values; of blocks and of weights some are kept, none, or all.
+void check_sparse() {
+  struct Case {
+    memlm_pattern pattern;
+    Format format;
+    int bits;
+  };
+  const Format floats = {Kind::kSymmetric, 8, 32};
+  const Case cases[] = {
+      {MEMLM_BLOCKS, {Kind::kSymmetric, 2, 32}, 2},  {MEMLM_BLOCKS, {Kind::kAsymmetric, 4, 32}, 4},
+      {MEMLM_BLOCKS, {Kind::kTable, 4, 32}, 4},      {MEMLM_BLOCKS, {Kind::kSymmetric, 8, 32}, 8},
+      {MEMLM_BLOCKS, floats, 16},                    {MEMLM_BLOCKS, floats, 32},
+      {MEMLM_TWO_OF_FOUR, {Kind::kSymmetric, 4, 32}, 4}, {MEMLM_TWO_OF_FOUR, {Kind::kTable, 4, 64}, 4},
+      {MEMLM_UNSTRUCTURED, {Kind::kSymmetric, 4, 128}, 4}, {MEMLM_UNSTRUCTURED, {Kind::kTable, 4, 32}, 4}};
+  int turn = 0;
+  for (const Case& c : cases)
+    for (const auto& [n, k, share] : {std::tuple<int64_t, int64_t, double>{1, 1, 1.0}, {17, 33, 0.0},
+                                      {64, 300, 0.5}, {130, 129, 0.2}, {40, 1111, 0.5}}) {
+      const memlm_dtype dtype = kDtypes[turn % 3], scale_dtype = turn % 2 ? MEMLM_F32 : MEMLM_F16;
+      Weights full = random_weights(c.format, n, k, scale_dtype, 1);
+      if (c.bits > 8) {  // scales that keep all numbers exact in bf16
+        const Values ones(n * c.format.groups(k), 1.0 / 64);
+        full = Weights(c.format, n, k, filled<int>(n * k, [] { return integer(-127, 127); }), MEMLM_F32,
+                       ones, {});
+      }
+      std::vector<double> chance = filled(round_up(n, kTile) * round_up(k, 128),
+                                          [] { return uniform(0, 1); });
+      const int64_t stride = round_up(k, 128);
+      const Kept kept = [&, share = share](int64_t row, int64_t at) {
+        if (c.pattern != MEMLM_TWO_OF_FOUR) return chance[row * stride + at] < share;
+        const double* four = &chance[row * stride + at / 4 * 4];
+        return share > 0 && std::count_if(four, four + 4, [&](double x) { return x < four[at % 4]; }) < 2;
+      };
+      const Sparse sparse = c.pattern == MEMLM_BLOCKS ? blocks(full, c.bits, kept)
+                                                       : compressed(full, c.pattern, kept);
+      const Weights& w = sparse.dense;
+      constexpr int64_t kMost = 8;  // below what a tile unit takes
+      const Array x(dtype, filled(kMost * k, normal)), bias(dtype, filled(n, normal));
+      const Array norm(dtype, filled(k, [] { return uniform(0.5, 1.5); }));
+      const Array residual(dtype, filled(kMost * n, normal));
+      const bool swiglu = n % (2 * kTile) == 0;
+      const Around around = {&bias, turn % 2 ? &norm : nullptr, turn % 3 ? &residual : nullptr, swiglu};
+      for (Product product : {Product::kAccurate, Product::kFast}) {
+        if (c.bits > 8 && product == Product::kFast) continue;
+        const Expected expected = matmul(w, x, k, kMost, rounding(product, false), around);
+        const Call call = {product, 1, around, nullptr, &sparse};
         on_every_isa([&] {
-          const Call call = {product, 1, {&bias32, &norm32, nullptr, false}, nullptr};
-          const Values logits = decode(MEMLM_F32, run(w, x32, k, m, call));
-          const memlm_linear linear = linear_of(w, product, &bias);
-          memlm_matmul_args args{};
-          args.m = m;
-          args.x = x.data();
-          args.x_stride = k;
-          args.dtype = x.dtype;
-          args.norm = norm.data();
-          args.norm_eps = kEps;
-          args.threads = 3;
-          std::vector<float> values(m * top, NAN);
-          std::vector<int64_t> indices(m * top, -1);
-          require(memlm_matmul_topk(&linear, &args, top, values.data(), indices.data()));
-          for (int64_t row = 0; row < m; ++row) {
-            std::vector<int64_t> order(n);
-            for (int64_t i = 0; i < n; ++i) order[i] = i;
-            const double* y = &logits[row * n];
-            std::stable_sort(order.begin(), order.end(), [y](int64_t a, int64_t b) { return y[a] > y[b]; });
-            for (int64_t i = 0; i < top; ++i)
-              if (indices[row * top + i] != order[i] || values[row * top + i] != y[order[i]])
-                fail("matmul_topk, %s: number %d of row %d is %d", describe(w).c_str(),
-                     static_cast<int>(i), static_cast<int>(row), static_cast<int>(indices[row * top + i]));
-          }
-          count("matmul_topk", m * top);
+          for (int64_t m : {1, 5, 8}) check_run(w, x, k, m, call, expected);
+          Call threads = call;
+          threads.threads = 3;
+          if (run(w, x, k, kMost, threads) != run(w, x, k, kMost, call))
+            fail("%s: %s: threads give other bits", name(w, call).c_str(), describe(w).c_str());
+          check_topk(w, x, bias, norm, 2, std::min<int64_t>(n, 100), product, &sparse);
         });
       }
+      ++turn;
     }
 }
 
@@ -1077,6 +1157,7 @@ int main(int argc, char**) {
   check_gates();
   check_rows();
   check_topk();
+  check_sparse();
   check_layers();
   check_quantize_weight();
   check_refusals();
