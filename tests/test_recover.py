@@ -10,7 +10,7 @@ from torch import nn
 
 import memlm
 from memlm.models.evaluate import evaluate
-from memlm.prune import recover, recover_
+from memlm.prune import PruneConfig, recover, recover_
 
 from . import tiny
 
@@ -85,6 +85,25 @@ def test_a_pruned_model_comes_nearer_to_its_teacher(dense):
     # The optimizer has let go: zeros may move again.
     model.layers[0].mlp.down_proj.weight.sum().backward()
     assert (model.layers[0].mlp.down_proj.weight.grad == 1).all()
+
+
+def test_sparse_layers_learn_what_masked_ones_learn(dense):
+    """The same steps on values of blocks in f32 and on whole matrices with masks."""
+    masked = copy.deepcopy(dense)
+    memlm.prune_(masked, PruneConfig("magnitude", 0.5, "block"))
+    sparse = memlm.sparsify_(copy.deepcopy(masked), "block/f32", strict=True)
+    settings = {"steps": 6, "batch": 2, "window": 70, "lr": 1e-3}
+    losses = [recover_(model, text(2000), dense, **settings) for model in (masked, sparse)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
+    memlm.dequantize_(sparse)
+    for name, weight in masked.layers.named_parameters():
+        other = sparse.layers.get_parameter(name)
+        if weight.dim() == 2:
+            assert torch.equal(weight == 0, other == 0)
+            assert not torch.equal(weight, dense.layers.get_parameter(name))
+        # AdamW divides gradients, off by rounding, by their own size.
+        assert (weight - other).abs().max() <= 6 * 1e-3
+        assert (weight - other).norm() <= 0.02 * (weight - dense.layers.get_parameter(name)).norm()
 
 
 def test_text_alone_and_a_packed_head(dense):

@@ -13,8 +13,9 @@ from memlm.models.encoder import Encoder
 from memlm.prune.families import Family, Reached, Run
 from memlm.prune.gram import Gram
 
-TOKENS = 2048  # in a batch: what bounds the memory of activations inside a layer
+TOKENS = 1024  # in a batch: what bounds the memory of activations inside a layer
 WORDS = 0.7  # of English, in a token
+CHARACTERS = 1 << 15  # tokenised at a time
 
 
 def batches_of(model: nn.Module, calibration, samples: int, length: int) -> list:
@@ -46,7 +47,7 @@ def batches_of(model: nn.Module, calibration, samples: int, length: int) -> list
     length = min(length, model.config.max_positions)
     if isinstance(model, Encoder):
         return _of_texts(tokenizer, texts, samples, length)
-    return _windows(tokenizer.encode("\n".join(texts)), samples, length)
+    return _windows(_encode(tokenizer, "\n".join(texts)), samples, length)
 
 
 def _split(batch) -> Iterator:
@@ -65,10 +66,23 @@ def _spread(count: int, samples: int) -> list[int]:
     return [i * count // samples for i in range(samples)]
 
 
-def _windows(ids: list[int], samples: int, length: int) -> list[torch.Tensor]:
+def _encode(tokenizer, text: str) -> torch.Tensor:
+    """A tokenizer takes far more memory than its text: it is given parts, cut between words."""
+    parts, start = [], 0
+    while start < len(text):
+        end = start + CHARACTERS
+        if end < len(text):
+            space = max(text.rfind(mark, start + 1, end) for mark in " \n")
+            end = space if space > 0 else end
+        parts.append(torch.tensor(tokenizer.encode(text[start:end])))
+        start = end
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _windows(ids: torch.Tensor, samples: int, length: int) -> list[torch.Tensor]:
     if len(ids) < length:
         raise ValueError(f"calibration: {len(ids)} tokens are fewer than one piece of {length}")
-    pieces = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    pieces = ids[: len(ids) // length * length].view(-1, length)
     return list(_split(pieces[_spread(len(pieces), samples)]))
 
 
@@ -102,10 +116,8 @@ class Walk:
 
     def __init__(self, family: Family, batches: Iterable):
         self.runs = [Run(family, batch) for batch in batches]
-        # memlm's own models compute in f32, whatever their weights are stored in.
-        if isinstance(family.model, (Decoder, Encoder)):
-            for run in self.runs:
-                run.states = run.states.float()
+        # memlm's own models compute in f32, whatever their weights and these states are stored in.
+        self._in_f32 = isinstance(family.model, (Decoder, Encoder))
 
     def grams(
         self, i: int, linears: Mapping[str, nn.Linear], advance: bool = False
@@ -136,7 +148,7 @@ class Walk:
         with _watching(linears, seen):
             for run in self.runs:
                 try:
-                    states = run.calls[i](run.states)
+                    states = self._through(run, i)
                     if advance:
                         run.states = states
                 except Reached:
@@ -156,7 +168,11 @@ class Walk:
     def advance(self, i: int) -> None:
         """Takes the states through layer ``i``."""
         for run in self.runs:
-            run.states = run.calls[i](run.states)
+            run.states = self._through(run, i)
+
+    def _through(self, run: Run, i: int) -> torch.Tensor:
+        states = run.states.float() if self._in_f32 else run.states
+        return run.calls[i](states).to(run.states.dtype)
 
 
 @contextmanager

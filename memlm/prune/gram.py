@@ -27,8 +27,14 @@ class Gram:
 
     @property
     def products(self) -> torch.Tensor:
-        """``X^T X``, f64 ``[columns, columns]``, exactly symmetric."""
-        return self._lower.tril() + self._lower.tril(-1).T
+        """``X^T X``, f64 ``[columns, columns]``, exactly symmetric; not a copy."""
+        sums = self._lower
+        for start in range(0, len(sums), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            sums[:start, chunk] = sums[chunk, :start].T
+            square = sums[chunk, chunk]
+            square.copy_(square.tril() + square.tril(-1).T)
+        return sums
 
     @property
     def squares(self) -> torch.Tensor:

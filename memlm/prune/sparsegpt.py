@@ -95,11 +95,11 @@ def inverse_factor(products: torch.Tensor, damping: float) -> torch.Tensor:
         damped = products.flip(0, 1)
         damped.diagonal().add_(damping * times * mean if mean > 0 else 1.0)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info) == 0:
-            # H = R R^T with an upper R, turned around as H is; U = R^-1.
-            upper = lower.flip(0, 1)
-            ones = torch.eye(len(upper), dtype=upper.dtype)
-            return torch.linalg.solve_triangular(upper, ones, upper=True)
+            # H, turned around, is L L^T; so U is L^-1, turned around.
+            ones = torch.eye(len(lower), dtype=lower.dtype)
+            return torch.linalg.solve_triangular(lower, ones, upper=False).flip(0, 1)
     raise ValueError(
         f"damping: {damping * LARGER_DAMPING[-1]} of the diagonal's mean is not enough for a "
         "Cholesky factor of the inputs' products"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm.convert import _obstacle
+from memlm.prune.calibration import batches_of
 from memlm.prune.families import Family, Run, Site, family_of, input_of
 from memlm.prune.gram import Gram
 
 # Groups leave a layer in so many rounds; after each, what is left takes over from them and is
 # judged anew.
 ROUNDS = 16
+SAMPLES, LENGTH = 128, 512  # pieces of a text, and the tokens of each
+LEAST = 1e-5  # of the squares of what columns are given, added to the Gram matrix's diagonal
 CHANNELS = 32  # a share of channels is rounded so that a multiple of so many stays: formats' groups
 
 
@@ -63,13 +66,13 @@ class Removal:
 @torch.no_grad()
 def remove_(
     model: nn.Module,
-    calibration: Iterable | None = None,
+    calibration=None,
     *,
     heads: int | float = 0,
     channels: int | float = 0,
     layers: int | Sequence[int] = 0,
     compensate: bool = True,
-    damp: float = 0.3,
+    damp: float = 0.5,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Removal:
     """Takes the least important heads, MLP channels and layers out of ``model``, in place.  What is
@@ -79,17 +82,18 @@ def remove_(
     model: memlm's Decoder or Encoder, or a llama, mistral, qwen2, qwen3 or bert of transformers
         (of whose bert heads cannot be taken).  The layers that are cut must be float ones; whole
         layers may be packed.
-    calibration: batches of text that the model runs on: token ids ``[batch, length]``, of encoders
-        ``(ids, mask)``, of transformers' models dicts of arguments, too.  Not needed where
-        nothing but ``layers`` by number is asked for.
+    calibration: text, or what the model runs on, as :func:`memlm.prune.calibration.batches_of`
+        takes it, of text 128 pieces of 512 tokens; not needed where nothing but ``layers`` by
+        number is asked for.
     heads: how many of each layer, or as a float below 1 which share; with grouped queries
         key-value heads, each with the query heads that read it.
     channels: likewise of each MLP; of a share, rounded so that a multiple of 32 stays.
     layers: how many, or which.
     compensate: what is left of a layer takes over from what leaves it.
-    damp: share of the mean of the Gram matrix's diagonal that is added to it.  With less the
-        update fits the calibration's text better and others worse: of 12,288 tokens of speeches,
-        0.3 was best for a novel, 0.01 no better than no update.
+    damp: for the update correlations between what columns are given are taken to be
+        1 / (1 + damp) of what they are in the calibration.  With less the update fits its text
+        better and others worse: of 12,288 tokens of speeches, 0.3 to 1 were best for a novel, 0.01
+        no better than no update.
     progress: called with (done, total, name) after each step of the work on a layer.
 
     Layers are judged by block influence, ``1 - cos`` between what enters and what leaves them, mean
@@ -119,9 +123,9 @@ def remove_(
         chosen = _numbers(layers, len(family.layers))
     if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 < damp < math.inf:
         raise ValueError(f"damp: got {damp!r}, accepted is a positive number")
-    batches = [] if calibration is None else list(calibration)
-    if (heads or channels or count) and not batches:
+    if (heads or channels or count) and calibration is None:
         raise ValueError("calibration: none given; heads, channels and a number of layers need it")
+    batches = [] if calibration is None else batches_of(model, calibration, SAMPLES, LENGTH)
     names = {id(module): name for name, module in model.named_modules()}
     for layer in family.layers:
         _check_layer(family, layer, heads, channels, names)
@@ -250,7 +254,9 @@ class _Work:
         out, matrix = site.out, gram.of(site.out)
         weight = out.weight.double()
         damped = matrix.clone()
-        damped.diagonal().add_(self.damp * max(float(matrix.diagonal().mean()), 1e-30))
+        sizes = gram.squares
+        # Without the last, what is constant, but for rounding, would make the matrix singular.
+        damped.diagonal().mul_(1 + self.damp).add_(LEAST * (sizes + sizes.mean() + 1e-30))
         choose = _with_update if self.compensate else _without_update
         kept, new = choose(weight, damped, site.groups, count)
         columns = site.columns(kept)
