@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +18,7 @@ from memlm.layers.linear import is_conv1d, linear_weight
 from memlm.ops import mode_for
 from memlm.ops._matmul import X_DTYPES
 from memlm.quantize import lacks_zeros, pack_weight
+from memlm.selection import Selection
 from memlm.sparse_formats import SparseFormat, SparsePacked, SparseTensors
 
 # Set on a module that quantize_ left as it is: the reason, for explain.
@@ -28,7 +28,7 @@ _FAST_PATH = "_memlm_fast_path"
 
 
 @dataclass(frozen=True)
-class QuantConfig:
+class QuantConfig(Selection):
     """What to quantise, and how.
 
     linear: format (``"int4"``, ``"int4a-g64"``, ``"int8"`` ..., :mod:`memlm.formats`) of linear
@@ -57,23 +57,13 @@ class QuantConfig:
     ignore: Sequence[str] = ()
 
     def __post_init__(self):
-        if not isinstance(self.targets, Mapping):
-            raise TypeError(
-                f"targets: got {type(self.targets).__name__}, expected pattern -> format"
-            )
-        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
-            raise TypeError(f"ignore: got {self.ignore!r}, expected a list of patterns")
+        self.check_selection("format")
         for name in ("linear", "embedding", "head"):
             object.__setattr__(self, name, _parse(name, getattr(self, name)))
         if isinstance(self.embedding, SparseFormat):
             raise ValueError(f"embedding: got {self.embedding}, {_DENSE_ONLY}")
         targets = {p: _parse(f"targets: {p}", format) for p, format in self.targets.items()}
         object.__setattr__(self, "targets", targets)
-        for pattern in (*targets, *self.ignore):
-            try:
-                re.compile(pattern[3:] if pattern.startswith("re:") else "")
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r}: {error}") from None
         for format in self.formats if self.mode is not None else ():
             mode_for(format, self.mode)
 
@@ -86,19 +76,7 @@ class QuantConfig:
     def format_of(self, name: str, kind: str, role: str) -> Format | SparseFormat | None:
         """The format of the layer ``name`` of class ``kind``, whose ``role`` is linear, embedding or
         head; None: left alone."""
-        if any(_matches(pattern, name, kind) for pattern in self.ignore):
-            return None
-        for pattern, format in self.targets.items():
-            if _matches(pattern, name, kind):
-                return format
-        return getattr(self, role)
-
-    def check_patterns(self, layers: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError for a pattern that matches none of these layers, (name, class)."""
-        layers = list(layers)
-        for pattern in (*self.targets, *self.ignore):
-            if not any(_matches(pattern, *layer) for layer in layers):
-                raise ValueError(f"pattern {pattern!r}: matches no layer of the model")
+        return self.target_of(name, kind, getattr(self, role))
 
 
 _DENSE_ONLY = "accepted for embeddings are dense formats"
@@ -109,12 +87,6 @@ def _parse(what: str, value) -> Format | SparseFormat | None:
         return None if value is None else parse_format(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from None
-
-
-def _matches(pattern: str, name: str, kind: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern in (name, kind)
 
 
 def quantize_(

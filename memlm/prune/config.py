@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memlm._format import Format, SparseFormat
-from memlm.convert import _matches
 from memlm.prune.patterns import BLOCK, PATTERNS
+from memlm.selection import Selection
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Selection):
     """What :func:`memlm.prune_` takes out of a model.
 
     method: ``"magnitude"``; ``"wanda"`` (arXiv:2306.11695), magnitude times the norm of what the
@@ -59,20 +58,10 @@ class PruneConfig:
             if value not in accepted:
                 raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
         self._check_share("sparsity", self.sparsity)
-        if not isinstance(self.targets, Mapping):
-            raise TypeError(
-                f"targets: got {type(self.targets).__name__}, expected pattern -> sparsity"
-            )
+        self.check_selection("sparsity")
         for pattern, share in self.targets.items():
             if share is not None:
                 self._check_share(f"targets: {pattern}", share)
-        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
-            raise TypeError(f"ignore: got {self.ignore!r}, expected a list of patterns")
-        for pattern in (*self.targets, *self.ignore):
-            try:
-                re.compile(pattern[3:] if pattern.startswith("re:") else "")
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r}: {error}") from None
         whole = [isinstance(size, int) and size > 0 for size in self.block]
         if len(whole) != 2 or not all(whole) or any(s % b for s, b in zip(self.block, BLOCK)):
             raise ValueError(
@@ -102,19 +91,7 @@ class PruneConfig:
 
     def sparsity_of(self, name: str, kind: str) -> float | None:
         """Of the layer ``name`` of class ``kind``; None: left alone."""
-        if any(_matches(pattern, name, kind) for pattern in self.ignore):
-            return None
-        for pattern, share in self.targets.items():
-            if _matches(pattern, name, kind):
-                return share
-        return self.sparsity
-
-    def check_patterns(self, layers: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError for a pattern that matches none of these layers, (name, class)."""
-        layers = list(layers)
-        for pattern in (*self.targets, *self.ignore):
-            if not any(_matches(pattern, *layer) for layer in layers):
-                raise ValueError(f"pattern {pattern!r}: matches no layer of the model")
+        return self.target_of(name, kind, self.sparsity)
 
 
 def _is_number(value) -> bool:
