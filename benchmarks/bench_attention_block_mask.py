@@ -1,5 +1,5 @@
-"""``attention`` with block masks of several densities, forward and backward, beside itself without a
-mask, torch's function with the mask's elements, and torch's flex_attention: docs/attention.md.
+"""``attention`` with block masks of several densities, forward and backward, beside itself without
+a mask, torch's function with the mask's elements, and torch's flex_attention: docs/attention.md.
 
     python -m benchmarks.bench_attention_block_mask [--record]
 
@@ -28,16 +28,16 @@ from memlm import limits, ops
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"
 RESULTS = ROOT / "benchmarks" / "results" / "attention_block_mask.json"
-HEADS, BLOCK, ROUNDS = 8, 128, 7
+HEADS, BLOCK, ROUNDS = 8, 128, 5
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 BACKWARD = ("dense", "memlm", "torch")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Self-attention of one sequence, f32.  Each block of queries sees the block of itself, and others at
-    random, so many that ``density`` of its blocks are seen: of all, or if causal of those up to
-    itself.  The heads share one mask: torch's function would take 537 MB for eight."""
+    """Self-attention of one sequence, f32.  Each block of queries sees the block of itself, and
+    others at random, so many that ``density`` of its blocks are seen: of all, or if causal of those
+    up to itself.  The heads share one mask: torch's function would take 537 MB for eight."""
 
     length: int
     dim: int
