@@ -359,22 +359,20 @@ def test_transformers_and_memlm_prune_alike(tmp_path):
 
 
 def test_only_one_layer_is_alive():
-    """Of what belongs to a layer's work nothing is left when the next one begins."""
+    """Of one layer's products nothing is left when those of the next are begun, or its states."""
     model, alive, counts = decoder(num_hidden_layers=3), weakref.WeakSet(), []
     original = Gram.__init__
 
     def counted(self, columns):
         original(self, columns)
         alive.add(self)
-
-    def progress(done, total, name):
         counts.append(len(alive))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gram, "__init__", counted)
-        memlm.prune_(model, PruneConfig(), text_ids(), progress)
-    # Four inputs for the layer's first linear layer, one fewer with each; never a second layer's.
-    assert counts == [4, 3, 2, 1] * 3
+        memlm.prune_(model, PruneConfig(), text_ids(), lambda *_: counts.append(len(alive)))
+    # Four inputs, one fewer after each of the four linear layers.
+    assert counts == [1, 2, 3, 4, 4, 3, 2, 1] * 3
 
 
 def test_allocation_has_the_wanted_mean_and_less_error():
