@@ -410,6 +410,24 @@ def test_text_becomes_batches(tmp_path):
     assert model.tokenizer.decode(pieces[0].tolist()) == "abcdefgh" * 2
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.integers(0, 9),
+        st.tuples(st.integers(1, 50), st.lists(st.floats(0, 9), min_size=5, max_size=5)),
+        min_size=1,
+    ),
+    st.floats(0.01, 0.99),
+)
+def test_shares_have_the_wanted_mean(layers, wanted):
+    levels = [wanted / 2, wanted * 3 / 4, wanted, (wanted + 1) / 2, 1.0]
+    costs = {name: _convex(cost, levels) for name, (_, cost) in layers.items()}
+    sizes = {name: size for name, (size, _) in layers.items()}
+    shares = _spread(costs, sizes, levels, wanted)
+    total = sum(shares[name] * size for name, size in sizes.items())
+    assert math.isclose(total, wanted * sum(sizes.values()), rel_tol=1e-9)
+
+
 def test_texts_become_batches_with_masks(tmp_path):
     tiny.bert(tmp_path)
     tiny.tokenizer(tmp_path)

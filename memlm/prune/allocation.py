@@ -83,10 +83,9 @@ def _spread(
             steps.append(((cost[i + 1] - cost[i]) / weights, i, name, weights))
     left = sum(sizes.values()) * (wanted - levels[0])
     shares = dict.fromkeys(costs, levels[0])
-    for _, i, name, weights in sorted(steps):
-        taken = min(weights, left)
-        if taken <= 0:
-            break
-        shares[name] = levels[i] + taken / sizes[name]
+    for _, _, name, weights in sorted(steps):
+        # Added up: of steps that cost the same a layer's later one may come first.
+        taken = max(0.0, min(weights, left))
+        shares[name] += taken / sizes[name]
         left -= taken
     return shares
