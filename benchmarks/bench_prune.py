@@ -294,17 +294,21 @@ def draw(results: dict[str, dict]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for axis, (model, value, title, log) in zip(axes, panels):
         rows = [r for r in rows_of(model, results) if r["case"].format is None]
+        level = results["dense"].get(value, 1.0)
         for method in METHODS:
             for pattern, (marker, line) in styles.items():
-                points = [
-                    (r["zeros"], r[value]) for r in rows
-                    if (r["case"].method, r["case"].pattern) == (method, pattern)
-                    and r["case"].allocation == "uniform"
-                ]  # fmt: skip
-                if points:
-                    axis.plot(*zip(*sorted(points)), marker=marker, linestyle=line, markersize=5,
-                              color=colours[method], label=f"{method}, {pattern}")  # fmt: skip
-        level = results["dense"].get(value, 1.0)
+                chosen = [
+                    r for r in rows if (r["case"].method, r["case"].pattern) == (method, pattern)
+                ]
+                even = [(r["zeros"], r[value]) for r in chosen if r["case"].allocation == "uniform"]
+                style = {"color": colours[method], "marker": marker, "markersize": 5}
+                if even:
+                    start = [(0, level)] if line else []
+                    axis.plot(*zip(*start, *sorted(even)), linestyle=line, **style,
+                              label=f"{method}, {pattern}")  # fmt: skip
+                for r in chosen:
+                    if r["case"].allocation != "uniform":
+                        axis.plot(r["zeros"], r[value], **style, markerfacecolor="white")
         axis.axhline(level, color="black", linewidth=1, linestyle=":", label="dense")
         if log:
             axis.set_yscale("log")
@@ -312,7 +316,9 @@ def draw(results: dict[str, dict]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[1].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
+        title = "hollow: by sensitivity"
+        figure.legend(handles, labels, title=title, title_fontsize=8, fontsize=8, frameon=False,
+                      loc="outside right center")  # fmt: skip
     figure.savefig(PICTURE, dpi=120)
     plt.close(figure)
 
