@@ -475,6 +475,9 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, sgd, adafactor.")] = "adamw",
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 16,
+    sparsity: Annotated[
+        float, typer.Option(help="Share of zeros, where a --format is sparse: block/int4, ...")
+    ] = 0.5,
     plot: Annotated[Optional[Path], typer.Option(help="Draw it to this image.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -487,8 +490,9 @@ def plan(
     packable = [f for f in planner.FORMATS if train != "full" or f in planner.DTYPES]
     formats = formats or packable
     settings = planner.Settings(
-        context, batch, formats[0], embedding, dtype, prompt, train, optimizer, rank=rank
-    )
+        context, batch, formats[0], embedding, dtype, prompt, train, optimizer, rank=rank,
+        sparsity=sparsity,
+    )  # fmt: skip
     limit = planner.parse_bytes(ram)
     planner.recommend(config, settings, limit, formats)  # refuses before anything is measured
     base = planner.base(config, settings)

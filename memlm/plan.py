@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memlm import cpu, formats
-from memlm._format import Format
+from memlm import cpu, formats, sparse_formats
+from memlm._format import Format, SparseFormat, parse_format
 from memlm.io.checkpoint import open_checkpoint
 from memlm.io.files import read_json
 from memlm.kv_formats import KvFormat
@@ -58,7 +58,9 @@ PRIMITIVE, PRIMITIVES = 700_000, 2_000_000
 class Settings:
     """What to run.
 
-    format: of linear layers: ``"float32"``, ``"bfloat16"`` or a packed format (memlm.formats).
+    format: of linear layers: ``"float32"``, ``"bfloat16"`` or a packed format (memlm.formats), also
+        a sparse one (memlm.sparse_formats) of layers that have been pruned to ``sparsity``, the
+        share of their zeros.
     embedding: of embeddings and the head, where linear layers are packed: a packed format, or
         ``"float"``.
     dtype: of activations and float tensors, where linear layers are packed: ``"float32"`` or
@@ -82,6 +84,7 @@ class Settings:
     optimizer: str = "adamw"
     checkpoint: bool = False
     rank: int = 16
+    sparsity: float = 0.5
 
     def __post_init__(self):
         for name in ("context", "batch", "rank"):
@@ -96,7 +99,12 @@ class Settings:
             raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(DTYPES)}")
         for name, floats in (("format", DTYPES), ("embedding", ("float",))):
             if getattr(self, name) not in floats:
-                Format.parse(getattr(self, name))
+                parse = parse_format if name == "format" else Format.parse
+                parse(getattr(self, name))
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity: got {self.sparsity}, accepted is 0 to 1")
+        if self.train and "/" in self.format:
+            raise ValueError(f"format: got {self.format!r}; what training takes is said of dense ones")
         if self.train == "full" and self.packed:
             raise ValueError(f"format: got {self.format!r}, packed weights are frozen: train lora")
 
@@ -286,13 +294,13 @@ class _Memory:
         self.rows = settings.batch * settings.context
         self.lora = settings.train == "lora"
 
-    def _format(self, name: str, module: nn.Module) -> Format | None:
+    def _format(self, name: str, module: nn.Module) -> Format | SparseFormat | None:
         """The packed format of a layer, as memlm.quantize_ gives it, or None."""
         if not self.settings.packed or not isinstance(module, (nn.Linear, nn.Embedding)):
             return None
         inner = isinstance(module, nn.Linear) and name != "lm_head"
         spec = self.settings.format if inner else self.settings.embedding
-        return None if spec == "float" else Format.parse(spec)
+        return None if spec == "float" else parse_format(spec)
 
     @cached_property
     def parameters(self) -> list[tuple[int, ...]]:
@@ -310,6 +318,14 @@ class _Memory:
     def trained(self) -> list[tuple[int, ...]]:
         return self.adapters if self.lora else self.parameters
 
+    def _packed_bytes(self, format: Format | SparseFormat, n: int, k: int) -> int:
+        if isinstance(format, Format):
+            parts = formats.layout(format, n, k)
+        else:
+            stored = sparse_formats.expected(format, n, k, 1 - self.settings.sparsity)
+            parts = sparse_formats.layout(format, n, k, stored)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
+
     @cached_property
     def weights(self) -> int:
         """Packed weights with the padding that their layout has, float ones in the dtype."""
@@ -321,8 +337,7 @@ class _Memory:
                     continue
                 seen.add(id(parameter))
                 if format is not None and part == "weight":
-                    parts = formats.layout(format, *parameter.shape).values()
-                    total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+                    total += self._packed_bytes(format, *parameter.shape)
                 else:
                     total += parameter.numel() * self.e
         return total + (_numbers(self.adapters) * self.e if self.lora else 0)

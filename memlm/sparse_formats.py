@@ -182,6 +182,17 @@ def stored(format: SparseFormat, codes: torch.Tensor) -> int:
     return len(codes) - (OVERRUN if format.pattern == "unstructured" else 0)
 
 
+def expected(format: SparseFormat, n: int, k: int, density: float) -> int:
+    """What :func:`layout` calls ``stored``, of weights of which this share is not zero."""
+    tiles, padded = -(-n // TILE_ROWS), format.padded_k(k)
+    if format.pattern == "block":
+        return round(density * (tiles * padded // ACT_GROUP))
+    if format.pattern == "2:4":
+        return 0
+    # Two in a byte, and on average half a one for nothing in each 16 x 4 that has some.
+    return round((n * k * density + (tiles * padded // LANE_K) * (density > 0) / 2) / 2)
+
+
 def density(packed: SparsePacked) -> float:
     """The share of the weights that is stored, padding and filling zeros included."""
     places = packed.places

@@ -38,6 +38,7 @@ from memlm.io.packed_folder import (
     file_tensors,
     in_file_order,
     metadata,
+    neighbours,
     replacing_model,
     write_config,
 )  # fmt: skip
@@ -133,6 +134,7 @@ def quantize_files(
                 partial.files(),
                 lambda names: in_file_order(names, specs),
                 metadata(),
+                lambda names: neighbours(names, specs),
             )
             copy_others(checkpoint, temporary)
             plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}

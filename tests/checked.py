@@ -1,11 +1,12 @@
 """What a run of tests/cpp/check.cpp must have printed."""
 
 OPERATIONS = (
-    "attention", "attention_backward", "decoder_layers", "dequantize", "embedding", "kv_append",
-    "largest_magnitude", "matmul_topk", "paged_attention", "quantize_rows", "quantize_weight",
-    "w2_matmul accurate", "w2_matmul fast", "w4_matmul accurate", "w4_matmul fast",
-    "w4_sparse_matmul accurate", "w4_sparse_matmul fast", "w8_matmul accurate", "w8_matmul fast",
-    "w8a8_matmul groups", "w8a8_matmul rows", "block_sparse_matmul accurate", "block_sparse_matmul fast",
+    "attention", "attention_backward", "block_sparse_grad_values", "block_sparse_grad_x",
+    "block_sparse_matmul accurate", "block_sparse_matmul fast", "decoder_layers", "dequantize",
+    "embedding", "kv_append", "largest_magnitude", "matmul_topk", "paged_attention",
+    "quantize_rows", "quantize_weight", "w2_matmul accurate", "w2_matmul fast",
+    "w4_matmul accurate", "w4_matmul fast", "w4_sparse_matmul accurate", "w4_sparse_matmul fast",
+    "w8_matmul accurate", "w8_matmul fast", "w8a8_matmul groups", "w8a8_matmul rows",
 )  # fmt: skip
 
 

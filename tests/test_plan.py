@@ -15,6 +15,8 @@ from memlm.models.decoder import Decoder
 from memlm.models.load import build
 from memlm.plan import Settings
 
+from . import sparse
+
 DECODER = {
     "model_type": "qwen2", "vocab_size": 1001, "hidden_size": 96, "intermediate_size": 200,
     "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -47,6 +49,18 @@ def memory_of(config, settings):
 def nbytes(tensors):
     """Each storage once."""
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("format", ["block/int4", "block/f32", "2:4/int4", "unstructured/nf4"])
+def test_weights_of_pruned_layers(format):
+    for sparsity in (0.5,) if "2:4" in format else (0.3, 0.9):
+        settings = Settings(8, format=format, sparsity=sparsity)
+        model = sparse.prune_(random(DECODER), format, 1 if "2:4" in format else 1 - sparsity)
+        memlm.quantize_(model, workload.quantization(settings), strict=True)
+        found = nbytes([*model.parameters(), *model.buffers()])
+        # Which blocks are zero is drawn, of some 20 or 50 for each matrix, or which weights.
+        within = 0.15 if "block" in format else 0.01
+        assert abs(memory_of(DECODER, settings).weights - found) <= within * found
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -237,6 +251,9 @@ REFUSED = {
     "format": (lambda: Settings(8, format="int3"), ValueError, "format: got 'int3'"),
     "dtype": (lambda: Settings(8, dtype="int8"), ValueError, "dtype: got 'int8'"),
     "frozen": (lambda: Settings(8, format="int4", train="full"), ValueError, "packed weights"),
+    "sparsity": (lambda: Settings(8, sparsity=1.5), ValueError, "sparsity: got 1.5"),
+    "sparse, trained": (lambda: Settings(8, format="block/int4", train="lora"), ValueError, "of dense ones"),
+    "sparse embedding": (lambda: Settings(8, format="int4", embedding="2:4/int4"), ValueError, "format: got"),
     "positions": (lambda: plan.predict(DECODER, Settings(9999)), ValueError, "context: got 9999"),
     "config": (lambda: plan.predict({"model_type": "x"}, Settings(8)), memlm.FormatError, "'x'"),
     "nowhere": (lambda: plan.read_config("nowhere"), FileNotFoundError, "nowhere"),

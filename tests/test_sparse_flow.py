@@ -86,16 +86,15 @@ def test_layers_as_one_call(packed):
 
 
 def test_weights_are_the_files_pages(packed):
-    """But for starts, which are counted anew, and what of fused layers does not lie one behind the
-    other: scales and places of blocks, and codes of bitmaps, which end in spare bytes."""
+    """But for starts, which are counted anew, and, of fused layers, codes of bitmaps, which end in
+    spare bytes."""
     format, _, folder = packed
     model = memlm.load(folder)
     ranges = list(mapped_ranges(folder / WEIGHTS))
     for name, tensor in model.state_dict().items():
         inside = any(start <= tensor.data_ptr() < end for start, end in ranges)
         joined = ("qkv" in name or "gate_up" in name) and name.rpartition(".")[2]
-        apart = {"block": ("scales", "offsets", "places"), "unstructured": ("codes",), "2:4": ()}
-        copied = joined in apart[format.partition("/")[0]]
+        copied = joined == "codes" and "unstructured" in format
         assert inside or name.endswith("starts") or copied, name
     explanation = memlm.explain(model)
     files = sum(t.nbytes for t in load_file(folder / WEIGHTS).values())

@@ -113,7 +113,10 @@ memlm_status memlm_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t 
 memlm_status memlm_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
                                             const float* x, float* grad_values, int threads) {
   if (memlm_status s = check_blocks_only(w, 32)) return s;
-  if (memlm_status s = check_rows(m, threads, !grad_values || (m > 0 && (!grad || !x)))) return s;
+  const bool none = stored_weights(*w) == 0;
+  const bool null = !grad_values || (m > 0 && (!grad || !x));
+  if (memlm_status s = check_rows(m, threads, null && !none)) return s;
+  if (none) return MEMLM_OK;
   kernels().block_sparse_grad_values(*w, m, grad, x, grad_values, threads);
   return MEMLM_OK;
 }

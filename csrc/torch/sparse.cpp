@@ -155,7 +155,6 @@ Tensor block_sparse_grad_values(Tensor grad, Tensor x, Tensor starts, Tensor pla
   Tensor out = torch::stable::new_empty(grad, {places.size(0), kActGroup, kTileRows}, ScalarType::Float);
   // The result stands for the values, of which only the places are looked at.
   const memlm_packed w = blocks(starts, places, out, {}, {}, 32, 0, n, k);
-  if (!places.size(0)) return out;
   check_status(memlm_block_sparse_grad_values(&w, grad.size(0), g, rows,
                                               static_cast<float*>(out.mutable_data_ptr()), threads()));
   return out;

@@ -16,7 +16,8 @@ Modules have Hugging Face's names.  A program that does not know the format and 
 many would go on with random weights.
 
 All codes come first in the file, in the model's order: query, key and value, which the reference
-decoder multiplies as one matrix, lie one behind the other and are one matrix where they are mapped.
+decoder multiplies as one matrix, lie one behind the other and are one matrix where they are mapped
+(but for the codes of unstructured ones, which end in spare bytes).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,6 +184,15 @@ def in_file_order(names: Iterator[str], specs: dict[str, dict]) -> list[str]:
     """``names`` with all codes first, then all scales, and so on; what is not packed last."""
     rank = {f"{m}.{part}": i for m in specs for i, part in enumerate(FILE_PARTS.values())}
     return sorted(names, key=lambda name: rank.get(name, len(FILE_PARTS)))
+
+
+def neighbours(names: Iterable[str], specs: dict[str, dict]) -> list[list[str]]:
+    """Those of ``names`` that stay one behind the other although their sizes are odd: of blocks all
+    scales, all offsets, all places, which layers that are multiplied as one have as one."""
+    blocks = [module for module, spec in specs.items() if spec["format"].startswith("block/")]
+    names = set(names)
+    parts = ([f"{module}.{part}" for module in blocks] for part in ("scales", "offsets", "places"))
+    return [[name for name in part if name in names] for part in parts]
 
 
 def check_target(folder: Path) -> None:

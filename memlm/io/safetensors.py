@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,10 +46,16 @@ _BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
 
 
 def write(
-    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], sync: bool = True
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    sync: bool = True,
+    together: Iterable[Collection[str]] = (),
 ) -> int:
     """Writes ``tensors`` (any device, any strides) and returns the file's size in bytes.  The
     metadata gain ``sha256``, those of the tensors' bytes, which :func:`verify` compares.
+
+    ``together``: names of tensors that are to stay one behind the other, whatever their sizes.
 
     Atomic: the file appears under its name only when complete, and, with ``sync``, on the disk.
     Memory: one tensor at a time.
@@ -74,7 +80,7 @@ def write(
         raw = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
         yield memoryview(raw.numpy())
 
-    return _write(path, kinds, data, metadata, sync)
+    return _write(path, kinds, data, metadata, sync, together=together)
 
 
 def write_each(
@@ -103,10 +109,11 @@ def join(
     parts: list[str | Path],
     order: Callable[[Iterable[str]], Iterable[str]],
     metadata: dict[str, str],
+    together: Callable[[Iterable[str]], Iterable[Collection[str]]] = lambda names: (),
 ) -> int:
     """Writes a file of all tensors of other files that :func:`write` made, as it does, without
     computing their checksums again; ``order`` takes their names and returns them in the order
-    wanted."""
+    wanted, ``together`` what :func:`write` calls so."""
     entries, file_of, digests = {}, {}, {}
     for part in map(Path, parts):
         found, given = read_header(part)
@@ -118,7 +125,8 @@ def join(
     def data(name: str) -> Iterator[memoryview]:
         return _pieces(file_of[name], entries[name].start, entries[name].end)
 
-    return _write(path, {name: kinds[name] for name in order(kinds)}, data, metadata, True, digests)
+    ordered = {name: kinds[name] for name in order(kinds)}
+    return _write(path, ordered, data, metadata, True, digests, together(kinds))
 
 
 def verify(path: str | Path) -> bool:
@@ -160,6 +168,7 @@ def _write(
     metadata: dict[str, str],
     sync: bool,
     digests: dict[str, str] | None = None,
+    together: Iterable[Collection[str]] = (),
 ) -> int:
     """``kinds``: name -> (dtype, shape, bytes); ``data(name)`` yields its bytes, ``digests`` has
     their checksums, if they are known."""
@@ -168,13 +177,13 @@ def _write(
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise TypeError(f"metadata: got {metadata!r:.200}, accepted are strings only")
 
-    def divisor(name: str) -> int:
-        size = kinds[name][2]
-        return min(ALIGNMENT, size & -size) or ALIGNMENT
+    divisors = {name: min(ALIGNMENT, kind[2] & -kind[2]) or ALIGNMENT for name, kind in kinds.items()}
+    for names in together:
+        divisors |= dict.fromkeys(names, min((divisors[name] for name in names), default=0))
 
     # Sizes fall from multiples of 64 to smaller powers of two, so each tensor starts at a multiple
     # of its own: there are no holes, and every element is aligned.
-    order = sorted(kinds, key=divisor, reverse=True)
+    order = sorted(kinds, key=divisors.get, reverse=True)
     unknown = "0" * hashlib.sha256().digest_size * 2  # as long as a checksum, not known yet
     sums = dict.fromkeys(order, unknown) if digests is None else digests
     header, position = {METADATA: metadata}, 0

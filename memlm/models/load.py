@@ -21,7 +21,7 @@ from memlm.io import safetensors
 from memlm.io.checkpoint import Checkpoint, PackedTensor, open_checkpoint
 from memlm.io.packed_folder import (
     CONFIG_FILE, WEIGHTS_FILE, check_target, file_sizes, file_tensors, in_file_order, metadata,
-    replacing_model, write_config,
+    neighbours, replacing_model, write_config,
 )  # fmt: skip
 from memlm.io.tokenizer import load_tokenizer
 from memlm.layers import Embedding, Linear, PackedModule, Stacked, linear_of
@@ -300,7 +300,8 @@ def save(model: Decoder | Encoder, folder: str | Path) -> dict[str, int]:
         config["tie_word_embeddings"] = tied
     with replacing_model(folder) as temporary:
         ordered = {name: tensors[name] for name in in_file_order(tensors, specs)}
-        safetensors.write(temporary / WEIGHTS_FILE, ordered, metadata())
+        together = neighbours(ordered, specs)
+        safetensors.write(temporary / WEIGHTS_FILE, ordered, metadata(), together=together)
         write_config(temporary / CONFIG_FILE, config, specs, next(model.parameters()).dtype)
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)

@@ -14,11 +14,10 @@ import torch
 
 from memlm import _rounding, formats, ops, sparse_formats
 from memlm._format import LANE_K, Format, SparseFormat
-from memlm.prune.patterns import block_sums, lowest, lowest_blocks
+from memlm.prune.patterns import block_sums, lowest
 from memlm.sparse_formats import FLOAT_DTYPES, SparsePacked
 
 COLUMNS = 32  # updated one by one; the columns behind them once for all of these
-MASKED = 128  # columns among which unstructured zeros are chosen together, as in the paper
 LARGER_DAMPING = (1, 10, 100)  # times the wanted one, until the Cholesky factor exists
 
 
@@ -42,10 +41,12 @@ def sparsegpt(
 ) -> Pruned:
     """Prunes ``weight [n, k]``, f32, for inputs whose ``X^T X`` is ``products [k, k]``, f64.
 
-    Unstructured zeros are chosen among 128 columns at a time, 2:4 ones among 4 (with a format:
-    among those of a group, whose scales have to be known), by what their loss costs then,
-    ``(w_ij / U_jj)^2``.  Blocks are chosen at the beginning, by what it costs to lose all of one,
-    ``sum_i w_i (H^-1_bb)^-1 w_i^T`` over its rows.
+    Zeros are chosen when their columns are reached, by what their loss costs then: 32 columns of
+    weights at a time by ``(w_ij / U_jj)^2``, or a column of blocks, by ``||w_i U_bb^-1||^2`` summed
+    over a block's rows.  How many go of each is decided at the beginning, by what all would cost
+    then: the paper takes the same share of each 128 columns, which loses more (docs/pruning.md).
+    Those of 2:4 are chosen 4 columns at a time; with a format, whose scales have to be known, a
+    group.
 
     With a ``format`` the weights that stay are rounded to its values as their column is passed; a
     group's scales are found when its first column is reached, from the weights as they are then.
@@ -56,23 +57,17 @@ def sparsegpt(
     """
     factor = inverse_factor(products, damping)
     n, k = weight.shape
-    if pattern == "block":
-        costs = block_costs(weight, factor, block)
-        pruned = lowest_blocks(costs, sparsity, (n, k), block).T.contiguous()
-    else:
-        pruned = torch.zeros(k, n, dtype=torch.bool)
     u = factor.to(weight.dtype)
     w = weight.T.contiguous()  # [k, n]: a column of the matrix is a row here
+    pruned = torch.zeros(k, n, dtype=torch.bool)
     rounding = None if format is None else _Rounding(format, w)
-    chosen_at = _chosen_at(pattern, k, rounding)
+    chooser = _Chooser(w, u, sparsity, pattern, block, 0 if rounding is None else rounding.group)
     errors = torch.empty(COLUMNS, n)
     for start in range(0, k, COLUMNS):
         end = min(start + COLUMNS, k)
         for j in range(start, end):
-            if j in chosen_at:
-                columns = slice(j, chosen_at[j])
-                costs = (w[columns] / u.diagonal()[columns, None]).square_()
-                pruned[columns] = _choose(costs, sparsity, pattern, j, k)
+            if j % chooser.step == 0:
+                chooser.choose(j, w, pruned)
             if rounding is not None and rounding.begins(j):
                 rounding.begin(j, w, pruned)
             new = w[j].masked_fill(pruned[j], 0)
@@ -106,50 +101,57 @@ def inverse_factor(products: torch.Tensor, damping: float) -> torch.Tensor:
     )
 
 
-def block_costs(
-    weight: torch.Tensor, factor: torch.Tensor, block: tuple[int, int]
-) -> torch.Tensor:
-    """What the squared error of the layer's result is at least when all weights of a block are
-    lost and all others make up for it: ``sum_i w_i (H^-1_bb)^-1 w_i^T`` over its rows,
-    ``[n / R, k / C]``."""
-    costs = []
-    for start in range(0, weight.shape[1], block[1]):
-        columns = slice(start, start + block[1])
-        part = factor[:, columns]
-        lower = torch.linalg.cholesky(part.T @ part).to(weight.dtype)
-        parts = torch.linalg.solve_triangular(lower, weight[:, columns].T, upper=False)
-        costs.append(block_sums(parts.square().sum(0)[:, None], (block[0], 1)))
-    return torch.cat(costs, dim=1)
+def block_costs(w: torch.Tensor, u: torch.Tensor, rows: int) -> torch.Tensor:
+    """What losing all of a block costs when only the columns behind it make up for it, for each of
+    its weights: ``w [C, n]`` are a column of blocks, ``u [C, C]`` its part of U; ``[n / rows]``."""
+    errors = torch.linalg.solve_triangular(u.T, w, upper=False)
+    squares = errors.square().sum(0)[:, None]
+    costs, counts = (block_sums(x, (rows, 1))[:, 0] for x in (squares, torch.ones_like(squares)))
+    return costs / (counts * len(w))
 
 
-def _chosen_at(pattern: str, k: int, rounding: _Rounding | None) -> dict[int, int]:
-    """First column -> the one after the last of those among which zeros are chosen together."""
-    if pattern == "block":
-        return {}
-    step = MASKED
-    if pattern == "2:4":
-        step = LANE_K if rounding is None else rounding.group
-    return {start: min(start + step, k) for start in range(0, k, step)}
+class _Chooser:
+    """Chooses what is lost of ``step`` columns of ``w [k, n]`` at a time."""
+
+    def __init__(self, w, u, sparsity: float, pattern: str, block: tuple[int, int], group: int):
+        self.u, self.pattern, self.block, self.k = u, pattern, block, len(w)
+        if pattern == "2:4":
+            self.step = group or LANE_K
+            return
+        self.step = block[1] if pattern == "block" else COLUMNS
+        costs = [self._costs(start, w) for start in range(0, self.k, self.step)]
+        sizes = [cost.numel() for cost in costs]
+        together = torch.cat([cost.flatten() for cost in costs])
+        chosen = lowest(together, round(sparsity * len(together)))
+        self.counts = [int(part.sum()) for part in chosen.split(sizes)]
+
+    def _costs(self, start: int, w: torch.Tensor) -> torch.Tensor:
+        """Of losing each weight, ``[columns, n]``, or block, ``[n / R]``."""
+        part = slice(start, start + self.step)
+        if self.pattern == "block":
+            return block_costs(w[part], self.u[part, part], self.block[0])
+        return (w[part] / self.u.diagonal()[part, None]).square_()
+
+    def choose(self, start: int, w: torch.Tensor, pruned: torch.Tensor) -> None:
+        """Sets what is lost of the columns from ``start`` on in ``pruned [k, n]``."""
+        costs, part = self._costs(start, w), pruned[start : start + self.step]
+        if self.pattern == "2:4":
+            _lose_two_of_four(costs, part)
+            return
+        chosen = lowest(costs, self.counts[start // self.step])
+        if self.pattern == "block":
+            chosen = chosen.repeat_interleave(self.block[0])[: part.shape[1]]
+        part.copy_(chosen)
 
 
-def _choose(
-    costs: torch.Tensor, sparsity: float, pattern: str, start: int, k: int
-) -> torch.Tensor:
-    """Which of ``costs [columns, n]`` are lost."""
-    columns, n = costs.shape
-    if pattern == "unstructured":
-        # The numbers of all columns add up to the wanted one.
-        end = round(sparsity * n * (start + columns))
-        return lowest(costs, end - round(sparsity * n * start))
-    whole = columns // LANE_K * LANE_K
-    chosen = torch.zeros_like(costs, dtype=torch.bool)
-    fours = costs[:whole].view(-1, LANE_K, n)
-    two = fours.topk(2, dim=1, largest=False, sorted=False).indices
-    chosen[:whole].view(-1, LANE_K, n).scatter_(1, two, True)
-    if columns > whole + 2:  # of three left over one goes: two may stay
-        last = costs[whole:].argmin(0, keepdim=True)
-        chosen[whole:].scatter_(0, last, True)
-    return chosen
+def _lose_two_of_four(costs: torch.Tensor, pruned: torch.Tensor) -> None:
+    """Of each four of the columns; of three left over one, so that two stay."""
+    whole, n = len(costs) // LANE_K * LANE_K, costs.shape[1]
+    fours = (whole // LANE_K, LANE_K, n)
+    two = costs[:whole].view(fours).topk(2, dim=1, largest=False, sorted=False).indices
+    pruned[:whole].view(fours).scatter_(1, two, True)
+    if len(costs) > whole + 2:
+        pruned[whole:].scatter_(0, costs[whole:].argmin(0, keepdim=True), True)
 
 
 class _Rounding:

@@ -528,6 +528,59 @@ void check_topk() {
     }
 }
 
+// The gradients of a block-sparse product, which are sums over n and over m.
+void check_sparse_gradients(const Sparse& s) {
+  constexpr int64_t m = 9;
+  const Weights& w = s.dense;
+  const int64_t n = w.n, k = w.k, runs = round_up(k, kSub) / kSub;
+  const double u = Float(MEMLM_F32).roundoff();
+  const std::vector<float> grad = filled<float>(m * n, normal), x = filled<float>(m * k, normal);
+  // A sum of products of pairs(i), i below terms, and its bound.
+  const auto add = [u](Expected& to, int64_t terms, const auto& pair) {
+    double sum = 0, size = 0;
+    for (int64_t i = 0; i < terms; ++i) {
+      const auto [a, b] = pair(i);
+      sum += a * b, size += std::fabs(a * b);
+    }
+    to.y.push_back(sum);
+    to.bound.push_back((4 + 5 * std::sqrt(static_cast<double>(terms))) * u * size);
+  };
+  Expected to_x, to_values;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t c = 0; c < k; ++c)  // both parts of a weight: they may cancel
+      add(to_x, 2 * n, [&](int64_t r) {
+        const double part = r % 2 ? w.offset(r / 2, c) : w.product(r / 2, c);
+        return std::pair<double, double>(grad[i * n + r / 2], part);
+      });
+  for (int64_t t = 0; t * kTile < n; ++t)
+    for (int64_t b = s.starts[t]; b < s.starts[t + 1]; ++b) {
+      int32_t run = 0;
+      std::memcpy(&run, &s.places[4 * b], 4);
+      if (run >= runs) fail("block_sparse_grad_values: a place that is none");
+      for (int64_t c = run * kSub; c < (run + 1) * kSub; ++c)
+        for (int64_t r = t * kTile; r < (t + 1) * kTile; ++r)
+          add(to_values, c < k && r < n ? m : 0, [&](int64_t i) {
+            return std::pair<double, double>(grad[i * n + r], x[i * k + c]);
+          });
+    }
+  const auto compare = [&](const char* operation, const std::vector<float>& got, const Expected& wanted) {
+    for (size_t i = 0; i < got.size(); ++i)
+      if (!(std::fabs(got[i] - wanted.y[i]) <= wanted.bound[i]))
+        fail("%s: %s, %d-bit values: number %d is %.9g, should be %.9g within %.3g", operation,
+             describe(w).c_str(), s.bits, static_cast<int>(i), got[i], wanted.y[i], wanted.bound[i]);
+    count(operation, static_cast<int64_t>(got.size()));
+  };
+  on_every_isa([&] {
+    const memlm_packed packed = s.packed();
+    std::vector<float> mine(m * k, NAN), values(to_values.y.size(), NAN);
+    require(memlm_block_sparse_grad_x(&packed, s.bits, m, grad.data(), mine.data(), 2));
+    compare("block_sparse_grad_x", mine, to_x);
+    if (s.bits != 32) return;
+    require(memlm_block_sparse_grad_values(&packed, m, grad.data(), x.data(), values.data(), 2));
+    compare("block_sparse_grad_values", values, to_values);
+  });
+}
+
 // Every pattern and type of values; of blocks and of weights some are kept, none, or all.
 void check_sparse() {
   struct Case {
@@ -564,7 +617,7 @@ void check_sparse() {
       const Sparse sparse = c.pattern == MEMLM_BLOCKS ? blocks(full, c.bits, kept)
                                                        : compressed(full, c.pattern, kept);
       const Weights& w = sparse.dense;
-      constexpr int64_t kMost = 8;  // below what a tile unit takes
+      constexpr int64_t kMost = 14;
       const Array x(dtype, filled(kMost * k, normal)), bias(dtype, filled(n, normal));
       const Array norm(dtype, filled(k, [] { return uniform(0.5, 1.5); }));
       const Array residual(dtype, filled(kMost * n, normal));
@@ -572,10 +625,16 @@ void check_sparse() {
       const Around around = {&bias, turn % 2 ? &norm : nullptr, turn % 3 ? &residual : nullptr, swiglu};
       for (Product product : {Product::kAccurate, Product::kFast}) {
         if (c.bits > 8 && product == Product::kFast) continue;
-        const Expected expected = matmul(w, x, k, kMost, rounding(product, false), around);
+        const auto expect = [&](bool tiles) {
+          return matmul(w, x, k, kMost, rounding(product, tiles), around);
+        };
+        const Expected plain = expect(false), on_tile_unit = expect(true);
         const Call call = {product, 1, around, nullptr, &sparse};
         on_every_isa([&] {
-          for (int64_t m : {1, 5, 8}) check_run(w, x, k, m, call, expected);
+          for (int64_t m : {1, 5, 8, 14}) {
+            const bool tiles = c.pattern != MEMLM_BLOCKS && on_tiles(product, m);
+            check_run(w, x, k, m, call, tiles ? on_tile_unit : plain);
+          }
           Call threads = call;
           threads.threads = 3;
           if (run(w, x, k, kMost, threads) != run(w, x, k, kMost, call))
@@ -583,6 +642,7 @@ void check_sparse() {
           check_topk(w, x, bias, norm, 2, std::min<int64_t>(n, 100), product, &sparse);
         });
       }
+      if (c.pattern == MEMLM_BLOCKS) check_sparse_gradients(sparse);
       ++turn;
     }
 }
