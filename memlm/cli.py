@@ -196,7 +196,10 @@ def prune(
     ] = "uniform",
     calibration: Annotated[
         Optional[Path],
-        typer.Option(help="A text file (default: State of the Union addresses, fetched)."),
+        typer.Option(
+            help="A text file (default: State of the Union addresses, fetched; for magnitude with a "
+            "uniform allocation none, and no errors are told)."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 128,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
@@ -235,7 +238,11 @@ def prune(
     check_target(dst)
     _set_threads(threads)
     model = memlm.load(resolve(src))
-    text = calibration.read_text("utf-8") if calibration else data.state_of_the_union()
+    if calibration:
+        text = calibration.read_text("utf-8")
+    else:
+        needed = method != "magnitude" or allocation != "uniform"
+        text = data.state_of_the_union() if needed else None
     with Bar("pruning") as bar:
         report = memlm.prune_(model, config, text, bar)
     dense, embedding = None if format in ("float", *FLOATS) else format, _format(embedding)

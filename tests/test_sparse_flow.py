@@ -71,6 +71,13 @@ def test_from_files_to_files(packed, tmp_path):
     torch.testing.assert_close(run(rounded), run(model))
 
 
+def test_matrices_without_zeros_stay_floats(tmp_path):
+    tiny.llama(tmp_path / "float", num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="7 matrices, model.layers.0.self_attn.q_proj.weight the first"):
+        memlm.quantize_files(tmp_path / "float", tmp_path / "packed", "block/int4")
+    assert torch.equal(run(memlm.load(tmp_path / "packed")), run(memlm.load(tmp_path / "float")))
+
+
 def test_layers_as_one_call(packed):
     """The library's decoder layers and Python's are the same, with any cache."""
     _, model, _ = packed
