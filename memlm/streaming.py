@@ -123,8 +123,8 @@ def quantize_files(
             )
         if whole:
             warnings.warn(
-                f"{len(whole)} matrices, {whole[0]} the first, have no zeros that their sparse format "
-                "leaves out: they stay floats"
+                f"{len(whole)} matrices, {whole[0]} the first, have no zeros that their sparse "
+                "format leaves out: they stay floats"
             )
         # As memlm.load has it: f32 where a file mixes several.
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
