@@ -204,7 +204,8 @@ memlm_status check(const memlm_quantize_args* args) {
   if (!args) return fail(MEMLM_INVALID, "args: is NULL");
   const memlm_quantize_args& a = *args;
   if (memlm_status s = check_floats(a.n, a.k, a.w, a.w_stride, a.dtype, a.threads)) return s;
-  const memlm_packed w = {a.codes, a.scales, a.offsets, a.scale_dtype, a.n, a.k, a.group, a.levels};
+  const memlm_packed w = {a.codes,  a.scales, a.offsets,   a.scale_dtype, a.n,    a.k,
+                          a.group, a.levels, MEMLM_DENSE, nullptr,       nullptr};
   if (memlm_status s = check_weight(&w, a.bits)) return s;
   for (int i = 1; a.levels && i < 16; ++i)
     if (!(a.levels[i - 1] < a.levels[i]))

@@ -69,7 +69,10 @@ memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTen
           n,
           k,
           group,
-          codebook == kNf4 ? memlm_nf4_levels : nullptr};
+          codebook == kNf4 ? memlm_nf4_levels : nullptr,
+          MEMLM_DENSE,
+          nullptr,
+          nullptr};
 }
 
 Tensor w2_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,

@@ -48,7 +48,7 @@ void one_case() {
   for (int64_t i = 0; i < code_bytes; ++i) codes[i] = static_cast<uint8_t>(random_bits());
   const bool has_offsets = bits == 4 && pick(0, 1);
   const memlm_packed w = {codes.get(), scales.get(), has_offsets ? offsets.get() : nullptr,
-                          scale_dtype, n, k, group, nullptr};
+                          scale_dtype, n, k, group, nullptr, MEMLM_DENSE, nullptr, nullptr};
 
   // The last row ends where its last element does, not at its stride.
   const auto matrix = [&](int64_t width, int64_t stride) {

@@ -40,6 +40,9 @@ inline __m512i cvtps_epi32(__m512 x) {
 inline __m512i cvtepu16_epi32(__m256i x) {
   return map<__m512i>(cast<H>(x), [](__m128i h) { return _mm256_cvtepu16_epi32(h); });
 }
+inline __m512i cvtepu8_epi32(__m128i x) {
+  return cast<__m512i>(I{{_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}});
+}
 inline __m512 cvtph_ps(__m256i x) {
   return map<__m512>(cast<H>(x), [](__m128i h) { return _mm256_cvtph_ps(h); });
 }
@@ -98,6 +101,7 @@ inline float reduce_max_ps(__m512 x) {
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_srai_epi32
@@ -110,6 +114,7 @@ inline float reduce_max_ps(__m512 x) {
 #define _mm512_cvtepi32_ps halves::cvtepi32_ps
 #define _mm512_cvtps_epi32 halves::cvtps_epi32
 #define _mm512_cvtepu16_epi32 halves::cvtepu16_epi32
+#define _mm512_cvtepu8_epi32 halves::cvtepu8_epi32
 #define _mm512_cvtph_ps halves::cvtph_ps
 #define _mm512_cvtps_ph halves::cvtps_ph
 #define _mm512_srai_epi32 halves::srai_epi32
