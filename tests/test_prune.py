@@ -359,22 +359,20 @@ def test_transformers_and_memlm_prune_alike(tmp_path):
 
 
 def test_only_one_layer_is_alive():
-    """Of what belongs to a layer's work nothing is left when the next one begins."""
+    """Of one layer's products nothing is left when those of the next are begun, or its states."""
     model, alive, counts = decoder(num_hidden_layers=3), weakref.WeakSet(), []
     original = Gram.__init__
 
     def counted(self, columns):
         original(self, columns)
         alive.add(self)
-
-    def progress(done, total, name):
         counts.append(len(alive))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gram, "__init__", counted)
-        memlm.prune_(model, PruneConfig(), text_ids(), progress)
-    # Four inputs for the layer's first linear layer, one fewer with each; never a second layer's.
-    assert counts == [4, 3, 2, 1] * 3
+        memlm.prune_(model, PruneConfig(), text_ids(), lambda *_: counts.append(len(alive)))
+    # Four inputs, one fewer after each of the four linear layers.
+    assert counts == [1, 2, 3, 4, 4, 3, 2, 1] * 3
 
 
 def test_allocation_has_the_wanted_mean_and_less_error():
@@ -410,6 +408,20 @@ def test_text_becomes_batches(tmp_path):
     pieces = torch.cat(batches_of(model, "abcdefgh" * 10, 4, 16))
     assert pieces.shape == (4, 16)
     assert model.tokenizer.decode(pieces[0].tolist()) == "abcdefgh" * 2
+
+
+def test_texts_become_batches_with_masks(tmp_path):
+    tiny.bert(tmp_path)
+    tiny.tokenizer(tmp_path)
+    model = memlm.load(tmp_path)
+    texts = ["abc", "abcdefghijkl", "ab", "x" * 700]
+    batches = batches_of(model, texts, 4, 10)
+    rows = [row[mask].tolist() for ids, mask in batches for row, mask in zip(ids, mask)]
+    assert sorted(map(len, rows)) == [2, 3, 10, 10]
+    assert {"abc", "ab", "x" * 10} < {model.tokenizer.decode(row) for row in rows}
+    # One string: pieces of 7 words, of which 10 tokens stay, and a last one of one word.
+    batches = batches_of(model, "a " * 50, 100, 10)
+    assert sum(int(mask.sum()) for _, mask in batches) == 7 * 10 + 1
 
 
 @pytest.mark.parametrize(

@@ -166,13 +166,16 @@ class _Work:
         walk, names = Walk(self.family, self.batches), self._names()
         for i, layer in enumerate(self.family.layers):
             with self._opened(names[i], layer) as (linears, packed):
-                groups = walk.grams(i, linears)
-                while groups:
-                    shared, gram = groups.pop(0)
-                    for name in shared:
-                        self._prune(name, linears[name], gram, packed)
+                self._prune_all(walk.grams(i, linears), linears, packed)
                 if any(names[i + 1 :]):
                     walk.advance(i)
+
+    def _prune_all(self, groups: list[tuple[list[str], Gram]], linears: dict, packed: dict) -> None:
+        """Prunes linear layers group by group; each one's products are then let go."""
+        while groups:
+            shared, gram = groups.pop(0)
+            for name in shared:
+                self._prune(name, linears[name], gram, packed)
 
     def _allocate(self) -> None:
         """Replaces the sparsities by those of the allocation."""
@@ -229,7 +232,9 @@ class _Work:
     def _prune(self, name: str, linear: nn.Module, gram: Gram | None, packed: dict) -> None:
         weight = linear_weight(linear)
         pruned = self._pruned(weight.float(), self.chosen[name], gram)
-        new = pruned.weight.to(self.dtypes[name]).to(weight.dtype)
+        new = pruned.weight.to(weight.dtype)
+        if pruned.packed is None:
+            new = new.to(self.dtypes[name]).to(weight.dtype)
         self.reports.append(self._report(name, weight, new, pruned, gram))
         linear.weight.data = new.T.contiguous() if is_conv1d(linear) else new
         if pruned.packed is not None:
