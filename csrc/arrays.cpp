@@ -168,10 +168,11 @@ py::object sparse_matmul(bool blocks, py::handle x_in, const py::tuple& packed, 
     throw py::value_error(std::string("packed: accepted are ") +
                           (blocks ? "blocks" : "2:4 and unstructured"));
   float_dtype(x);
-  return matmul(x, no_scales, w, Around(around), fast, x.dtype, [&](const auto* weights, const auto* args) {
+  const auto kernel = [&](const memlm_packed* weights, const memlm_matmul_args* args) {
     return blocks ? memlm_block_sparse_matmul(weights, w.bits, args)
                   : memlm_w4_sparse_matmul(weights, args);
-  });
+  };
+  return matmul(x, no_scales, w, Around(around), fast, x.dtype, kernel);
 }
 
 Shape x_scales_shape(const Shape& x, int64_t x_group) {

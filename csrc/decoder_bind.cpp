@@ -20,8 +20,8 @@ using Dims = std::tuple<int64_t, int64_t, int64_t>;  // n, k, group
 
 const void* at(Address address) { return reinterpret_cast<const void*>(address); }
 
-// codes, scales, offsets; whether scales are f32; whether codes are of NF4; pattern, starts and places
-// of a sparse matrix
+// codes, scales, offsets; whether scales are f32; whether codes are of NF4; pattern, starts and
+// places of a sparse matrix
 memlm_linear linear(Address codes, Address scales, Address offsets, bool f32, bool nf4, Dims dims,
                     int bits, int mode, Address bias, int pattern, Address starts, Address places) {
   const auto [n, k, group] = dims;

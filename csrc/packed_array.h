@@ -28,7 +28,7 @@ struct Packed {
   OptionalArray scales, offsets, starts, places;
   memlm_packed c = {};
 
-  // Of memlm/arrays.py's (Format, n, k, codes, scales, offsets), and of a sparse one starts, places.
+  // Of memlm/arrays.py's (Format, n, k, codes, scales, offsets), of a sparse one starts, places too.
   explicit Packed(const py::tuple& w)
       : codes(w[3], "codes"),
         scales(w[4], "scales"),
@@ -187,7 +187,8 @@ struct Packed {
         stored += (__builtin_popcountll(word) + 1) / 2;
       }
       if (c.starts[t + 1] - c.starts[t] != stored)
-        throw py::value_error("starts: must be the bytes of codes that places have bits for, added up");
+        throw py::value_error(
+            "starts: must be the bytes of codes that places have bits for, added up");
     }
   }
 };

@@ -27,7 +27,9 @@ REFUSALS = (FormatError, FileNotFoundError)
 # A reader may take memory in proportion to its file only: what a tiny file says it holds is not read.
 _LARGEST = 1 << 24
 # Of the layers in a sparse folder.
-_PATTERNS = {"re:.*up_proj": "2:4/int4", "re:.*down_proj": "unstructured/int4", "re:.*gate": "block/f32"}
+_PATTERNS = {
+    "re:.*up_proj": "2:4/int4", "re:.*down_proj": "unstructured/int4", "re:.*gate": "block/f32",
+}  # fmt: skip
 
 
 def gguf(folder: Path, data: bytes) -> None:

@@ -29,7 +29,8 @@ import numpy as np
 
 from memlm import _core, _rounding
 from memlm._format import (
-    DEFAULT_MODES, FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format, SparseFormat, parse_format,
+    DEFAULT_MODES, FILE_PARTS, FOLDER_VERSION, LANE_K, TILE_ROWS, Format, SparseFormat,
+    parse_format,
 )  # fmt: skip
 from memlm.errors import FormatError
 from memlm.io.files import read_json
@@ -220,11 +221,13 @@ def block_sparse_matmul(
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
-    """The same for a W of blocks; ``mode`` None is that of the dense operation, and blocks of floats
-    are multiplied in f32 in either: see :func:`w4_matmul`, :func:`memlm.ops.block_sparse_matmul`."""
+    """The same for a W of blocks; ``mode`` None is that of the dense operation, and blocks of
+    floats are multiplied in f32 in either: see :func:`w4_matmul` and
+    :func:`memlm.ops.block_sparse_matmul`."""
     around = _around(bias, norm, eps, swiglu, residual, out, threads)
     parts = _parts(packed)
-    return _core.block_sparse_matmul(x, parts, _is_fast(mode or DEFAULT_MODES[parts[0].bits]), around)
+    fast = _is_fast(mode or DEFAULT_MODES[parts[0].bits])
+    return _core.block_sparse_matmul(x, parts, fast, around)
 
 
 def w4_sparse_matmul(
@@ -429,9 +432,9 @@ def _to_tiles(rows: np.ndarray, columns: int) -> np.ndarray:
 
 def load(folder: str | Path) -> dict[str, Packed | SparsePacked | np.ndarray]:
     """What a packed memlm folder (memlm/io/packed_folder.py) holds, memory-mapped: nothing is copied,
-    and nothing read until it is used, but for the places of sparse matrices.  Packed matrices stand under their module's name, all other
-    tensors, read-only, under their own; the ``order`` of a matrix whose columns have one under
-    ``<module>.order``.
+    and nothing read until it is used, but for the places of sparse matrices.  Packed matrices stand
+    under their module's name, all other tensors, read-only, under their own; the ``order`` of a
+    matrix whose columns have one under ``<module>.order``.
 
     Raises FileNotFoundError; FormatError for files that are malformed or hold no packed model;
     ImportError for bfloat16 tensors where the package ml_dtypes is missing.

@@ -186,8 +186,8 @@ def prune(
     format: Annotated[
         str,
         typer.Option(
-            help="What the weights that stay are rounded to: int4, int8-g32, nf4-g64, with block f32 "
-            "and bf16; 'float': nothing is rounded, and the zeros are stored."
+            help="What the weights that stay are rounded to: int4, int8-g32, nf4-g64, with block "
+            "f32 and bf16; 'float': nothing is rounded, and the zeros are stored."
         ),
     ] = "int4",
     block: Annotated[str, typer.Option(help="ROWSxCOLUMNS of a block.")] = "16x32",
@@ -196,7 +196,10 @@ def prune(
     ] = "uniform",
     calibration: Annotated[
         Optional[Path],
-        typer.Option(help="A text file (default: State of the Union addresses, fetched)."),
+        typer.Option(
+            help="A text file (default: State of the Union addresses, fetched; for magnitude with "
+            "a uniform allocation none, and no errors are told)."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 128,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
@@ -229,13 +232,17 @@ def prune(
     except ValueError:
         raise ValueError(f"--block {block!r}: expected ROWSxCOLUMNS") from None
     config = memlm.PruneConfig(
-        method, sparsity, pattern, (rows, columns), _format(format), allocation, targets, ignore or (),
-        samples=samples, length=length,
+        method, sparsity, pattern, (rows, columns), _format(format), allocation, targets,
+        ignore or (), samples=samples, length=length,
     )  # fmt: skip
     check_target(dst)
     _set_threads(threads)
     model = memlm.load(resolve(src))
-    text = calibration.read_text("utf-8") if calibration else data.state_of_the_union()
+    if calibration:
+        text = calibration.read_text("utf-8")
+    else:
+        needed = method != "magnitude" or allocation != "uniform"
+        text = data.state_of_the_union() if needed else None
     with Bar("pruning") as bar:
         report = memlm.prune_(model, config, text, bar)
     dense, embedding = None if format in ("float", *FLOATS) else format, _format(embedding)
@@ -249,12 +256,12 @@ def prune(
     }
     if str(json_file) != "-":
         out.print(str(report), soft_wrap=True, highlight=False, markup=False)
-        larger = [layer for layer in report.layers if layer.bytes > layer.dense_bytes]
-        for layer in larger:
-            out.print(
-                f"{layer.name}: {layer.bytes - layer.dense_bytes:,} bytes more than dense: with so few "
-                f"zeros, {layer.pattern} saves nothing", soft_wrap=True, highlight=False, markup=False,
-            )  # fmt: skip
+        for layer in report.layers:
+            more = layer.bytes - layer.dense_bytes
+            if more > 0:
+                text = f"{layer.name}: {more:,} bytes more than dense: with so few zeros, "
+                text += f"{layer.pattern} saves nothing"
+                out.print(text, soft_wrap=True, highlight=False, markup=False)
         out.print(f"{dst}: {megabytes(result['disk_bytes'])}, {result['of_f32']:.0%} of f32")
     write_json(result, json_file)
 

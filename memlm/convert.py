@@ -39,8 +39,8 @@ class QuantConfig(Selection):
         alone.
     head: format of an untied output head (the model's ``get_output_embeddings()``, or a layer
         named ``lm_head``); None leaves it alone.
-    targets: pattern -> format of either kind (None: left alone) of layers that differ from these three; the first
-        that matches counts.  A pattern is a layer's name, the name of its class (``"Linear"``), or
+    targets: pattern -> format of either kind (None: left alone) of layers that differ from these
+        three; the first that matches counts.  A pattern is a layer's name, the name of its class (``"Linear"``), or
         ``"re:"`` and a regular expression that matches from the name's start, as in
         compressed-tensors' ``targets``.
     ignore: patterns of layers to leave alone, whatever else is said.

@@ -19,8 +19,8 @@ class Row:
     """One module that holds weights.
 
     ``bytes``: what its tensors take, 0 for those shared with an earlier row; ``float_bytes``: the
-    same in f32; ``density``: the share of its weights that is stored.  ``op``, ``isa``, ``mode`` say which kernel runs; of a module that memlm left as
-    it is ``reason`` says why.
+    same in f32; ``density``: the share of its weights that is stored.  ``op``, ``isa``, ``mode``
+    say which kernel runs; of a module that memlm left as it is ``reason`` says why.
     """
 
     name: str

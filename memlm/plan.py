@@ -104,7 +104,7 @@ class Settings:
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: got {self.sparsity}, accepted is 0 to 1")
         if self.train and "/" in self.format:
-            raise ValueError(f"format: got {self.format!r}; what training takes is said of dense ones")
+            raise ValueError(f"format: got {self.format!r}; training is predicted for dense ones")
         if self.train == "full" and self.packed:
             raise ValueError(f"format: got {self.format!r}, packed weights are frozen: train lora")
 

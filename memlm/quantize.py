@@ -20,7 +20,7 @@ from memlm.formats import ACT_GROUP, LANE_K, TILE_ROWS, Format, Packed, layout
 from memlm.ops._matmul import X_DTYPES
 from memlm.sparse_formats import FLOAT_DTYPES, SparseFormat, SparsePacked
 
-_ROWS = 64  # tiles looked at at a time
+_ROWS = 64 * TILE_ROWS  # searched for zeros at a time
 _CHUNK = 64 << 20  # bytes of a mapped weight in memory at a time, with ``done``
 
 
@@ -93,28 +93,31 @@ def sparse_quantize(
 
 
 def lacks_zeros(w: torch.Tensor, format: SparseFormat) -> str | None:
-    """Why a sparse format leaves out nothing of ``w [n, k]``, or, of ``2:4``, cannot hold it; None
-    where it can."""
-    pattern, empty = format.pattern, False
-    for rows in w.detach().split(_ROWS * TILE_ROWS):
-        zero = rows == 0
-        if pattern == "unstructured":
-            empty = bool(zero.any())
-        else:
-            run = LANE_K if pattern == "2:4" else ACT_GROUP
-            runs = F.pad(zero, (0, -zero.shape[1] % run), value=True).unflatten(1, (-1, run))
-            if pattern == "2:4":
-                if bool((runs.sum(2) < run - 2).any()):
-                    return "more than two of 4 consecutive weights are not zero"
-                continue
-            blocks = F.pad(runs.all(2), (0, 0, 0, -len(runs) % TILE_ROWS), value=True)
-            empty = bool(blocks.unflatten(0, (-1, TILE_ROWS)).all(1).any())
-        if empty:
+    """Why there is nothing in ``w [n, k]`` that a sparse format leaves out, or why ``2:4`` cannot
+    hold it; None where it can."""
+    parts = w.detach().split(_ROWS)
+    if format.pattern == "2:4":
+        if all(bool((_zero_runs(rows, LANE_K).sum(2) >= 2).all()) for rows in parts):
             return None
-    if pattern == "2:4":
+        return "more than two of 4 consecutive weights are not zero"
+    if format.pattern == "block":
+        what, has = "block of 16 rows and 32 k", _has_empty_block
+    else:
+        what, has = "weight", lambda rows: (rows == 0).any()
+    if any(bool(has(rows)) for rows in parts):
         return None
-    what = "block of 16 rows and 32 k" if pattern == "block" else "weight"
     return f"no {what} is zero: there is nothing to leave out"
+
+
+def _zero_runs(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """``[n, k]`` -> bool ``[n, k / length, length]``: which weights are zero, those beyond k are."""
+    return F.pad(rows == 0, (0, -rows.shape[1] % length), value=True).unflatten(1, (-1, length))
+
+
+def _has_empty_block(rows: torch.Tensor) -> torch.Tensor:
+    runs = _zero_runs(rows, ACT_GROUP).all(2)
+    tiles = F.pad(runs, (0, 0, 0, -len(runs) % TILE_ROWS), value=True)
+    return tiles.unflatten(0, (-1, TILE_ROWS)).all(1).any()
 
 
 def pack_weight(

@@ -104,7 +104,7 @@ def quantize_files(
     dst.mkdir(parents=True, exist_ok=True)
     partial = _Partial(dst / _PARTIAL, _fingerprint(src, config, requantize))
     try:
-        specs, dtypes, anew = {}, set(), []
+        specs, dtypes, anew, whole = {}, set(), [], []
         for i, (job, known) in enumerate(_results(checkpoint, jobs, config, requantize, partial)):
             if known["spec"]:
                 specs[job.module] = known["spec"]
@@ -112,12 +112,19 @@ def quantize_files(
                 dtypes.add(known["dtype"])
             if known["anew"]:
                 anew.append(job.name)
+            if known["whole"]:
+                whole.append(job.name)
             if progress:
                 progress(i + 1, len(jobs), job.name)
         if anew:
             warnings.warn(
                 f"{len(anew)} tensors, {anew[0]} the first, are stored in codes that no format of "
                 "memlm holds exactly: they were dequantised, and rounded as the config says"
+            )
+        if whole:
+            warnings.warn(
+                f"{len(whole)} matrices, {whole[0]} the first, have no zeros that their sparse "
+                "format leaves out: they stay floats"
             )
         # As memlm.load has it: f32 where a file mixes several.
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -285,7 +292,8 @@ def _make(
         tensors = file_tensors(job.module, stored.packed, stored.order)
     dtype = None if stored is not None else str(source.dtype).removeprefix("torch.")
     anew = not requantize and isinstance(source, torch.Tensor) and checkpoint.coded(job.name)
-    return tensors, {"spec": spec, "dtype": dtype, "anew": anew}
+    whole = stored is None and job.format is not None
+    return tensors, {"spec": spec, "dtype": dtype, "anew": anew, "whole": whole}
 
 
 class _Partial:

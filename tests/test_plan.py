@@ -252,7 +252,7 @@ REFUSED = {
     "dtype": (lambda: Settings(8, dtype="int8"), ValueError, "dtype: got 'int8'"),
     "frozen": (lambda: Settings(8, format="int4", train="full"), ValueError, "packed weights"),
     "sparsity": (lambda: Settings(8, sparsity=1.5), ValueError, "sparsity: got 1.5"),
-    "sparse, trained": (lambda: Settings(8, format="block/int4", train="lora"), ValueError, "of dense ones"),
+    "sparse, trained": (lambda: Settings(8, format="block/int4", train="lora"), ValueError, "for dense ones"),
     "sparse embedding": (lambda: Settings(8, format="int4", embedding="2:4/int4"), ValueError, "format: got"),
     "positions": (lambda: plan.predict(DECODER, Settings(9999)), ValueError, "context: got 9999"),
     "config": (lambda: plan.predict({"model_type": "x"}, Settings(8)), memlm.FormatError, "'x'"),

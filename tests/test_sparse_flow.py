@@ -71,6 +71,13 @@ def test_from_files_to_files(packed, tmp_path):
     torch.testing.assert_close(run(rounded), run(model))
 
 
+def test_matrices_without_zeros_stay_floats(tmp_path):
+    tiny.llama(tmp_path / "float", num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="7 matrices, .*q_proj.weight the first, have no zeros"):
+        memlm.quantize_files(tmp_path / "float", tmp_path / "packed", "block/int4")
+    assert torch.equal(run(memlm.load(tmp_path / "packed")), run(memlm.load(tmp_path / "float")))
+
+
 def test_layers_as_one_call(packed):
     """The library's decoder layers and Python's are the same, with any cache."""
     _, model, _ = packed
@@ -81,8 +88,8 @@ def test_layers_as_one_call(packed):
         python = model(IDS, model.new_cache(kv))  # gradients are asked for: layer by layer
         assert python.requires_grad
         # Few numbers of x are rounded to another of 8 bits where sums differ in their last bits.
-        difference = (native - python).norm() / native.norm()
-        assert difference < (1e-5 if kv == "f32" and model.layers[0].mlp.down_proj.mode == "accurate" else 0.02)
+        rounds = kv != "f32" or model.layers[0].mlp.down_proj.mode == "fast"
+        assert (native - python).norm() < (0.02 if rounds else 1e-5) * native.norm()
 
 
 def test_weights_are_the_files_pages(packed):
@@ -341,7 +348,8 @@ def dense(tmp_path_factory):
 @pytest.mark.parametrize(
     "method, pattern, format, stored",
     [("sparsegpt", "block", "int4", "block/int4a-g32"), ("wanda", "2:4", "nf4", "2:4/nf4-g64"),
-     ("magnitude", "unstructured", "int4", "unstructured/int4-g32"), ("magnitude", "block", "f32", "block/f32")],
+     ("magnitude", "unstructured", "int4", "unstructured/int4-g32"),
+     ("magnitude", "block", "f32", "block/f32")],
 )  # fmt: skip
 def test_prune_and_what_comes_after(dense, text, tmp_path, method, pattern, format, stored):
     dst = tmp_path / "pruned"
@@ -372,7 +380,7 @@ def test_what_pruning_prints(dense, text, tmp_path):
     options = ("--sparsity", "0.1", "--method", "magnitude", "--calibration", text, "--length", "64")
     lines = command("prune", dense, tmp_path / "pruned", *options).splitlines()
     assert any(line.startswith("layers.1.mlp.down_proj") and "10.0%" in line for line in lines)
-    assert any("bytes more than dense: with so few zeros, unstructured saves nothing" in x for x in lines)
+    assert any("bytes more than dense: with so few zeros, unstructured saves" in x for x in lines)
     assert "% of f32" in " ".join(" ".join(lines).split())
     with pytest.raises(ValueError, match="--block '16': expected ROWSxCOLUMNS"):
         command("prune", dense, tmp_path / "x", "--block", "16", "--pattern", "block")

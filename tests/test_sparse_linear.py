@@ -134,7 +134,8 @@ def test_a_module_like_any_other(format):
     on_meta = copy.deepcopy(layer).to("meta")
     assert {t.device.type for t in on_meta.state_dict().values()} == {"meta"}
     assert on_meta.to_empty(device="cpu").codes.dtype == layer.codes.dtype
-    assert f"format={format}" in repr(layer) and torch.equal(layer.weight + 0, layer.to_float().weight)
+    assert f"format={format}" in repr(layer)
+    assert torch.equal(layer.weight + 0, layer.to_float().weight)
 
 
 def test_gradients_survive_casts():
@@ -142,7 +143,8 @@ def test_gradients_survive_casts():
     layer(inputs(5, 72)).sum().backward()
     codes, grad = layer.codes, layer.codes.grad.clone()
     layer.bfloat16()
-    assert layer.codes is codes and torch.equal(codes.grad, grad) and layer.bias.grad.dtype == torch.bfloat16
+    assert layer.codes is codes and torch.equal(codes.grad, grad)
+    assert layer.bias.grad.dtype == torch.bfloat16
 
 
 @formats
@@ -223,8 +225,10 @@ def test_layers_without_zeros_stay_and_say_why():
 
 
 def test_patterns_by_layer():
-    model = nn.ModuleDict({"up": mlp("block/f32", 96, 64)[0], "down": mlp("2:4/int4", 64, 96)[0],
-                           "out": mlp("2:4/int4", 64, 32)[0], "embed": nn.Embedding(40, 64)})  # fmt: skip
+    model = nn.ModuleDict({
+        "up": mlp("block/f32", 96, 64)[0], "down": mlp("2:4/int4", 64, 96)[0],
+        "out": mlp("2:4/int4", 64, 32)[0], "embed": nn.Embedding(40, 64),
+    })  # fmt: skip
     nn.init.ones_(model["embed"].weight)
     targets = {"down": "2:4/nf4", "out": "int8"}
     memlm.sparsify_(model, QuantConfig("block/int4", "int8", targets=targets), strict=True)

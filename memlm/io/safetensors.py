@@ -177,7 +177,9 @@ def _write(
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise TypeError(f"metadata: got {metadata!r:.200}, accepted are strings only")
 
-    divisors = {name: min(ALIGNMENT, kind[2] & -kind[2]) or ALIGNMENT for name, kind in kinds.items()}
+    divisors = {
+        name: min(ALIGNMENT, size & -size) or ALIGNMENT for name, (_, _, size) in kinds.items()
+    }
     for names in together:
         divisors |= dict.fromkeys(names, min((divisors[name] for name in names), default=0))
 

@@ -227,7 +227,8 @@ def check_embedding(name: str, stored: PackedTensor) -> None:
     if stored.order is not None:
         raise FormatError(f"{name}: an embedding whose columns have an order")
     if not isinstance(stored.packed, Packed):
-        raise FormatError(f"{name}: an embedding in {stored.packed.format}, a format of linear layers")
+        format = stored.packed.format
+        raise FormatError(f"{name}: an embedding in {format}, a format of linear layers")
 
 
 def _is_one_layer(parts: list[torch.Tensor | PackedTensor]) -> bool:

@@ -29,6 +29,67 @@ void require(memlm_status status) {
   std::exit(1);
 }
 
+Bytes random_bytes(int64_t size) {
+  Bytes bytes = zeros(size);
+  for (int64_t i = 0; i < size; ++i) bytes[i] = static_cast<uint8_t>(random_bits());
+  return bytes;
+}
+
+// The product of args with a sparse W[n, k] of any pattern.  The bits of a bitmap, and the places of
+// pairs, may be any: they must lead nowhere outside the codes.
+void sparse_case(const memlm_matmul_args& args, int64_t n, int64_t k) {
+  memlm_packed w = {};
+  w.pattern = static_cast<memlm_pattern>(pick(MEMLM_TWO_OF_FOUR, MEMLM_BLOCKS));
+  const int64_t tiles = memlm::div_up(n, memlm::kTileRows);
+  const int all_bits[] = {2, 4, 8, 16, 32}, groups[] = {32, 64, 128};
+  const bool is_blocks = w.pattern == MEMLM_BLOCKS;
+  const int bits = is_blocks ? all_bits[pick(0, 4)] : 4;
+  w.n = n;
+  w.k = k;
+  w.group = is_blocks ? 32 : groups[pick(0, 2)];
+  w.scale_dtype = pick(0, 1) ? MEMLM_F16 : MEMLM_F32;
+  if (bits == 4 && pick(0, 1)) w.levels = memlm_nf4_levels;
+  const int64_t padded = memlm::padded_k(k, w.group), runs = padded / memlm::kActGroup;
+  const std::unique_ptr<int64_t[]> starts(new int64_t[tiles + 1]());
+  const std::unique_ptr<int32_t[]> runs_of_blocks(new int32_t[tiles * runs]);
+  int64_t code_bytes = memlm::tile_bytes(2, padded) * tiles, scale_groups = padded / w.group * tiles;
+  const int64_t density = pick(0, 2);
+  for (int64_t t = 0; t < tiles; ++t) {
+    int64_t& end = starts[t + 1] = starts[t];
+    if (!is_blocks) end += pick(0, memlm::tile_bytes(4, padded));
+    for (int64_t run = 0; is_blocks && run < runs; ++run)
+      if (pick(0, 2) < density) runs_of_blocks[end++] = static_cast<int32_t>(run);
+  }
+  if (w.pattern != MEMLM_TWO_OF_FOUR) w.starts = starts.get();
+  if (w.pattern == MEMLM_UNSTRUCTURED) code_bytes = starts[tiles] + 64;
+  if (is_blocks) {
+    scale_groups = starts[tiles];
+    code_bytes = memlm::tile_bytes(bits, memlm::kActGroup) * starts[tiles];
+  }
+  const int64_t scale_bytes =
+      scale_groups * memlm::kTileRows * (w.scale_dtype == MEMLM_F16 ? 2 : 4);
+  const Bytes codes = random_bytes(code_bytes), scales = random_bytes(scale_bytes);
+  const Bytes offsets = random_bytes(scale_bytes);
+  const Bytes places = random_bytes(tiles * padded / memlm::kLaneK * memlm::kPlaceBytes);
+  // Of exactly as many blocks as there are.
+  const std::unique_ptr<int32_t[]> exact(new int32_t[starts[tiles] * is_blocks]);
+  if (is_blocks) std::memcpy(exact.get(), runs_of_blocks.get(), starts[tiles] * sizeof(int32_t));
+  w.codes = codes.get();
+  if (bits <= 8) w.scales = scales.get();
+  if (is_blocks && bits < 8 && !w.levels && pick(0, 1)) w.offsets = offsets.get();
+  w.places = is_blocks ? static_cast<const void*>(exact.get()) : places.get();
+  if (bits > 8) w.levels = nullptr;
+  if (!is_blocks) return require(memlm_w4_sparse_matmul(&w, &args));
+  require(memlm_block_sparse_matmul(&w, bits, &args));
+  const int64_t m = args.m;
+  const std::unique_ptr<float[]> grad(new float[m * n]()), x(new float[m * k]());
+  const std::unique_ptr<float[]> grad_x(new float[m * k]);
+  const std::unique_ptr<float[]> values(new float[starts[tiles] * 512]);
+  require(memlm_block_sparse_grad_x(&w, bits, m, grad.get(), grad_x.get(), args.threads));
+  if (bits == 32)
+    require(memlm_block_sparse_grad_values(&w, m, grad.get(), x.get(), values.get(), args.threads));
+}
+
 void one_case() {
   const int bits = pick(0, 1) ? 4 : 8;
   const int64_t groups[] = {32, 64, 128, 0};
@@ -66,6 +127,7 @@ void one_case() {
       static_cast<int>(pick(0, 1)), static_cast<int>(pick(1, 3)), norm ? norm_weight.get() : nullptr,
       1e-5f, swiglu, pick(0, 1) ? residual.get() : nullptr, r_stride};
   require(bits == 4 ? memlm_w4_matmul(&w, &args) : memlm_w8_matmul(&w, &args));
+  sparse_case(args, n, k);
 
   int64_t ids[9];
   const int64_t count = pick(0, 9);
