@@ -33,7 +33,7 @@ SAMPLES = 32  # pieces of WINDOW tokens to calibrate on
 TOKENS = 8 * WINDOW  # to judge on
 SENTENCES = 256
 METHOD = "sparsegpt"
-TRAINING = {"steps": 100, "batch": 2, "window": 256, "lr": 3e-4}
+TRAINING = {"steps": 120, "batch": 2, "window": 256, "lr": 1e-3}
 EVERY = 20  # steps between evaluations
 DENSE, TEXT = "the dense model", "the text alone"
 # The share of blocks that is taken out, and what the rest is trained towards.
