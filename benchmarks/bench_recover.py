@@ -1,17 +1,18 @@
 """Structured removal, and recovery of a block-sparse model: docs/recovery.md.
 
-    python -m benchmarks.bench_recover [--only recovery,structured,encoder] [--record]
+    python -m benchmarks.bench_recover [--only REGEX] [--record]
 
-The parts can run one by one: with --record each keeps its results in
-benchmarks/results/recover.json, and the page is written from all that are there.  Calibration and
-training see State of the Union addresses, evaluation Moby-Dick.
+The parts can run one by one (``--only 0.3``, ``structured``, ``encoder``): with --record each keeps
+its results in benchmarks/results/recover.json, and the page is written from all that are there.
+Calibration and training see State of the Union addresses, evaluation Moby-Dick.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,10 +32,12 @@ PICTURE = ROOT / "docs" / "recovery.png"
 SAMPLES = 32  # pieces of WINDOW tokens to calibrate on
 TOKENS = 8 * WINDOW  # to judge on
 SENTENCES = 256
-PRUNING = PruneConfig("sparsegpt", 0.5, "block", samples=SAMPLES, length=WINDOW)
+METHOD = "sparsegpt"
 TRAINING = {"steps": 100, "batch": 2, "window": 256, "lr": 3e-4}
 EVERY = 20  # steps between evaluations
-TOWARDS = {"the dense model": True, "the text alone": False}
+DENSE, TEXT = "the dense model", "the text alone"
+# The share of blocks that is taken out, and what the rest is trained towards.
+RECOVERIES = ((0.3, DENSE), (0.3, TEXT), (0.5, DENSE))
 
 DECODER = {
     "2 of 30 layers": {"layers": 2},
@@ -66,37 +69,34 @@ def quality(score: Score) -> dict:
     return {"perplexity": score.perplexity, "kl": score.kl, "agreement": score.agreement}
 
 
-def recovery() -> dict:
-    """SmolLM2 with half of its blocks, and what training makes of it."""
+def recovery(sparsity: float, towards: str) -> dict:
+    """SmolLM2 with so many of its blocks taken out, and what training makes of it."""
     base, speeches = smollm2(), data.state_of_the_union()
     training = base.tokenizer.encode(speeches)
     ids = base.tokenizer.encode(data.moby_dick())[:TOKENS]
-    teacher = memlm.load(data.smollm2_gguf())  # in the file's codes: a fifth of the memory
-    pruned = smollm2()
-    report = memlm.prune_(pruned, PRUNING, speeches)
-    found = {
-        "sparsity": report.sparsity,
-        "dense": quality(evaluate(base, ids, base)),
-        "pruned": say(quality(evaluate(pruned, ids, base))),
-        "runs": {},
+    # The file's codes take a fifth of the memory.
+    teacher = memlm.load(data.smollm2_gguf()) if towards == DENSE else None
+    model = smollm2()
+    config = PruneConfig(METHOD, sparsity, "block", samples=SAMPLES, length=WINDOW)
+    memlm.prune_(model, config, speeches)
+    curve, start = [[0, say(quality(evaluate(model, ids, base)))]], time.perf_counter()
+
+    def look(done: int, steps: int, loss: str) -> None:
+        print(done, loss, file=sys.stderr, flush=True)
+        if done % EVERY == 0:
+            curve.append([done, say(quality(evaluate(model, ids, base)))])
+
+    losses = recover_(model, training, teacher, progress=look, **TRAINING)
+    seconds = time.perf_counter() - start
+    memlm.sparsify_(model, "block/int8", strict=True)
+    return {
+        "sparsity": sparsity,
+        "towards": towards,
+        "curve": curve,
+        "losses": losses,
+        "seconds": seconds,
+        "int8": say(quality(evaluate(model, ids, base))),
     }
-    for name, distil in TOWARDS.items():
-        model, curve, start = copy.deepcopy(pruned), [[0, found["pruned"]]], time.perf_counter()
-
-        def look(done: int, steps: int, loss: str) -> None:
-            print(name, done, loss, file=sys.stderr, flush=True)
-            if done % EVERY == 0:
-                curve.append([done, say(quality(evaluate(model, ids, base)))])
-
-        losses = recover_(model, training, teacher if distil else None, progress=look, **TRAINING)
-        packed = memlm.sparsify_(model, "block/int4", strict=True)
-        found["runs"][name] = {
-            "curve": curve,
-            "losses": losses,
-            "seconds": time.perf_counter() - start,
-            "int4": say(quality(evaluate(packed, ids, base))),
-        }
-    return found
 
 
 def structured() -> list[dict]:
@@ -158,10 +158,21 @@ def encoder() -> list[dict]:
     return rows
 
 
-PARTS = {"recovery": recovery, "structured": structured, "encoder": encoder}
+PARTS = {
+    "structured": structured,
+    "encoder": encoder,
+    **{
+        f"recovery {share:g}, {towards}": functools.partial(recovery, share, towards)
+        for share, towards in RECOVERIES
+    },
+}
 
 
-def draw(found: dict) -> None:
+def recoveries(results: dict) -> list[dict]:
+    return [results[name] for name in PARTS if name.startswith("recovery") and name in results]
+
+
+def draw(runs: list[dict]) -> None:
     """Divergence and perplexity over the steps."""
     if not (plt := plots._pyplot()):
         return
@@ -170,18 +181,21 @@ def draw(found: dict) -> None:
         (axes[0], "kl", "KL(dense || model), nats per token"),
         (axes[1], "perplexity", "perplexity"),
     ):
-        for (name, run), style in zip(found["runs"].items(), ("o-", "s--")):
+        for run, style in zip(runs, ("o-", "s--", "^-")):
             steps, scores = zip(*run["curve"])
-            axis.plot(steps, [score[key] for score in scores], style, label=f"towards {name}")
-        if key == "perplexity":
-            axis.axhline(found["dense"][key], color="black", linewidth=1, label="dense")
-        axis.set(xlabel="optimizer steps", ylabel=label, yscale="log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+            name = f"{run['sparsity']:.0%} of the blocks, towards {run['towards']}"
+            axis.plot(steps, [score[key] for score in scores], style, label=name)
+        axis.set(xlabel="optimizer steps", ylabel=label)
+        if key == "kl":
+            axis.set_ylim(bottom=0)
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.grid(which="both", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(fontsize=9, frameon=False)
-    figure.suptitle("SmolLM2-135M with half of its 16x32 blocks, on Moby-Dick", x=0.01, ha="left")
+    title = "SmolLM2-135M without some of its 16x32 blocks, trained for a while, on Moby-Dick"
+    figure.suptitle(title, x=0.01, ha="left")
     plots._finish(figure, PICTURE, plt)
 
 
@@ -202,7 +216,7 @@ def updated(row: dict) -> str:
 RECOVER = """```python
 memlm.prune_(model, memlm.prune.PruneConfig("sparsegpt", 0.5, "block"), text)
 memlm.prune.recover_(model, ids, teacher, steps=100)    # or without a teacher
-memlm.sparsify_(model, "block/int4")
+memlm.sparsify_(model, "block/int8")
 ```"""
 REMOVE = """```python
 memlm.prune.remove_(model, text, heads=1, channels=0.25, layers=2)
@@ -213,7 +227,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 pruning = memlm.prune.GradualPruning(model, optimizer, 0.5, end=1000, pattern="block")
 ...                                  # train as before: masks hold through the optimizer's steps
 pruning.remove()                     # the zeros stay
-memlm.sparsify_(model, "block/int4")
+memlm.sparsify_(model, "block/int8")
 ```"""
 
 
@@ -226,26 +240,25 @@ def page(results: dict) -> str:
         f"State of the Union addresses, evaluation {TOKENS:,} tokens of Moby-Dick in windows of "
         f"{WINDOW}; KL and *same top* are against the dense f32 model.",
     ]
-    if found := results.get("recovery"):
-        config, settings = PRUNING, TRAINING
-        rows = [["dense", "", *cells(found["dense"])], ["pruned", "0", *cells(found["pruned"])]]
-        for name, one in found["runs"].items():
-            for step, score in one["curve"][1:]:
-                rows.append([f"towards {name}", str(step), *cells(score)])
-            rows.append([f"towards {name}, then block/int4", str(step), *cells(one["int4"])])
-        tokens = settings["batch"] * settings["window"]
+    if runs := recoveries(results):
+        rows = []
+        for one in runs:
+            for step, score in one["curve"]:
+                what = f"towards {one['towards']}" if step else "pruned"
+                rows.append([f"{one['sparsity']:.0%}", what, str(step), *cells(score)])
+            rows.append(["", "then block/int8", str(step), *cells(one["int8"])])
+        tokens = TRAINING["batch"] * TRAINING["window"]
         parts += [
             "## Recovery",
-            f"SmolLM2-135M, {config.method} with {config.sparsity:.0%} of the blocks of "
-            f"{config.block[0]}x{config.block[1]} weights taken out ({config.samples} pieces of "
-            f"{config.length} tokens), then `memlm.prune.recover_`: {settings['steps']} steps of "
-            f"AdamW on {tokens} tokens each, learning rate {settings['lr']:g}; what was taken out "
-            "stays out. Towards the dense model: the divergence from its probabilities "
+            RECOVER,
+            f"SmolLM2-135M: {METHOD} takes blocks of 16x32 weights out of all its layers "
+            f"({SAMPLES} pieces of {WINDOW} tokens), then what stays is trained: "
+            f"{TRAINING['steps']} steps of AdamW on {tokens} tokens each, learning rate "
+            f"{TRAINING['lr']:g}. Towards the dense model: the divergence from its probabilities "
             "(arXiv:1503.02531); towards the text alone: cross entropy. The dense model is loaded "
             "in the codes of its file.",
-            RECOVER,
             f"![KL and perplexity over the steps]({PICTURE.name})",
-            table("| | steps | perplexity | KL, nats | same top, % |", rows),
+            table("| blocks taken out | | steps | perplexity | KL, nats | same top, % |", rows, 2),
         ]
     if rows := results.get("structured"):
         shown = [
@@ -287,19 +300,20 @@ def page(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run")
+    parser.add_argument("--only", default="", metavar="REGEX", help="parts to run")
     parser.add_argument("--record", action="store_true", help="write the results and the page")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results["run"] = harness.run()
-    for name in filter(None, options.only.split(",")):
-        results[name] = PARTS[name]()
-        if options.record:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for name, run in PARTS.items():
+        if re.search(options.only, name):
+            results[name] = run()
+            results["run"] = harness.run()
+            if options.record:
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     if options.record:
         PAGE.write_text(page(results))
-        if "recovery" in results:
-            draw(results["recovery"])
+        if runs := recoveries(results):
+            draw(runs)
     print(page(results))
 
 

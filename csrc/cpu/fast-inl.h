@@ -145,6 +145,10 @@ struct Fast {
     IntegerSums<W, MT> acc(sums);
     for (int64_t i = 0; i < s.runs(); ++i, p += kPanelRecord) {
       const char* x = x_tile + s.run(i) * kRecord * MT;
+      if (s.runs_at && i + 2 < s.runs()) {  // jumps, which the hardware does not foresee
+        const char* next = x_tile + s.run(i + 2) * kRecord * MT;
+        for (int64_t line = 0; line < kRecord * MT; line += 64) __builtin_prefetch(next + line);
+      }
       const float* scales = reinterpret_cast<const float*>(p);
       const char* blocks = p + kPanelScales;
       acc.add(

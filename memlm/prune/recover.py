@@ -74,7 +74,7 @@ def recover_(
     if not trained:
         raise ValueError("model: no parameter of its layers requires gradients")
 
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay, fused=True)
     masks = _hold_zeros(model, optimizer)
     others = [p for p in model.parameters() if p.requires_grad and all(p is not t for t in trained)]
     text = torch.as_tensor(ids)
