@@ -169,7 +169,7 @@ def test_state_dict(format):
     assert torch.equal(other(x), layer(x))  # refused before anything was copied
 
 
-@formats
+@pytest.mark.parametrize("format", ["block/int4a-g32", "block/f32", "2:4/int4", "unstructured/int4"])
 def test_compiles_without_graph_breaks(format):
     first, second = layer_of(format, 48, 72), layer_of(format, 24, 48, mode="accurate")
     model = nn.Sequential(first, nn.GELU(), second)
