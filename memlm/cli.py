@@ -223,7 +223,7 @@ def prune(
     file already holds in codes keeps them.
     """
     import memlm
-    from memlm import data
+    from memlm import data, memory
     from memlm.io.packed_folder import check_target
 
     targets = {name: _share(text) for name, text in _targets(target, "SPARSITY").items()}
@@ -237,6 +237,7 @@ def prune(
     )  # fmt: skip
     check_target(dst)
     _set_threads(threads)
+    memory.return_freed()  # blocks of many sizes come and go
     model = memlm.load(resolve(src))
     if calibration:
         text = calibration.read_text("utf-8")
