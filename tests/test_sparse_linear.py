@@ -12,7 +12,7 @@ from torch import nn
 
 import memlm
 from memlm import QuantConfig, sparse_formats
-from memlm.layers import Linear, SparseLinear
+from memlm.layers import Linear, Projections, SparseLinear, SwiGLU
 from memlm.quantize import sparse_quantize
 
 from .sparse import mask, prune_, random_weights
@@ -73,6 +73,19 @@ def test_what_surrounds_the_product(format):
     y = layer(x, norm, 1e-5, swiglu=True, residual=residual)
     gate, up = layer.to_float()(F.rms_norm(x, (96,), norm, 1e-5)).chunk(2, dim=-1)
     torch.testing.assert_close(y, F.silu(gate) * up + residual, rtol=1e-5, atol=1e-5)
+
+
+@formats
+def test_layers_in_one_call(format):
+    layers = [float_layer(format, n, 72, seed=n) for n in (40, 24, 40)]
+    x = inputs(3, 72)
+    both = Projections.from_float(layers[:2], format, "accurate")
+    assert type(both.linear) is SparseLinear
+    gated = SwiGLU.from_float(layers[0], layers[2], format, "accurate")
+    alone = [SparseLinear.from_float(layer, format, "accurate")(x) for layer in layers]
+    for y, expected in zip(both(x), alone):
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gated(x), F.silu(alone[0]) * alone[2])
 
 
 @formats

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memlm._format import SparseFormat, parse_format
 from memlm.formats import TILE_ROWS, Format
 from memlm.layers.linear import Linear, linear_weight
+from memlm.layers.sparse import SparseLinear
 
 
 def _stacked(
-    layers: Sequence[nn.Module], rows: int, format: str | Format, mode: str | None
+    layers: Sequence[nn.Module], rows: int, format: str | Format | SparseFormat, mode: str | None
 ) -> Linear:
     """One packed layer of the rows of ``layers``, each padded to a multiple of ``rows``."""
     weights = [linear_weight(layer) for layer in layers]
@@ -29,7 +31,8 @@ def _stacked(
     if any(layer.bias is not None for layer in layers):
         biases = [w.new_zeros(len(w)) if x.bias is None else x.bias for w, x in zip(weights, layers)]
         whole.bias = nn.Parameter(torch.cat([padded(bias) for bias in biases]))
-    return Linear.from_float(whole, format, mode)
+    kind = SparseLinear if isinstance(parse_format(format), SparseFormat) else Linear
+    return kind.from_float(whole, format, mode)
 
 
 class Stacked(nn.Module):
@@ -64,7 +67,7 @@ class Projections(nn.Module):
 
     @classmethod
     def from_float(
-        cls, layers: Sequence[nn.Module], format: str | Format, mode: str | None = None
+        cls, layers: Sequence[nn.Module], format: str | Format | SparseFormat, mode: str | None = None
     ) -> Projections:
         """Quantises ``torch.nn.Linear`` layers (or Hugging Face's Conv1D) of one input.  Raises
         ValueError for layers of different inputs, and what :meth:`Linear.from_float` raises."""
@@ -96,7 +99,7 @@ class SwiGLU(nn.Module):
 
     @classmethod
     def from_float(
-        cls, gate: nn.Module, up: nn.Module, format: str | Format, mode: str | None = None
+        cls, gate: nn.Module, up: nn.Module, format: str | Format | SparseFormat, mode: str | None = None
     ) -> SwiGLU:
         """Quantises two ``torch.nn.Linear`` layers (or Hugging Face's Conv1D) of the same shape.
         Raises ValueError for different shapes, and what :meth:`Linear.from_float` raises."""
