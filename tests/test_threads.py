@@ -222,6 +222,7 @@ class Packed(ctypes.Structure):
     _fields_ += [("scale_dtype", ctypes.c_int)]
     _fields_ += [(name, ctypes.c_int64) for name in ("n", "k", "group")]
     _fields_ += [("levels", ctypes.c_void_p)]
+    _fields_ += [("pattern", ctypes.c_int), ("starts", ctypes.c_void_p), ("places", ctypes.c_void_p)]
 
 N, K = 6400, 128
 lib = ctypes.CDLL({str(lib_path())!r})
