@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/memlm demo
 
+# A process for each CPU.  The threads of each wait without spinning, which would take the others' time.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/.rivals
 	$(BIN)/python -m benchmarks.bench_w4_matmul --record
