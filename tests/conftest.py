@@ -1,9 +1,16 @@
 """Every test runs with uninitialised memory filled with NaN: what a kernel forgets to write shows."""
 
+import os
+
 import pytest
 import torch
 
+import memlm
+
 from .paths import path  # noqa: F401  (a fixture)
+
+
+os.environ["COLUMNS"] = "200"  # of tables, which hold paths of temporary folders
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +28,8 @@ def restore_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def restore_isa():
-    import memlm
-
     isa = memlm.isa()
     yield
     memlm.set_isa(isa)
