@@ -33,6 +33,25 @@ struct FloatSums {
   }
 };
 
+// The packed x, f32 [K][MT], from run `run` on.
+template <int MT>
+inline const float* run_of(int64_t run, const char* x) {
+  return reinterpret_cast<const float*>(x) + run * kActGroup * MT;
+}
+
+// Adds the products of a panel, whatever it was unpacked from: one function for all types of weights.
+template <int MT>
+__attribute__((noinline)) void multiply_floats(const Runs& runs, const float* w, const char* x, float* sums) {
+  FloatSums<MT> acc(sums);
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const float* xp = run_of<MT>(runs[i], x);
+#pragma GCC unroll 1
+    for (int k = 0; k < kActGroup; k += 4)
+      for (int j = 0; j < 4; ++j, w += kTileRows, xp += MT) acc.add(j, f_load(w), xp);
+  }
+  acc.store(sums);
+}
+
 template <class W>
 struct Accurate {
   using Unit = NoUnit;
@@ -60,10 +79,11 @@ struct Accurate {
   static void direct(const Stretch<W>& s, const char* x, float* sums) {
     FloatSums<MT> acc(sums);
     const uint8_t* codes = s.codes;
+    const Runs runs = s.runs();
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.scale(g), offset = s.offset(g);
       for (int64_t sub = 0; sub < s.subs; ++sub) {
-        const float* xp = run_of<MT>(s, g * s.subs + sub, x);
+        const float* xp = run_of<MT>(runs[g * s.subs + sub], x);
 #pragma GCC unroll 1
         for (int i = 0; i < kActGroup / W::kLoadK; ++i) {
           prefetch(codes, kLoadBytes<W>);
@@ -83,22 +103,8 @@ struct Accurate {
   }
 
   template <int MT>
-  static void panel(const Stretch<W>& s, const char* panel, const char* x, float* sums) {
-    FloatSums<MT> acc(sums);
-    const float* w = reinterpret_cast<const float*>(panel);
-    for (int64_t run = 0; run < s.runs(); ++run) {
-      const float* xp = run_of<MT>(s, run, x);
-#pragma GCC unroll 1
-      for (int i = 0; i < kActGroup; i += 4)
-        for (int j = 0; j < 4; ++j, w += kTileRows, xp += MT) acc.add(j, f_load(w), xp);
-    }
-    acc.store(sums);
-  }
-
-  // The packed x of a stretch's run i.
-  template <int MT>
-  static const float* run_of(const Stretch<W>& s, int64_t i, const char* x) {
-    return reinterpret_cast<const float*>(x) + s.run(i) * kActGroup * MT;
+  static void panel(const Runs& runs, const char* panel, const char* x, float* sums) {
+    multiply_floats<MT>(runs, reinterpret_cast<const float*>(panel), x, sums);
   }
 };
 

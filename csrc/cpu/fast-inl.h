@@ -62,6 +62,33 @@ struct IntegerSums {
   }
 };
 
+// Bytes per row of x and 32 k, packed.
+constexpr int64_t kFastRecord = kActGroup + 4 + 4;
+
+// Adds the products of a panel of bytes (Fast draws it): one function for all weights whose integer
+// sums are the same, A.
+template <class A, int MT>
+__attribute__((noinline)) void multiply_bytes(const Runs& runs, const char* p, const char* x_tile, float* sums) {
+  constexpr int64_t kScales = 64 * (A::kOffsets ? 2 : 1);
+  IntegerSums<A, MT> acc(sums);
+  for (int64_t i = 0; i < runs.count; ++i, p += kScales + 8 * kBlock) {
+    const char* x = x_tile + runs[i] * kFastRecord * MT;
+    if (runs.at && i + 2 < runs.count) {  // jumps, which the hardware does not foresee
+      const char* next = x_tile + runs[i + 2] * kFastRecord * MT;
+      for (int64_t line = 0; line < kFastRecord * MT; line += 64) __builtin_prefetch(next + line);
+    }
+    const float* scales = reinterpret_cast<const float*>(p);
+    const char* blocks = p + kScales;
+    acc.add(
+        [&](int j, B& b0, B& b1) {
+          b0 = b_load(blocks + 2 * j * kBlock);
+          b1 = b_load(blocks + (2 * j + 1) * kBlock);
+        },
+        f_load(scales), A::kOffsets ? f_load(scales + 16) : f_zero(), x);
+  }
+  acc.store(sums);
+}
+
 template <class W>
 struct Fast {
   using Unit = NoUnit;
@@ -78,7 +105,7 @@ struct Fast {
   //     int8 codes [32 / kDotK][mt][kDotK] | f32 scale [mt] | [mt] of what the sum of the codes is
   //     needed for: with offsets f32 scale * sum, else int32 -kDotBias * sum, where the integer sums
   //     start
-  static constexpr int64_t kRecord = kActGroup + 4 + 4;  // bytes per row of x and 32 k
+  static constexpr int64_t kRecord = kFastRecord;
   static constexpr int64_t row_bytes(int64_t padded) { return padded / kActGroup * kRecord; }
 
   static void pack(const Input& in, int64_t row, int64_t k, int64_t padded, int mt, int lane,
@@ -106,12 +133,13 @@ struct Fast {
     constexpr int K = MT == 1 ? kLaneK : kDotK;
     IntegerSums<W, MT, K> acc(sums);
     Cursor<W> codes(s);
+    const Runs runs = s.runs();
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.dot_scale(g), offset = s.dot_offset(g);
       for (int64_t i = 0; i < s.subs; ++i) {
         codes.prefetch_run();
         const auto load2 = [&](int j, B& b0, B& b1) { codes.template load2<K>(j, b0, b1); };
-        acc.add(load2, scale, offset, x + s.run(g * s.subs + i) * kRecord * MT);
+        acc.add(load2, scale, offset, x + runs[g * s.subs + i] * kRecord * MT);
         codes.next_run();
       }
     }
@@ -141,24 +169,8 @@ struct Fast {
   }
 
   template <int MT>
-  static void panel(const Stretch<W>& s, const char* p, const char* x_tile, float* sums) {
-    IntegerSums<W, MT> acc(sums);
-    for (int64_t i = 0; i < s.runs(); ++i, p += kPanelRecord) {
-      const char* x = x_tile + s.run(i) * kRecord * MT;
-      if (s.runs_at && i + 2 < s.runs()) {  // jumps, which the hardware does not foresee
-        const char* next = x_tile + s.run(i + 2) * kRecord * MT;
-        for (int64_t line = 0; line < kRecord * MT; line += 64) __builtin_prefetch(next + line);
-      }
-      const float* scales = reinterpret_cast<const float*>(p);
-      const char* blocks = p + kPanelScales;
-      acc.add(
-          [&](int j, B& b0, B& b1) {
-            b0 = b_load(blocks + 2 * j * kBlock);
-            b1 = b_load(blocks + (2 * j + 1) * kBlock);
-          },
-          f_load(scales), W::kOffsets ? f_load(scales + 16) : f_zero(), x);
-    }
-    acc.store(sums);
+  static void panel(const Runs& runs, const char* p, const char* x_tile, float* sums) {
+    multiply_bytes<typename W::Arithmetic, MT>(runs, p, x_tile, sums);
   }
 };
 

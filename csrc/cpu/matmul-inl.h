@@ -173,7 +173,7 @@ void expand_and_multiply(const W& codec, const memlm_packed& w, int64_t tile, in
     const int64_t end = k + kStep < padded ? k + kStep : padded;
     const Stretch<W> s(codec, w, tile, k, end, codes);
     codes = Mode::unpack(s, panel);
-    with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s, panel, x, sums); });
+    with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s.runs(), panel, x, sums); });
   }
 }
 
@@ -320,7 +320,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
               float* out = sums_of(t) + i * sums_next;
               const Stretch<W> s = block.stretch(i);
               if constexpr (Mode::kUnpacks) {
-                if (unpack) return Mode::template panel<n.value>(s, block.panel(i), x_tile(t), out);
+                if (unpack) return Mode::template panel<n.value>(s.runs(), block.panel(i), x_tile(t), out);
               }
               if constexpr (!W::kCompressed) Mode::template direct<n.value>(s, x_tile(t), out);
             });

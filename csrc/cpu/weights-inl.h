@@ -34,6 +34,13 @@ inline int64_t stored_k(const memlm_packed& w, int64_t tile, int64_t padded) {
   return w.pattern == MEMLM_BLOCKS ? (w.starts[tile + 1] - w.starts[tile]) * kActGroup : padded;
 }
 
+// Which 32 k of x each of some runs of codes is multiplied with.
+struct Runs {
+  int64_t count, first;
+  const int32_t* at;  // of blocks; NULL: one after the other
+  int64_t operator[](int64_t i) const { return at ? at[i] : first + i; }
+};
+
 // The codes of one tile, packed: the stored k from the k0th to the k1th, in runs of 32.
 template <class W>
 struct Stretch {
@@ -91,9 +98,7 @@ struct Stretch {
       subs = (k1 - k0) / kActGroup;
     }
   }
-  int64_t runs() const { return groups * subs; }
-  // Which 32 k of x run i is multiplied with.
-  int64_t run(int64_t i) const { return runs_at ? runs_at[i] : first_run + i; }
+  Runs runs() const { return {groups * subs, first_run, runs_at}; }
   F scale(int64_t g) const {
     return W::kScaled ? scales.load(scale_index + g * kTileRows) : f_set1(1.0f);
   }
@@ -113,6 +118,7 @@ struct Stretch {
 // Integer sums of codes of 2 and 4 bits, which are numbers from 0 up.
 template <bool kHasOffsets, int kZeroPoint>
 struct UnsignedSums {
+  using Arithmetic = UnsignedSums;
   static constexpr int kZero = kZeroPoint, kDotBias = kHasOffsets ? 0 : kZeroPoint;
   static constexpr bool kOffsets = kHasOffsets, kUnit = false, kScaled = true;
   using Sums = Pairs;
@@ -123,6 +129,7 @@ struct UnsignedSums {
 
 // Integer sums of signed bytes, after b_bias.
 struct SignedSums {
+  using Arithmetic = SignedSums;
   static constexpr int kZero = 0, kDotBias = kSignedBias;
   static constexpr bool kOffsets = false, kScaled = true;
   using Sums = I;
