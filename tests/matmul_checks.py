@@ -9,7 +9,7 @@ from memlm import formats, ops
 from memlm.ops import _matmul
 from memlm.formats import Format, Packed, pack
 from memlm.ops._registry import implementations
-from memlm.ops.w4_sparse_matmul import pattern_number
+from memlm.ops.w4_sparse_dequantize import pattern_number
 from memlm.quantize import quantize_weight, sparse_quantize
 from memlm.sparse_formats import SparseFormat, SparsePacked
 

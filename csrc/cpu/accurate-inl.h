@@ -79,11 +79,10 @@ struct Accurate {
   static void direct(const Stretch<W>& s, const char* x, float* sums) {
     FloatSums<MT> acc(sums);
     const uint8_t* codes = s.codes;
-    const Runs runs = s.runs();
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.scale(g), offset = s.offset(g);
       for (int64_t sub = 0; sub < s.subs; ++sub) {
-        const float* xp = run_of<MT>(runs[g * s.subs + sub], x);
+        const float* xp = run_of<MT>(s.runs[g * s.subs + sub], x);
 #pragma GCC unroll 1
         for (int i = 0; i < kActGroup / W::kLoadK; ++i) {
           prefetch(codes, kLoadBytes<W>);

@@ -295,26 +295,6 @@ inline float finish_row(const Progress& first, int64_t row, int64_t parts, int64
   return sum == 0 ? -INFINITY : max + logf(sum);
 }
 
-inline void store_floats(void* base, memlm_dtype dtype, int64_t i, int64_t count, const float* x) {
-  if (dtype == MEMLM_F32) {
-    memcpy(static_cast<float*>(base) + i, x, sizeof(float) * count);
-    return;
-  }
-  uint16_t* out = static_cast<uint16_t*>(base) + i;
-  if (dtype == MEMLM_BF16) {
-    for (int64_t c = 0; c < count; ++c) out[c] = bf16_of_float(x[c]);
-    return;
-  }
-  for (int64_t c = 0; c < count; c += 16) {
-    alignas(64) float some[16] = {};
-    alignas(64) uint16_t half[16];
-    const int64_t left = count - c < 16 ? count - c : 16;
-    memcpy(some, x + c, sizeof(float) * left);
-    f_store_f16(half, f_load(some));
-    memcpy(out + c, half, sizeof(uint16_t) * left);
-  }
-}
-
 // The passages of a call, one for each sequence and key-value head, cut into blocks of rows, and those
 // of cut passages into parts.
 //

@@ -42,6 +42,18 @@ inline void with_codec(const memlm_packed& w, int bits, const Use& use) {
   w.offsets ? use(W4<true>()) : use(W4<false>());
 }
 
+// Calls use(k, rows) for each 16 stored k of a tile in turn: rows[r] are those from k on of row r.
+template <class W, class Use>
+inline void each_16_k(const Stretch<W>& s, const Use& use) {
+  F columns[16];
+  each_weight(s, [&](int64_t i, int, F v) {
+    columns[i % 16] = v;
+    if (i % 16 < 15) return;
+    f_transpose(columns);
+    use(s.runs[i / kActGroup] * kActGroup + i % kActGroup - 15, columns);
+  });
+}
+
 // Every block as f32 [16 rows][32 k], block b from out[512 b] on.
 template <class W>
 void transpose_blocks(const W& codec, const memlm_packed& w, float* out, int threads) {
@@ -50,14 +62,10 @@ void transpose_blocks(const W& codec, const memlm_packed& w, float* out, int thr
                [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t b = w.starts[t]; b < w.starts[t + 1]; ++b) {
-        const int64_t k = (b - w.starts[t]) * kActGroup;
-        float* rows = out + b * kTileRows * kActGroup;
-        F half[16];
-        each_weight(Stretch<W>(codec, w, t, k, k + kActGroup), [&](int64_t i, int, F v) {
-          half[i % 16] = v;
-          if (i % 16 < 15) return;
-          f_transpose(half);
-          for (int r = 0; r < kTileRows; ++r) f_store(rows + r * kActGroup + i - 15, half[r]);
+        const int64_t at = (b - w.starts[t]) * kActGroup;
+        float* block = out + b * kTileRows * kActGroup;
+        each_16_k(Stretch<W>(codec, w, t, at, at + kActGroup), [&](int64_t k, const F* rows) {
+          for (int r = 0; r < kTileRows; ++r) f_store(block + r * kActGroup + k % kActGroup, rows[r]);
         });
       }
   });

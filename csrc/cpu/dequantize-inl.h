@@ -35,29 +35,19 @@ inline void dequantize_rows(const memlm_packed& w, int bits, const int64_t* ids,
   float values[16];
   for (int code = 0; code < 16; ++code)
     values[code] = w.levels ? w.levels[code] : static_cast<float>(code - zero);
-  const int64_t size = dtype == MEMLM_F32 ? 4 : 2;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = ids ? ids[i] : row + i, tile = r / kTileRows;
     const int lane = static_cast<int>(r % kTileRows);
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + tile * tile_bytes(bits, padded);
-    char* y = static_cast<char*>(out) + i * w.k * size;
     for (int64_t s = 0; s * kActGroup < w.k; ++s) {
       const int64_t g = (tile * (padded / group) + s * kActGroup / group) * kTileRows + lane;
       const float scale = scale_at(w.scales, w.scale_dtype, g);
       const float offset = w.offsets ? scale_at(w.offsets, w.scale_dtype, g) : 0.0f;
       alignas(64) float v[kActGroup];
-      alignas(64) uint16_t half[kActGroup];
       codes_to_floats(codes, bits, values, lane, s, v);
       for (float& f : v) f = f * scale + offset;
-      if (dtype == MEMLM_F16) {
-        f_store_f16(half, f_load(v));
-        f_store_f16(half + 16, f_load(v + 16));
-      } else if (dtype == MEMLM_BF16) {
-        for (int j = 0; j < kActGroup; ++j) half[j] = bf16_of_float(v[j]);
-      }
-      const int64_t left = w.k - s * kActGroup, take = left < kActGroup ? left : kActGroup;
-      memcpy(y + s * kActGroup * size,
-             dtype == MEMLM_F32 ? static_cast<const void*>(v) : half, take * size);
+      const int64_t left = w.k - s * kActGroup;
+      store_floats(out, dtype, i * w.k + s * kActGroup, left < kActGroup ? left : kActGroup, v);
     }
   }
 }

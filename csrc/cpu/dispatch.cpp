@@ -288,8 +288,11 @@ memlm_status run_rows(const memlm_packed* w, int bits, const int64_t* ids, int64
   const Kernels& isa = kernels();
   const int64_t row_bytes = w->k * (dtype == MEMLM_F32 ? 4 : 2);
   parallel_for(count, kTileRows, threads, [&](int64_t begin, int64_t end, int) {
-    isa.dequantize_rows(*w, bits, ids ? ids + begin : nullptr, row + begin, end - begin, dtype,
-                        static_cast<char*>(out) + begin * row_bytes);
+    char* const rows = static_cast<char*>(out) + begin * row_bytes;
+    if (w->pattern != MEMLM_DENSE)
+      isa.sparse_rows(*w, bits, row + begin, end - begin, dtype, rows);
+    else
+      isa.dequantize_rows(*w, bits, ids ? ids + begin : nullptr, row + begin, end - begin, dtype, rows);
   });
   return MEMLM_OK;
 }
@@ -377,7 +380,7 @@ memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids
 
 memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                               memlm_dtype dtype, void* out, int threads) {
-  if (memlm_status s = check_dense(w, bits)) return s;
+  if (memlm_status s = check_weight(w, bits)) return s;
   if (row < 0 || rows < 0 || row > w->n || rows > w->n - row)
     return fail(MEMLM_INVALID, "rows: got %lld from %lld on, W has %lld", (long long)rows,
                 (long long)row, (long long)w->n);

@@ -56,6 +56,9 @@ struct Kernels {
   // rows of W by index; ids == nullptr means row, row + 1, ...
   void (*dequantize_rows)(const memlm_packed&, int bits, const int64_t* ids, int64_t row,
                           int64_t count, memlm_dtype dtype, void* out);
+  // rows row, row + 1, ... of a sparse W
+  void (*sparse_rows)(const memlm_packed&, int bits, int64_t row, int64_t count, memlm_dtype dtype,
+                      void* out);
   // of a row of k numbers: the magnitude as its bits, Inf and NaN being the largest
   int32_t (*largest_bits)(const void* row, memlm_dtype dtype, int64_t k);
   void (*quantize_weight)(const memlm_quantize_args&, int64_t first_tile, int64_t end_tile);

@@ -133,13 +133,12 @@ struct Fast {
     constexpr int K = MT == 1 ? kLaneK : kDotK;
     IntegerSums<W, MT, K> acc(sums);
     Cursor<W> codes(s);
-    const Runs runs = s.runs();
     for (int64_t g = 0; g < s.groups; ++g) {
       const F scale = s.dot_scale(g), offset = s.dot_offset(g);
       for (int64_t i = 0; i < s.subs; ++i) {
         codes.prefetch_run();
         const auto load2 = [&](int j, B& b0, B& b1) { codes.template load2<K>(j, b0, b1); };
-        acc.add(load2, scale, offset, x + runs[g * s.subs + i] * kRecord * MT);
+        acc.add(load2, scale, offset, x + s.runs[g * s.subs + i] * kRecord * MT);
         codes.next_run();
       }
     }

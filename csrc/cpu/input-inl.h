@@ -32,6 +32,34 @@ inline F load_floats(const void* base, memlm_dtype dtype, int64_t i, int64_t cou
   return dtype == MEMLM_F16 ? f_load_f16(p) : f_load_bf16(p);
 }
 
+inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Elements i .. i + count - 1 of an array become x.
+inline void store_floats(void* base, memlm_dtype dtype, int64_t i, int64_t count, const float* x) {
+  if (dtype == MEMLM_F32) {
+    memcpy(static_cast<float*>(base) + i, x, sizeof(float) * count);
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(base) + i;
+  if (dtype == MEMLM_BF16) {
+    for (int64_t c = 0; c < count; ++c) out[c] = bf16_of_float(x[c]);
+    return;
+  }
+  for (int64_t c = 0; c < count; c += 16) {
+    alignas(64) float some[16] = {};
+    alignas(64) uint16_t half[16];
+    const int64_t left = count - c < 16 ? count - c : 16;
+    memcpy(some, x + c, sizeof(float) * left);
+    f_store_f16(half, f_load(some));
+    memcpy(out + c, half, sizeof(uint16_t) * left);
+  }
+}
+
 // What RMSNorm (arXiv:1910.07467) multiplies k numbers with, from element i of an array on.
 inline F rms_factor(const void* base, memlm_dtype dtype, int64_t i, int64_t k, float eps) {
   F squares = f_zero();
@@ -88,6 +116,10 @@ struct Rounding {
   I codes(F x) const { return inverse != 0 ? f_round(f_mul(x, f_set1(inverse))) : i_zero(); }
 };
 
+// How many floats ahead of those being rounded a row is asked for.  Without it rounding 512 rows of 4,096
+// from memory took 0.45 ms more of 1.2, two threads on Zen 5.
+constexpr int64_t kRowAhead = 512;
+
 // Calls use(k, codes [32], scale, sum of the codes) for every 32 k of a row, which is rounded to
 // int8 where it is not given so.
 template <class Use>
@@ -113,8 +145,7 @@ inline void quantize_row(const Input& in, int64_t row, int64_t k, int64_t padded
     for (int64_t i = 0; i < padded; i += 16) largest = i_max(largest, f_magnitude_bits(f_load(x + i)));
   const Rounding whole(i_reduce_max(largest));
   for (int64_t i = 0; i < padded; i += kActGroup) {
-    __builtin_prefetch(x + i + 512);
-    __builtin_prefetch(x + i + 528);
+    for (int64_t line = 0; line < kActGroup; line += 16) __builtin_prefetch(x + i + kRowAhead + line);
     const F a = f_load(x + i), b = f_load(x + i + 16);
     const Rounding rounding =
         in.x_group ? Rounding(i_reduce_max(i_max(f_magnitude_bits(a), f_magnitude_bits(b)))) : whole;

@@ -10,10 +10,9 @@
 #include "dequantize-inl.h"
 #include "heads-inl.h"
 #include "quantize_weight-inl.h"
-#include "block_sparse_matmul-inl.h"
 #include "w2_matmul-inl.h"
 #include "w4_matmul-inl.h"
-#include "w4_sparse_matmul-inl.h"
+#include "sparse_rows-inl.h"
 #include "w8_matmul-inl.h"
 #include "w8a8_matmul-inl.h"
 
@@ -30,7 +29,7 @@ const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccu
                          w4_sparse_matmul, block_sparse_grad_x, block_sparse_grad_values,
                          quantize_rows,
                          rows_to_f32, turn_heads,
-                         dequantize_rows, largest_bits, quantize_weight, attention,
+                         dequantize_rows, sparse_rows, largest_bits, quantize_weight, attention,
                          attention_backward, kv_append, paged_attention};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2

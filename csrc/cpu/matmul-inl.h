@@ -50,13 +50,6 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-inline uint16_t bf16_of_float(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // How x is cut into register tiles of rows.
 struct RowTiles {
   int64_t m, count, rows;
@@ -173,7 +166,7 @@ void expand_and_multiply(const W& codec, const memlm_packed& w, int64_t tile, in
     const int64_t end = k + kStep < padded ? k + kStep : padded;
     const Stretch<W> s(codec, w, tile, k, end, codes);
     codes = Mode::unpack(s, panel);
-    with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s.runs(), panel, x, sums); });
+    with_rows(mt, [&](auto n) { Mode::template panel<n.value>(s.runs, panel, x, sums); });
   }
 }
 
@@ -258,6 +251,7 @@ constexpr int64_t longest_stretch() {
 
 // The most k that a tile stores.
 inline int64_t longest_tile(const memlm_packed& w, int64_t padded) {
+  if (w.pattern != MEMLM_BLOCKS) return padded;
   int64_t longest = 0;
   for (int64_t tile = 0; tile < div_up(w.n, kTileRows); ++tile) {
     const int64_t stored = stored_k(w, tile, padded);
@@ -320,7 +314,7 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
               float* out = sums_of(t) + i * sums_next;
               const Stretch<W> s = block.stretch(i);
               if constexpr (Mode::kUnpacks) {
-                if (unpack) return Mode::template panel<n.value>(s.runs(), block.panel(i), x_tile(t), out);
+                if (unpack) return Mode::template panel<n.value>(s.runs, block.panel(i), x_tile(t), out);
               }
               if constexpr (!W::kCompressed) Mode::template direct<n.value>(s, x_tile(t), out);
             });

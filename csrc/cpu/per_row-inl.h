@@ -21,7 +21,7 @@ struct RowEnds {
 template <class W>
 struct PerRow {
   using Unit = NoUnit;
-  static constexpr bool kTiles = false, kIntegers = true, kExpandsDirectly = false;
+  static constexpr bool kTiles = false, kIntegers = true;
   static constexpr bool kUnpacks = false;  // dot takes the codes, or their bytes flipped, as they are
   static constexpr int kDirectTiles = 0;
   static constexpr int64_t kPanelBytesPerK = kTileRows;  // nothing is unpacked, but stretches are cut
@@ -57,7 +57,7 @@ struct PerRow {
     for (int m = 0; m < MT; ++m)
       for (int c = 0; c < kChains; ++c) v[m][c] = c ? i_zero() : i_load(sums + m * kTileRows);
     const uint8_t* codes = s.codes;
-    const int8_t* q = reinterpret_cast<const int8_t*>(x) + s.first_run * kActGroup * MT;
+    const int8_t* q = reinterpret_cast<const int8_t*>(x) + s.runs[0] * kActGroup * MT;
     for (int64_t i = 0; i < s.subs; ++i) {
       prefetch(codes, tile_bytes(W::kBits, kActGroup));
 #pragma GCC unroll 1

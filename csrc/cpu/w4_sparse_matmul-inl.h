@@ -30,18 +30,23 @@ struct Expanded : Base {
   }
 };
 
-template <class Base>
-inline memlm_status w4_sparse_matmul(const Base& base, uint8_t absent, const memlm_packed& w,
-                                     const memlm_matmul_args& args) {
-  if (w.pattern == MEMLM_TWO_OF_FOUR) return matmul(Expanded<Base, TwoOfFour>(base, absent), w, args);
-  return matmul(Expanded<Base, Unstructured>(base, absent), w, args);
+template <class Base, class Use>
+inline auto with_places(const Base& base, uint8_t absent, const memlm_packed& w, const Use& use) {
+  if (w.pattern == MEMLM_TWO_OF_FOUR) return use(Expanded<Base, TwoOfFour>(base, absent));
+  return use(Expanded<Base, Unstructured>(base, absent));
+}
+
+// use(codec) with what reads W's codes.
+template <class Use>
+inline auto with_expanded(const memlm_packed& w, const Use& use) {
+  if (!w.levels) return with_places(W4<false>(), W4<false>::kZero, w, use);
+  uint8_t absent = 0;
+  while (w.levels[absent] != 0) ++absent;  // the caller has checked that there is one
+  return with_places(W4Table(w.levels), absent, w, use);
 }
 
 inline memlm_status w4_sparse_matmul(const memlm_packed& w, const memlm_matmul_args& args) {
-  if (!w.levels) return w4_sparse_matmul(W4<false>(), W4<false>::kZero, w, args);
-  uint8_t absent = 0;
-  while (w.levels[absent] != 0) ++absent;  // the caller has checked that there is one
-  return w4_sparse_matmul(W4Table(w.levels), absent, w, args);
+  return with_expanded(w, [&](const auto& codec) { return matmul(codec, w, args); });
 }
 
 }  // namespace MEMLM_ISA

@@ -50,15 +50,14 @@ struct Stretch {
   int64_t scale_index;  // of the first group
   int64_t groups;       // scales in the stretch
   int64_t subs;         // runs of 32 k per scale
-  int64_t first_run;
-  const int32_t* runs_at = nullptr;  // of blocks: which runs of k they are
-  const uint8_t* places = nullptr;   // of compressed codes
-  const uint8_t* end = nullptr;      // of unstructured codes
+  Runs runs;
+  const uint8_t* places = nullptr;  // of compressed codes
+  const uint8_t* end = nullptr;     // of unstructured codes
 
   // at: where the codes begin, of compressed ones after k0; else not looked at.
   Stretch(const W& codec, const memlm_packed& w, int64_t tile, int64_t k0, int64_t k1,
           const uint8_t* at = nullptr)
-      : codec(codec), first_run(k0 / kActGroup) {
+      : codec(codec), runs{(k1 - k0) / kActGroup, k0 / kActGroup, nullptr} {
     const int64_t padded = padded_k(w.k, w.group);
     codes = static_cast<const uint8_t*>(w.codes);
     scales = {w.scales, w.scale_dtype == MEMLM_F16};
@@ -70,9 +69,9 @@ struct Stretch {
         return i < stored ? i : stored;
       };
       codes += tile_bytes(W::kBits, block(k0) * kActGroup);
-      runs_at = static_cast<const int32_t*>(w.places) + block(k0);
-      scale_index = block(k0) * kTileRows;
       groups = block(k1) - block(k0);
+      runs = {groups, 0, static_cast<const int32_t*>(w.places) + block(k0)};
+      scale_index = block(k0) * kTileRows;
       subs = 1;
       return;
     }
@@ -95,10 +94,9 @@ struct Stretch {
     } else {
       scale_index = tile * kTileRows;
       groups = 1;
-      subs = (k1 - k0) / kActGroup;
+      subs = runs.count;
     }
   }
-  Runs runs() const { return {groups * subs, first_run, runs_at}; }
   F scale(int64_t g) const {
     return W::kScaled ? scales.load(scale_index + g * kTileRows) : f_set1(1.0f);
   }

@@ -125,7 +125,7 @@ MEMLM_API memlm_status memlm_quantize_rows(int64_t m, int64_t k, const void* x, 
 MEMLM_API memlm_status memlm_embedding(const memlm_packed* w, int bits, const int64_t* ids,
                                        int64_t count, memlm_dtype dtype, void* out, int threads);
 
-/* out[i, :] = W[row + i, :] for rows rows; out is [rows, k]. */
+/* out[i, :] = W[row + i, :] for rows rows; out is [rows, k].  W may be sparse: bits as it has them. */
 MEMLM_API memlm_status memlm_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                                         memlm_dtype dtype, void* out, int threads);
 

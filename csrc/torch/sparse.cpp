@@ -90,10 +90,9 @@ Tensor block_sparse_matmul(Tensor x, Tensor starts, Tensor places, Tensor codes,
 
 enum Pattern { kTwoOfFour = MEMLM_TWO_OF_FOUR, kUnstructured = MEMLM_UNSTRUCTURED };
 
-Tensor w4_sparse_matmul(Tensor x, Tensor codes, Tensor places, OptionalTensor starts, Tensor scales,
-                        int64_t pattern, int64_t codebook, int64_t n, int64_t k, int64_t group,
-                        OptionalTensor bias, bool fast, OptionalTensor norm, double eps, bool swiglu,
-                        OptionalTensor residual) {
+memlm_packed compressed(const Tensor& codes, const Tensor& places, const OptionalTensor& starts,
+                        const Tensor& scales, int64_t pattern, int64_t codebook, int64_t n, int64_t k,
+                        int64_t group) {
   check_sizes(n, k);
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "group: accepted are 32, 64, 128");
   STD_TORCH_CHECK(pattern == kTwoOfFour || pattern == kUnstructured, "pattern: accepted are 1, 2");
@@ -122,8 +121,27 @@ Tensor w4_sparse_matmul(Tensor x, Tensor codes, Tensor places, OptionalTensor st
   w.levels = levels_of(codebook);
   w.pattern = static_cast<memlm_pattern>(pattern);
   w.places = places.const_data_ptr();
+  return w;
+}
+
+Tensor w4_sparse_matmul(Tensor x, Tensor codes, Tensor places, OptionalTensor starts, Tensor scales,
+                        int64_t pattern, int64_t codebook, int64_t n, int64_t k, int64_t group,
+                        OptionalTensor bias, bool fast, OptionalTensor norm, double eps, bool swiglu,
+                        OptionalTensor residual) {
+  const memlm_packed w = compressed(codes, places, starts, scales, pattern, codebook, n, k, group);
   Around around = {bias, norm, eps, swiglu, residual};
   return matmul(x, w, around, fast, x.scalar_type(), memlm_w4_sparse_matmul);
+}
+
+Tensor w4_sparse_dequantize(Tensor codes, Tensor places, OptionalTensor starts, Tensor scales,
+                            int64_t pattern, int64_t codebook, int64_t n, int64_t k, int64_t group,
+                            int64_t row, int64_t rows, ScalarType dtype) {
+  const memlm_packed w = compressed(codes, places, starts, scales, pattern, codebook, n, k, group);
+  STD_TORCH_CHECK(row >= 0 && rows >= 0 && row <= n && rows <= n - row, "row, rows: W has ", n, " rows");
+  const memlm_dtype type = dtype_of(dtype, "dtype");
+  Tensor out = torch::stable::new_empty(codes, {rows, k}, dtype);
+  check_status(memlm_dequantize(&w, 4, row, rows, type, out.mutable_data_ptr(), threads()));
+  return out;
 }
 
 // f32 [m, columns], dense.
@@ -172,6 +190,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memlm, m) {
       "int pattern, int codebook, int n, int k, int group, Tensor? bias, bool fast, Tensor? norm, "
       "float eps, bool swiglu, Tensor? residual) -> Tensor");
   m.def(
+      "w4_sparse_dequantize(Tensor codes, Tensor places, Tensor? starts, Tensor scales, int pattern, "
+      "int codebook, int n, int k, int group, int row, int rows, ScalarType dtype) -> Tensor");
+  m.def(
       "block_sparse_grad_x(Tensor grad, Tensor starts, Tensor places, Tensor codes, Tensor? scales, "
       "Tensor? offsets, int bits, int codebook, int n, int k) -> Tensor");
   m.def(
@@ -182,6 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memlm, m) {
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("block_sparse_matmul", TORCH_BOX(&block_sparse_matmul));
   m.impl("w4_sparse_matmul", TORCH_BOX(&w4_sparse_matmul));
+  m.impl("w4_sparse_dequantize", TORCH_BOX(&w4_sparse_dequantize));
   m.impl("block_sparse_grad_x", TORCH_BOX(&block_sparse_grad_x));
   m.impl("block_sparse_grad_values", TORCH_BOX(&block_sparse_grad_values));
 }

@@ -18,6 +18,7 @@ from memlm.ops.quantize_rows import quantize_rows
 from memlm.ops.quantize_weight import quantize_weight
 from memlm.ops.w2_matmul import w2_matmul
 from memlm.ops.w4_matmul import w4_matmul
+from memlm.ops.w4_sparse_dequantize import w4_sparse_dequantize
 from memlm.ops.w4_sparse_matmul import w4_sparse_matmul
 from memlm.ops.w8_matmul import w8_matmul
 from memlm.ops.w8a8_matmul import w8a8_matmul
@@ -28,7 +29,8 @@ MODES = ("fast", "accurate", "w8a8")
 __all__ = [
     "MODES", "attention", "attention_varlen", "block_sparse_matmul", "dequantize", "embedding",
     "implementations", "kv_append", "matmul", "matmul_topk", "paged_attention", "quantize_rows",
-    "quantize_weight", "w2_matmul", "w4_matmul", "w4_sparse_matmul", "w8_matmul", "w8a8_matmul",
+    "quantize_weight", "w2_matmul", "w4_matmul", "w4_sparse_dequantize", "w4_sparse_matmul",
+    "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from memlm import formats, sparse_formats
 from memlm.formats import Packed
 from memlm.ops import _matmul
 from memlm.ops._registry import define
+from memlm.ops.w4_sparse_dequantize import w4_sparse_dequantize
 from memlm.sparse_formats import SparsePacked
 
 
@@ -34,5 +35,7 @@ def dequantize(
     if dtype not in _matmul.X_DTYPES:
         raise TypeError(f"dtype: got {dtype}, accepted are {_matmul.X_DTYPES}")
     if isinstance(packed, SparsePacked):
-        return sparse_formats.dequantize(packed, dtype)
+        if packed.format.pattern == "block":
+            return sparse_formats.dequantize(packed, dtype)
+        return w4_sparse_dequantize(packed, 0, packed.n, dtype)
     return _op(*_matmul.weight_arguments(packed), 0, packed.n, dtype)

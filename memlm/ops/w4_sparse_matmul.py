@@ -5,36 +5,17 @@ from __future__ import annotations
 import torch
 
 from memlm import sparse_formats
-from memlm.formats import CODEBOOKS, Format
 from memlm.ops import _matmul
-from memlm.sparse_formats import SparseFormat, SparsePacked, SparseTensors
+from memlm.ops.w4_sparse_dequantize import WEIGHTS, pattern_number, weights_of
+from memlm.sparse_formats import SparsePacked, SparseTensors
 
 ARGUMENTS = (
     "x codes places starts scales pattern codebook n k group bias fast norm eps swiglu residual"
 )  # as the schema
-_WEIGHTS = "codes places starts scales pattern codebook n k group".split()
-_PATTERNS = {"2:4": 1, "unstructured": 2}  # memlm_pattern, csrc/include/memlm.h
-_NAMES = {number: name for name, number in _PATTERNS.items()}
-
-
-def pattern_number(name: str) -> int:
-    """What the op calls it.  Raises ValueError for others."""
-    if name not in _PATTERNS:
-        raise ValueError(f"pattern: got {name!r}, accepted are {list(_PATTERNS)}")
-    return _PATTERNS[name]
-
-
-def _weights(kind: type, codes, places, starts, scales, pattern, codebook, n, k, group):
-    """The op's arguments as ``kind``: SparsePacked, or SparseTensors, whose contents are unknown."""
-    if pattern not in _NAMES:
-        raise ValueError(f"pattern: got {pattern}, accepted are {_NAMES}")
-    values = Format(4, group, codebook=list(CODEBOOKS)[codebook])
-    format = SparseFormat(_NAMES[pattern], values)
-    return kind(format, n, k, codes, scales, None, starts, places)
 
 
 def _of(given: dict, kind: type = SparsePacked):
-    return _weights(kind, *(given[name] for name in _WEIGHTS))
+    return weights_of(kind, *(given[name] for name in WEIGHTS))
 
 
 def _reference(given: dict) -> torch.Tensor:
@@ -47,36 +28,9 @@ def _fake(given: dict) -> torch.Tensor:
     return _matmul.fake(given["x"], _of(given, SparseTensors), *around)
 
 
-@torch.library.custom_op("memlm::w4_sparse_dequantize", mutates_args=())
-def _dequantize(
-    codes: torch.Tensor,
-    places: torch.Tensor,
-    starts: torch.Tensor | None,
-    scales: torch.Tensor,
-    pattern: int,
-    codebook: int,
-    n: int,
-    k: int,
-    group: int,
-    row: int,
-    rows: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``rows`` rows of W from ``row`` on, a multiple of 16: for the gradient."""
-    packed = _weights(SparsePacked, codes, places, starts, scales, pattern, codebook, n, k, group)
-    sizes = [size for size in (row, rows, n - row - rows) if size]
-    part = sparse_formats.split_rows(packed, sizes)[1 if row else 0]
-    return sparse_formats.dequantize(part, dtype)
-
-
-@_dequantize.register_fake
-def _(codes, places, starts, scales, pattern, codebook, n, k, group, row, rows, dtype):
-    return codes.new_empty(rows, k, dtype=dtype)
-
-
 def _grad_x(grad: torch.Tensor, given: dict) -> torch.Tensor:
-    weights = tuple(given[name] for name in _WEIGHTS)
-    return _matmul.grad_x(grad, lambda *rows: _dequantize(*weights, *rows))
+    weights = tuple(given[name] for name in WEIGHTS)
+    return _matmul.grad_x(grad, lambda *rows: torch.ops.memlm.w4_sparse_dequantize(*weights, *rows))
 
 
 _op = _matmul.define("w4_sparse_matmul", ARGUMENTS, _reference, _fake, _grad_x)
@@ -121,5 +75,5 @@ def w4_sparse_matmul(
         return _op(x, *weights, bias, fast, norm, eps, swiglu, residual)
     except Exception:
         # The op checks all of this again; saying what is wrong takes longer than a small product.
-        _matmul.check(x, _weights(SparsePacked, *weights), bias, norm, swiglu, residual)
+        _matmul.check(x, weights_of(SparsePacked, *weights), bias, norm, swiglu, residual)
         raise

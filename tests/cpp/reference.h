@@ -146,8 +146,9 @@ struct Weights {
   }
   // The two parts of one weight: the scale times what the code stands for, and the offset.
   double product(int64_t r, int64_t c, bool integers = false) const {
-    return scales.values[group_index(r, c)] * format.value(q[r * k + c], integers);
+    return scale(r, c) * format.value(q[r * k + c], integers);
   }
+  double scale(int64_t r, int64_t c) const { return scales.values[group_index(r, c)]; }
   double offset(int64_t r, int64_t c) const {
     return format.offsets() ? offsets.values[group_index(r, c)] : 0;
   }
