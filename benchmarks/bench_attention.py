@@ -99,6 +99,21 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], what: str) -> None:
+    for a, b in zip(ours, theirs):
+        error = float((a.double() - b.double()).norm() / b.double().norm())
+        assert error < ERROR[a.dtype], f"{what}: relative error {error:.2g}"
+
+
+def medians(calls: dict, rounds: int) -> dict:
+    """Seconds of each call, which take turns."""
+    taken = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            taken[key].append(seconds(call))
+    return {key: statistics.median(every) for key, every in taken.items()}
+
+
 def times(case: Case, rounds: int) -> dict[tuple[str, bool], float]:
     """Median seconds by implementation and direction.
 
@@ -110,14 +125,8 @@ def times(case: Case, rounds: int) -> dict[tuple[str, bool], float]:
         calls[name, False] = torch.no_grad()(partial(case.run, name, qkv))
         calls[name, True] = partial(torch.autograd.grad, out, qkv, grad, retain_graph=True)
         results.append([out.detach(), *calls[name, True]()])
-    for ours, theirs in zip(*results):
-        error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-        assert error < ERROR[case.torch_dtype], f"{case}: relative error {error:.2g}"
-    taken = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            taken[key].append(seconds(call))
-    return {key: statistics.median(all) for key, all in taken.items()}
+    assert_same(*results, str(case))
+    return medians(calls, rounds)
 
 
 def peak(case: Case, implementation: str, backward: bool, threads: int) -> float:
@@ -189,9 +198,13 @@ def write(results: list[list[Measurement]]) -> None:
         f"{first.device} ({first.isa}), {first.threads} threads, torch {first.torch}; f32 reaches "
         f"{first.limit_gmacs:.0f} GMAC/s in the same run.\n\n"
     )
-    table = HEAD + "".join(f"{row(case)}\n" for case in results)
-    harness.put_between(PAGE, BEGIN, END, where + table)
-    RESULTS.write_text(json.dumps([asdict(r) for case in results for r in case], indent=1) + "\n")
+    record(BEGIN, END, where + HEAD, map(row, results), RESULTS, results)
+
+
+def record(begin: str, end: str, head: str, rows, path: Path, results: list[list]) -> None:
+    """Puts a table between two marks of docs/attention.md, and all measurements into ``path``."""
+    harness.put_between(PAGE, begin, end, head + "".join(f"{row}\n" for row in rows))
+    path.write_text(json.dumps([asdict(r) for case in results for r in case], indent=1) + "\n")
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ median.  flex_attention has no backward on the CPU.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks import harness
-from benchmarks.bench_attention import ERROR, seconds
+from benchmarks import bench_attention, harness
 from memlm import limits, ops
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "attention.md"
-RESULTS = ROOT / "benchmarks" / "results" / "attention_block_mask.json"
+RESULTS = Path(__file__).parent / "results" / "attention_block_mask.json"
 HEADS, BLOCK, ROUNDS = 8, 128, 5
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 BACKWARD = ("dense", "memlm", "torch")
@@ -133,14 +128,8 @@ def times(case: Case, rounds: int) -> dict[tuple[str, bool], float]:
             calls[name, True] = call
             results[name] += call()
     for name in ("torch", "flex"):
-        for ours, theirs in zip(results["memlm"], results[name]):
-            error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-            assert error < ERROR[torch.float32], f"{case}: {name}: relative error {error:.2g}"
-    taken = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            taken[key].append(seconds(call))
-    return {key: statistics.median(every) for key, every in taken.items()}
+        bench_attention.assert_same(results["memlm"], results[name], f"{case}: {name}")
+    return bench_attention.medians(calls, rounds)
 
 
 def measure(case: Case, rounds: int, threads: int, limit: float) -> list[Measurement]:
@@ -181,9 +170,7 @@ def write(results: list[list[Measurement]]) -> None:
         f"{first.case.length:,} tokens, {HEADS} heads, f32; f32 reaches {first.limit_gmacs:.0f} "
         "GMAC/s in the same run.\n\n"
     )
-    table = HEAD + "".join(f"{row(case)}\n" for case in results)
-    harness.put_between(PAGE, BEGIN, END, where + table)
-    RESULTS.write_text(json.dumps([asdict(r) for case in results for r in case], indent=1) + "\n")
+    bench_attention.record(BEGIN, END, where + HEAD, map(row, results), RESULTS, results)
 
 
 def main() -> None:

@@ -123,6 +123,12 @@ def check(format: Format, n: int, k: int, tensors: dict[str, torch.Tensor]) -> N
         got = scales.dtype if isinstance(scales, torch.Tensor) else type(scales).__name__
         raise FormatError(f"scales: got {got}, accepted are tensors of {SCALE_DTYPES}")
     wanted = layout(format, n, k, scales.dtype)
+    check_tensors(format, n, k, tensors, wanted)
+
+
+def check_tensors(format, n: int, k: int, tensors: dict[str, torch.Tensor], wanted: dict) -> None:
+    """Raises FormatError unless ``tensors`` are contiguous and as ``wanted``, a layout of the format
+    for ``W[n, k]``, says."""
     if set(wanted) != set(tensors):
         raise FormatError(f"{format}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
     for name, (shape, dtype) in wanted.items():

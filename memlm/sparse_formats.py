@@ -230,18 +230,7 @@ def check_layout(format: SparseFormat, n: int, k: int, tensors: dict[str, torch.
     counted, extra = ("places", 0) if format.pattern == "block" else ("codes", OVERRUN)
     counts = tensors.get(counted)
     stored = 0 if counts is None or counts.dim() == 0 else max(0, counts.shape[0] - extra)
-    wanted = layout(format, n, k, stored, scale_dtype)
-    if set(wanted) != set(tensors):
-        raise FormatError(f"{format}: got tensors {sorted(tensors)}, expected {sorted(wanted)}")
-    for name, (shape, dtype) in wanted.items():
-        tensor = tensors[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise FormatError(
-                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-                f" for {format} of a {n}x{k} matrix"
-            )
-        if not tensor.is_contiguous():
-            raise FormatError(f"{name}: must be contiguous")
+    formats.check_tensors(format, n, k, tensors, layout(format, n, k, stored, scale_dtype))
 
 
 def check(format: SparseFormat, n: int, k: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -22,8 +22,9 @@ def packed_of(name: str, n: int, k: int, density: float = 0.5):
 
 def arguments(p, row: int, rows: int, dtype: torch.dtype) -> tuple:
     values = p.format.values
-    numbers = (pattern_number(p.format.pattern), int(values.codebook == "nf"), p.n, p.k, values.group)
-    return p.codes, p.places, p.starts, p.scales, *numbers, row, rows, dtype
+    kind = pattern_number(p.format.pattern), int(values.codebook == "nf")
+    sizes = p.n, p.k, values.group
+    return p.codes, p.places, p.starts, p.scales, *kind, *sizes, row, rows, dtype
 
 
 @pytest.mark.parametrize("isa", memlm.isas())

@@ -7,6 +7,7 @@ several linear layers that write it and the columns of the one that reads it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,7 @@ def _set(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-class Family:
+class Family(ABC):
     """One kind of model: ``layers`` in their order, and ``heads`` and ``channels``, the numbers of
     groups that each of them has."""
 
@@ -72,12 +73,13 @@ class Family:
     heads: int
     channels: int
 
+    @abstractmethod
     def attention(self, layer: nn.Module) -> Site:
         """The heads; with grouped queries a key-value head with the query heads that read it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mlp(self, layer: nn.Module) -> Site:
-        raise NotImplementedError
+        """The channels."""
 
     def check(self, heads: int) -> None:
         """Raises ValueError unless so many heads can be taken out and a config can say so."""
@@ -85,10 +87,10 @@ class Family:
     def set_heads(self, layer: nn.Module, heads: int) -> None:
         """What a layer itself knows of its heads, after some were taken out."""
 
+    @abstractmethod
     def resize_(self, kept: Sequence[int], heads: int, channels: int) -> None:
         """What the model and its config know of its sizes, after the layers ``kept`` stayed, with
         so many groups each."""
-        raise NotImplementedError
 
     def run(self, batch) -> None:
         """The model on one batch of the calibration, at least as far as its layers."""
@@ -239,10 +241,13 @@ class _OfHfBert(_OfHf):
 
     def check(self, heads: int) -> None:
         if heads:
-            raise ValueError(
-                "heads: transformers' BERT has hidden_size / heads numbers for each head, and "
-                "cannot have fewer heads of the same size; memlm.load(folder) can"
-            )
+            self.attention(self.layers[0])
+
+    def attention(self, layer) -> Site:
+        raise ValueError(
+            "heads: transformers' BERT has hidden_size / heads numbers for each head, and "
+            "cannot have fewer heads of the same size; memlm.load(folder) can"
+        )
 
     def mlp(self, layer) -> Site:
         source = (layer.intermediate.dense, (1,))
