@@ -47,16 +47,26 @@ def magnitudes(packed: Packed | SparsePacked) -> torch.Tensor:
 
 # What numbers below bf16's normal range, 2^-126, may become on a tile unit, which takes them for 0:
 # the parts of a number cut into three reach 2^-16 of it.
-FLUSHED = {"f32": 0.0, "int8": 0.0, "bf16": 2.0**-126, "bf16x3": 2.0**-126}
+FLUSHED = {"f32": 0.0, "mma": 0.0, "int8": 0.0, "bf16": 2.0**-126, "bf16x3": 2.0**-126}
 
 
 def arithmetic(implementation: str, m: int, fast: bool) -> str:
-    """What a product of m rows is computed in: int8, f32, bf16, or three bf16 for each number."""
+    """What a product of m rows is computed in: int8, f32, bf16, or three bf16 for each number.  On GPUs
+    it is "mma": codes as integers and x in its own 16 bits, sums in f32."""
     from_rows = memlm.cpu.tile_rows(fast) if implementation == "cpp" else 0
     tiles = from_rows and m >= from_rows
     if fast:
         return "bf16" if tiles else "int8"
     return "bf16x3" if tiles else "f32"
+
+
+def mma_weights(packed: Packed | SparsePacked, dtype: torch.dtype) -> torch.Tensor:
+    """f64 [n, k], as "mma" sees them: levels of nf4 rounded to x's dtype."""
+    dense = sparse_formats.to_dense(packed) if isinstance(packed, SparsePacked) else packed
+    if dense.format.codebook != "nf":
+        return dequantize(packed)
+    values = formats.values(dense.format, torch.float64, "cpu").to(dtype).double()
+    return formats.dequantize_with(dense, values, torch.float64)
 
 
 def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str):
@@ -72,6 +82,9 @@ def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str):
     elif arithmetic == "bf16":  # the kernel's weights are one FMA: rounded once to f32
         rows, w = rows.bfloat16().double(), w.float().bfloat16().double()
         size_w = w.abs()
+    elif arithmetic == "mma":
+        w = mma_weights(packed, x.dtype)
+        size_w = size_w.maximum(w.abs())
     rows = rows.double()
     y = rows @ w.T
     size = rows.abs() @ size_w.T
@@ -106,7 +119,11 @@ def exact_around(
     u, k = ROUNDOFF[torch.float32], packed.k
     h = prologue(x.double(), k, norm, eps).reshape(-1, k)
     off = (16 + (5 * math.sqrt(k) if norm is not None else 0)) * u * h.abs()
-    w = (fast_weights if arithmetic == "int8" else dequantize)(packed)
+    if arithmetic == "mma":  # h itself is rounded where a norm makes it
+        off += (ROUNDOFF[x.dtype] * h.abs() + SMALLEST[x.dtype]) if norm is not None else 0
+        w = mma_weights(packed, x.dtype)
+    else:
+        w = (fast_weights if arithmetic == "int8" else dequantize)(packed)
     y = h @ w.T
     bound = (8 + 5 * math.sqrt(k)) * u * (h.abs() @ magnitudes(packed).T)
     bound += off @ magnitudes(packed).T + FLUSHED[arithmetic] * 2 * (h.abs().sum(1)[:, None] + k)

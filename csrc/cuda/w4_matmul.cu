@@ -1,0 +1,10 @@
+#include "weight_only.h"
+
+using namespace memlm::cuda;
+
+template <class T>
+using Nibbles = Integers<T, 4>;
+
+memlm_status memlm_cuda_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args, memlm_cuda_queue* queue) {
+  return weight_only(w, 4, args, queue, w && w->levels ? kLaunchers<Lookup> : kLaunchers<Nibbles>);
+}

@@ -1,0 +1,7 @@
+#include "weight_only.h"
+
+using namespace memlm::cuda;
+
+memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args, memlm_cuda_queue* queue) {
+  return weight_only(w, 8, args, queue, kLaunchers<Bytes>);
+}

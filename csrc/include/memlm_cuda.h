@@ -1,0 +1,45 @@
+/* memlm's C ABI on NVIDIA GPUs: the functions of memlm.h with another prefix, on device memory.
+ *
+ * All arrays lie in the memory of the current device; structs, and memlm_packed.levels, in the host's.
+ * A function begins its work on a stream and returns at once.  It allocates nothing and waits for
+ * nothing, so that it may be captured in a graph.  What differs from memlm.h:
+ *
+ *   activations are f16, or from compute capability 8.0 on bf16
+ *   codes lie 16-byte aligned
+ *   `fast` and `threads` are not looked at: products are exact or rounded once to f32, sums are f32
+ */
+#ifndef MEMLM_CUDA_H_
+#define MEMLM_CUDA_H_
+
+#include "memlm.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Where a call does its work. */
+typedef struct {
+  void* stream;            /* a cudaStream_t; NULL: the default stream */
+  void* workspace;         /* device memory, 256-byte aligned, of no other call under way */
+  int64_t workspace_bytes; /* of it.  Where they do not suffice, the call does nothing, stores here how
+                              many it needs, and returns MEMLM_NO_MEMORY */
+} memlm_cuda_queue;
+
+/* What went wrong in this thread's last call that did not return MEMLM_OK. */
+MEMLM_API const char* memlm_cuda_last_error(void);
+
+/* MEMLM_OK where the current device can run the kernels; else memlm_cuda_last_error says what is
+ * supported. */
+MEMLM_API memlm_status memlm_cuda_supported(void);
+
+MEMLM_API memlm_status memlm_cuda_w2_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                            memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_w4_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                            memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                            memlm_cuda_queue* queue);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
