@@ -96,7 +96,7 @@ def packed_struct(packed) -> Packed:
 
 def _object(source: Path, flags: list[str], cache: Path) -> Path:
     """The compiled source, instrumented if it holds kernels; kept until it or a header changes."""
-    kernels = source.parent != HERE
+    kernels = source.suffix == ".cu"
     command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
                "-w", *flags, *(["-fsanitize=thread"] if kernels else [])]  # fmt: skip
     headers = [*HERE.glob("*.h"), *KERNELS.glob("*.h"), *(ROOT / "csrc" / "include").glob("*.h")]

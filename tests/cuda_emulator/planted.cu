@@ -28,6 +28,7 @@ __global__ void planted_kernel(int mistake, const float* in, float* out) {
     memory[i] = in[i];
   }
   if (mistake == kHalfAtBarrier) {
+    MEMLM_SYNC_THREADS();
     if (i < kWarp) MEMLM_SYNC_THREADS();
   } else if (mistake == kTwoBarriers) {
     if (i < kWarp) {
