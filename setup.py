@@ -30,7 +30,7 @@ ISA_FLAGS = {
     isa: line.split() for isa, line in flags[machine if machine in flags else "DEFAULT"].items()
 }
 
-HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
+HEADERS = [str(p) for p in Path("csrc").rglob("*.h") if p.parent.name != "cuda"]
 
 
 def find_torch():

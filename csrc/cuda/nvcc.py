@@ -68,13 +68,14 @@ def chosen_archs() -> tuple[int, ...]:
     return tuple(sorted(map(int, named)))
 
 
-def compiled(source: Path, archs: tuple[int, ...], kind: str = "-c", threads: int = 1) -> Path:
-    """The object of a source for some architectures, and later ones; ``kind`` ``-cubin``: the device
-    code of one."""
-    command = [find(), *FLAGS, kind]
-    if kind == "-cubin":
-        command.append(f"-arch=sm_{archs[0]}")
+def compiled(source: Path, archs: tuple[int, ...], cubin: bool = False, threads: int = 1) -> Path:
+    """The object of a source for some architectures, and later ones; with ``cubin`` the device code
+    of one, beside what ptxas says of it (``.txt``)."""
+    command = [find(), *FLAGS]
+    if cubin:
+        command += ["-cubin", f"-arch=sm_{archs[0]}", "-Xptxas=-v"]
     else:
+        command.append("-c")
         # Compressed to a quarter; drivers that can run nvcc 13's code can unpack it.
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--compress-mode=size"]
         command += ["--threads", str(threads)]
@@ -85,11 +86,15 @@ def compiled(source: Path, archs: tuple[int, ...], kind: str = "-c", threads: in
     digest = hashlib.sha256(repr(command).encode() + _version(find()).encode())
     for part in (source, *sorted(headers)):
         digest.update(part.read_bytes())
-    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{'.cubin' if kind == '-cubin' else '.o'}"
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{'.cubin' if cubin else '.o'}"
     if not made.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         new = made.with_suffix(f".{os.getpid()}{made.suffix}")
-        subprocess.run([*command, source, "-o", new], check=True)
+        said = subprocess.run([*command, source, "-o", new], stderr=subprocess.PIPE, text=True)
+        if said.returncode:
+            raise RuntimeError(f"{source.name}: nvcc failed\n{said.stderr}")
+        if cubin:
+            made.with_suffix(".txt").write_text(said.stderr)
         new.rename(made)
     return made
 
