@@ -89,6 +89,15 @@ template <class T>
 constexpr uint32_t kMagic = 0x64006400;
 template <>
 constexpr uint32_t kMagic<bf16> = 0x43004300;
+// Two halves, each 2^-power.
+template <class T>
+constexpr uint32_t power_of_two(int power) {
+  return 0x3c003c00 - power * 0x04000400;
+}
+template <>
+constexpr uint32_t power_of_two<bf16>(int power) {
+  return 0x3f803f80 - power * 0x00800080;
+}
 template <class T>
 constexpr float kMagicValue = 1024;
 template <>
@@ -98,15 +107,13 @@ constexpr float kMagicValue<bf16> = 128;
 template <class T, int bits>
 struct Integers {
   static constexpr int kBits = bits;
-  uint32_t one, minus_magic, upper, minus_upper;
+  uint32_t minus_magic, minus_upper;
 
   MEMLM_DEVICE explicit Integers(const WeightOnly& p) {
     // The upper field is read where it stands, times 2^bits, if the mantissa (f16: 10 bits, bf16: 7) has
     // room for it.
     const float factor = upper_in_place() ? 1.0f / (1 << bits) : 1.0f;
-    one = pair<T>(1, 1);
     minus_magic = pair<T>(-(kMagicValue<T> + p.zero), -(kMagicValue<T> + p.zero));
-    upper = pair<T>(factor, factor);
     const float less = -(kMagicValue<T> * factor + p.zero);
     minus_upper = pair<T>(less, less);
   }
@@ -118,9 +125,9 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, one, minus_magic);
+      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
       const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, upper, minus_upper);
+      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -145,7 +152,7 @@ struct Bytes {
 template <>
 MEMLM_DEVICE uint32_t Bytes<f16>::unpack_pair(uint32_t raised, int which) {
   const uint32_t both = permute_bytes(raised, kMagic<f16>, which ? 0x7372 : 0x7170);
-  return fma_pair<f16>(both, pair<f16>(1, 1), pair<f16>(-1152, -1152));
+  return fma_pair<f16>(both, power_of_two<f16>(0), pair<f16>(-1152, -1152));
 }
 template <>
 MEMLM_DEVICE uint32_t Bytes<bf16>::unpack_pair(uint32_t raised, int which) {
@@ -267,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
 
   float sums[kTokenTiles][4][2] = {};  // [][feature][token]
   const Codec codec(p);
-  const uint32_t ones[4] = {pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1)};
+  constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) begin_copies(i);
@@ -300,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
       // Four scales, and offsets, of the lane's rows.
       const int slot = p.group_shift ? 0 : s;
       const int place = (slot * kPair + g * 4) * p.scale_bytes;
-      float scales[4], offsets[4] = {};
+      float scales[4];
       auto four = [&](const uint8_t* array, float(&to)[4]) {
         if (p.scale_bytes == 2) {
           const Vec2 v = load<Vec2>(array + place);
@@ -311,7 +318,6 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
         }
       };
       four(weights + kCodesBytes, scales);
-      if (p.offsets) four(weights + kCodesBytes + kMostScales, offsets);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
         const int token = t * kTokenTile + g;
@@ -334,7 +340,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
           }
         }
         if (p.offsets) {
-          float total[4] = {};
+          float offsets[4], total[4] = {};  // read for each t: registers are scarcer than loads
+          four(weights + kCodesBytes + kMostScales, offsets);
           mma<T>(total, ones, b[0]);
           mma<T>(total, ones, b[1]);
 #pragma unroll
