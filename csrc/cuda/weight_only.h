@@ -392,6 +392,18 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
 
 // ---- The launcher ----
 
+// The kernel's parameters but partial and counters.
+memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* args, WeightOnly* p);
+
+// How many blocks share out k where there would be `blocks`: as many as fill two for each multiprocessor, and
+// at most so many.
+int64_t splits_of(int64_t blocks, int64_t most, const Gpu& gpu);
+
+// Takes what else they need from the workspace, where `blocks` blocks along x and z have so many sums each,
+// and makes rows of x ready.
+memlm_status prepare(const memlm_matmul_args* args, int64_t splits, int64_t blocks, int64_t sums,
+                     memlm_cuda_queue* queue, WeightOnly* p);
+
 struct Plan {
   int token_tiles;
   int64_t splits;
