@@ -284,71 +284,32 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  // The slices' sums, one behind the other into the first's; then the thread blocks'.
-  constexpr int kSums = kTokenTiles * 4, kSlots = kRows * kWarp;
+  constexpr int kSums = kTokenTiles * 4;
   float(&flat)[kSums] = reinterpret_cast<float(&)[kSums]>(sums);
-  float* const parts = shared<float>();
-  if (kSlices > 1) {
-#pragma unroll
-    for (int i = 0; i < kSums; i++) parts[i * kThreads + thread()] = flat[i];
-    MEMLM_SYNC_THREADS();
-    if (slice == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int s = 0; s < kSlices; s++) sum += parts[i * kThreads + thread() + s * kSlots];
-        flat[i] = sum;
-      }
-    }
-    MEMLM_SYNC_THREADS();
-  }
-  if (blocks_y() > 1) {
-    const int64_t block = static_cast<int64_t>(block_z()) * blocks_x() + block_x();
-    const int64_t blocks = static_cast<int64_t>(blocks_x()) * blocks_z();
-    auto place = [&](int split, int i) { return ((split * blocks + block) * kSums + i) * kSlots + thread(); };
-    if (slice == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; i++) p.partial[place(block_y(), i)] = flat[i];
-      fence();
-    }
-    MEMLM_SYNC_THREADS();
-    int* const finished = shared<int>();
-    if (thread() == 0) *finished = atomic_add(p.counters + block, 1);
-    MEMLM_SYNC_THREADS();
-    if (*finished != blocks_y() - 1) return;
-    fence();
-    if (slice == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int split = 0; split < blocks_y(); split++) sum += p.partial[place(split, i)];
-        flat[i] = sum;
-      }
-    }
-    MEMLM_SYNC_THREADS();
-  }
-
+  const bool mine = add_sums<kSums, kRows>(p, flat) && have;
   const T* const bias = static_cast<const T*>(p.bias);
   const int n = tile * kTile + 2 * g;
-  if (slice == 0 && have && bias) {
+  if (mine && bias) {
     for (int r = 0; r < 2; r++) {
       if (n + r >= p.n) continue;
 #pragma unroll
       for (int i = 0; i < kTokenTiles * 2; i++) sums[i / 2][r][i % 2] += to_float(bias[n + r]);
     }
   }
-  if (p.swiglu) {  // what the gates multiply
-    if (slice == 0 && upper) {
+  if (p.swiglu) {
+    float* const factors = shared<float>() + thread() % (kHalf * kWarp);
+    MEMLM_SYNC_THREADS();  // add_sums has read what lay there
+    if (mine && upper) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) parts[i * kSlots + thread() - kHalf * kWarp] = flat[i];
+      for (int i = 0; i < kSums; i++) factors[i * kHalf * kWarp] = flat[i];
     }
     MEMLM_SYNC_THREADS();
-    if (slice == 0 && !upper) {
+    if (mine && !upper) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) flat[i] = silu(flat[i]) * parts[i * kSlots + thread()];
+      for (int i = 0; i < kSums; i++) flat[i] = silu(flat[i]) * factors[i * kHalf * kWarp];
     }
   }
-  if (slice != 0 || !have || upper) return;
+  if (!mine || upper) return;
   const T* const residual = static_cast<const T*>(p.residual);
   const int columns = p.swiglu ? p.n / 2 : p.n;
 #pragma unroll

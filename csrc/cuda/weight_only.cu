@@ -95,6 +95,21 @@ memlm_status prepare(const memlm_matmul_args* args, int64_t splits, int64_t bloc
   return MEMLM_OK;
 }
 
+memlm_status make_plan(const memlm_matmul_args* args, const Gpu& gpu, memlm_cuda_queue* queue, WeightOnly* p,
+                       Plan* plan) {
+  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8;
+  const int rows = rows_of(token_tiles);
+  const int64_t pairs = p->swiglu ? p->tiles / 2 : ceil_div(p->tiles, 2);
+  const int64_t token_blocks = ceil_div(args->m, token_tiles * kTokenTile);
+  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
+              65535 * 64);
+  const int64_t blocks = ceil_div(pairs, rows) * token_blocks;
+  // While each slice of each block still has a pipeline's worth of stages.
+  const int64_t most = ceil_div(p->steps, kStageSteps) / (4 * (kWarps / rows));
+  *plan = {token_tiles, splits_of(blocks, most, gpu), gpu, queue->stream};
+  return prepare(args, plan->splits, blocks, token_tiles * 8 * rows * kWarp, queue, p);
+}
+
 memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
                          const Launchers& launchers) {
   MEMLM_PASS(check_packed(w, bits));
@@ -104,18 +119,8 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
   WeightOnly p = {};
   MEMLM_PASS(describe(w, bits, args, &p));
   if (!args->m) return MEMLM_OK;
-
-  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8;
-  const int64_t pairs = p.swiglu ? p.tiles / 2 : ceil_div(p.tiles, 2);
-  const int64_t token_blocks = ceil_div(args->m, token_tiles * 8);
-  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
-              65535 * 64);
-  const int64_t blocks = ceil_div(pairs, rows_of(token_tiles)) * token_blocks;
-  // While each slice of each block still has a pipeline's worth of stages.
-  const int64_t most = ceil_div(p.steps, 2) / (4 * (kWarps / rows_of(token_tiles)));
-  const int64_t splits = splits_of(blocks, most, gpu);
-  MEMLM_PASS(prepare(args, splits, blocks, token_tiles * 8 * rows_of(token_tiles) * kWarp, queue, &p));
-  const Plan plan = {token_tiles, splits, gpu, queue->stream};
+  Plan plan;
+  MEMLM_PASS(make_plan(args, gpu, queue, &p, &plan));
   return (args->dtype == MEMLM_F16 ? launchers.of_f16 : launchers.of_bf16)(p, plan);
 }
 
