@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     const uint8_t* const from = memory + stage % kStages * kStage;
     const uint8_t* const of_warp = from + warp() * kWarpBytes<Weights>;
     const uint8_t* const x = from + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
-#pragma unroll
+#pragma unroll(kTokenTiles < 4 ? kStageSteps : 1)
     for (int s = 0; s < kStageSteps; s++) {
       weights.unpack(of_warp, s);
       // Four scales, and offsets, of the lane's rows.

@@ -40,6 +40,8 @@ MEMLM_API memlm_status memlm_cuda_w4_matmul(const memlm_packed* w, const memlm_m
 MEMLM_API memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                             memlm_cuda_queue* queue);
 
+MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                                   memlm_cuda_queue* queue);
 /* 16 and 32 bits from compute capability 8.0 on. */
 MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                                                       memlm_cuda_queue* queue);
