@@ -1,11 +1,15 @@
 """block_sparse_matmul on the emulated GPU: csrc/cuda/block_sparse_matmul.cu."""
 
+import ctypes
+from ctypes import byref
+
 import pytest
 import torch
 
 from memlm import sparse_formats
+from memlm.sparse_formats import SparsePacked
 
-from . import emulator
+from . import emulator, numerics
 from .cuda_matmul_checks import in_range
 from .cuda_sparse_checks import Sparse
 from .matmul_checks import random_case
@@ -45,3 +49,68 @@ class TestBlockSparseMatmul(Sparse):
         x, packed, _ = random_case(name, 20, 96, 6, torch.float16)
         with pytest.raises(RuntimeError, match=f"bits: got {bits} on compute capability 7.5"):
             emulator.matmul(self.OP, x, packed, None, arch=750)
+
+
+GRADIENT_SHAPES = [(1, 1, 1), (17, 33, 5), (100, 300, 70), (48, 64, 0)]
+
+
+def run_gradient(name: str, packed, *arguments, out: torch.Tensor, arch: int) -> torch.Tensor:
+    """memlm_cuda_block_sparse_``name`` of W and further arguments, tensors and numbers."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    w = emulator.packed_struct(packed)
+    out.fill_(float("nan"))
+    emulator.emulator(arch).run(
+        f"memlm_cuda_block_sparse_{name}", byref(w), *given, ctypes.c_void_p(out.data_ptr()),
+        read=[*tensors, *packed.tensors().values()], written=[out],
+    )  # fmt: skip
+    return out
+
+
+def check_gradient_of_x(name: str, n: int, k: int, m: int, arch: int = 800):
+    """grad W in f32, over the stored blocks."""
+    packed = random_case(name, n, k, 1, torch.float32)[1]
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
+    rows = ctypes.c_int64(m)
+    got = run_gradient("grad_x", packed, packed.format.bits, rows, grad, out=torch.empty(m, k), arch=arch)
+    bound = numerics.product_bound(grad.double().abs(), numerics.magnitudes(packed))
+    numerics.assert_within(got, grad.double() @ numerics.dequantize(packed), bound)
+
+
+def check_gradient_of_values(n: int, k: int, m: int, arch: int = 800):
+    """grad^T x, at the stored places alone; zeros beyond n and k."""
+    packed = random_case("block/f32", n, k, 1, torch.float32)[1]
+    generator = torch.Generator().manual_seed(5)
+    grad, x = (torch.randn(m, size, generator=generator) for size in (n, k))
+    rows, out = ctypes.c_int64(m), torch.empty_like(packed.codes)
+    got = run_gradient("grad_values", packed, rows, grad, x, out=out, arch=arch)
+    stored = sparse_formats.unpack(packed)[1]
+    assert not got.isnan().any()
+    whole = SparsePacked(packed.format, n, k, got, starts=packed.starts, places=packed.places)
+    exact = (grad.double().T @ x.double()).where(stored, torch.zeros(()))
+    bound = numerics.product_bound(grad.double().abs().T, x.double().abs())
+    numerics.assert_within(sparse_formats.dequantize(whole), exact, bound)
+
+
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_gradient_of_x(name):
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_x(name, n, k, m)
+
+
+def test_gradient_of_values():
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_values(n, k, m)
+
+
+def test_gradients_on_turing():
+    check_gradient_of_x("block/int4-g32", 40, 100, 9, arch=750)
+    check_gradient_of_values(40, 100, 9, arch=750)
+
+
+@pytest.mark.gpu_proof
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_every_gradient(name):
+    for n, k, m in [(700, 130, 65), (33, 1057, 129)]:
+        check_gradient_of_x(name, n, k, m)
+        check_gradient_of_values(n, k, m)

@@ -26,13 +26,11 @@
 // blocks and add up their sums in the end.  Thread blocks share out a tile's blocks, too, where there would
 // be few of them.  With swiglu the tiles of the second half of a thread block's warps are what the gates of
 // the first half multiply.
-#include "rows.h"
+#include "blocks.h"
 #include "weight_only.h"
 
 namespace memlm::cuda {
 namespace {
-
-constexpr int kBlockK = 32;  // k of a block
 
 constexpr int tiles_of(int token_tiles) { return token_tiles == 1 ? 4 : 8; }
 
@@ -353,19 +351,19 @@ memlm_status launch_block_sparse_of(const memlm_packed* w, int bits, const Block
   }
 }
 
-memlm_status check_blocks(const memlm_packed* w, int bits, const Gpu& gpu) {
+}  // namespace
+
+memlm_status check_blocks(const memlm_packed* w, int bits) {
+  MEMLM_CHECK(w && w->pattern == MEMLM_BLOCKS, "w: NULL, or its pattern is not blocks");
   MEMLM_CHECK(w->starts, "starts: NULL");
   MEMLM_CHECK(w->group == kBlockK, "group: got %lld, accepted for blocks is 32", static_cast<long long>(w->group));
-  const bool floats = bits == 16 || bits == 32;
-  MEMLM_CHECK(floats || bits == 2 || bits == 4 || bits == 8, "bits: got %d, accepted are 2, 4, 8, 16 and 32", bits);
-  MEMLM_CHECK(!floats || (!w->scales && !w->offsets && !w->levels), "w: floats have no scales, offsets or levels");
-  if (floats && gpu.arch < 800) {
-    return fail(MEMLM_UNSUPPORTED, "bits: got %d on compute capability 7.5; accepted are 2, 4 and 8", bits);
-  }
-  return check_values(w, floats ? 4 : bits);
+  MEMLM_CHECK(are_floats(bits) || bits == 2 || bits == 4 || bits == 8,
+              "bits: got %d, accepted are 2, 4, 8, 16 and 32", bits);
+  MEMLM_CHECK(!are_floats(bits) || (!w->scales && !w->offsets && !w->levels),
+              "w: floats have no scales, offsets or levels");
+  return check_values(w, are_floats(bits) ? 4 : bits);
 }
 
-}  // namespace
 }  // namespace memlm::cuda
 
 using namespace memlm;
@@ -373,11 +371,13 @@ using namespace memlm::cuda;
 
 memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                                             memlm_cuda_queue* queue) {
-  MEMLM_CHECK(w && w->pattern == MEMLM_BLOCKS, "w: NULL, or its pattern is not blocks");
+  MEMLM_PASS(check_blocks(w, bits));
   MEMLM_PASS(check_matmul(w, args));
   Gpu gpu;
   MEMLM_PASS(find_gpu(args->dtype, &gpu));
-  MEMLM_PASS(check_blocks(w, bits, gpu));
+  if (are_floats(bits) && gpu.arch < 800) {
+    return fail(MEMLM_UNSUPPORTED, "bits: got %d on compute capability 7.5; accepted are 2, 4 and 8", bits);
+  }
   BlockSparse p = {};
   MEMLM_PASS(describe(w, bits, args, &p));
   p.starts = w->starts;

@@ -46,6 +46,13 @@ MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const 
 MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
                                                       memlm_cuda_queue* queue);
 
+/* Gradients, as in memlm.h. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m, const float* grad,
+                                                      float* grad_x, memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
+                                                           const float* x, float* grad_values,
+                                                           memlm_cuda_queue* queue);
+
 #ifdef __cplusplus
 }
 #endif
