@@ -9,7 +9,7 @@ from memlm.quantize import sparse_quantize
 from memlm.sparse_formats import SparseFormat
 
 from . import emulator, numerics, sparse
-from .cuda_matmul_checks import WeightOnly, check, in_range
+from .cuda_matmul_checks import COMPLETE_ROWS, COMPLETE_SHAPES, ROWS, SHAPES, WeightOnly, check, in_range
 from .matmul_checks import off_by_one, quantized, random_case
 
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
@@ -52,6 +52,23 @@ class Sparse(WeightOnly):
         for n, k in ((33, 2111), (130, 1057)):
             for m in (1, 9, 33):
                 check_density(self.OP, format, n, k, m, density, dtype)
+
+    @pytest.mark.gpu_proof
+    @pytest.mark.parametrize("shape", SHAPES + COMPLETE_SHAPES, ids=str)
+    def test_every_shape(self, format, dtype, shape):
+        small = shape[0] * shape[1] <= 1 << 15
+        for m in ROWS + COMPLETE_ROWS if small else [1, 9, 33]:
+            check(self.OP, format, *shape, m, dtype)
+
+    def test_memory(self, format):
+        """W is read once, x and W are all that is read, and no bank of shared memory has to wait."""
+        x, packed, _ = random_case(format, 128, 1024, 8, torch.float32)
+        x = in_range(x, torch.float16)
+        counts = emulator.emulator().counts(lambda: emulator.matmul(self.OP, x, packed, None))
+        least = packed.nbytes + x.nbytes
+        assert 32 * counts.distinct_read <= 1.03 * least
+        if packed.format.pattern != "unstructured":  # whose codes lie where the bits say
+            assert counts.shared_passes == counts.shared_least
 
     def test_turing(self, some):
         for m in (1, 33):

@@ -18,10 +18,10 @@ from .matmul_checks import random_case
 class TestBlockSparseMatmul(Sparse):
     OP = "block_sparse_matmul"
     FORMATS = [
-        "block/int4-g32", "block/int4a-g32", "block/int8-g32", "block/int2a-g32", "block/nf4-g32",
-        "block/f32", "block/bf16",
+        "block/int4a-g32", "block/int8-g32", "block/int2a-g32", "block/nf4-g32", "block/f32",
+        "block/bf16",
     ]  # fmt: skip
-    SOME = ["block/int4a-g32", "block/int8-g32", "block/int2-g32", "block/nf4-g32"]
+    SOME = ["block/int4-g32", "block/int8-g32", "block/int2-g32", "block/nf4-g32"]
     ANOTHER = "2:4/int4-g32"
 
     def test_not_finite(self, dtype):

@@ -41,11 +41,11 @@ struct BlockSparse : WeightOnly {
 
 // ---- Values: [part][row][pair of k], as the lane has them, from a block in shared memory ----
 
-// Where 16-byte piece `piece` of a block of `bits` bits a weight lies in shared memory: of the pieces of
-// 8 k, a multiple of 8 apart, equal ones go to different banks.
+// Where 16-byte piece `piece` of a block of `bits` bits a weight lies in shared memory: turned about by which 8
+// k it is of, so that lanes that read the same rows of different k meet different banks.
 template <int bits>
 MEMLM_DEVICE int place_of_piece(int piece) {
-  return bits < 8 ? piece : piece ^ piece / bits % 4 << 1;
+  return bits < 4 ? piece : piece ^ piece / bits % 4 << 1;
 }
 template <int bits>
 MEMLM_DEVICE const uint8_t* byte_of(const uint8_t* block, int byte) {
