@@ -86,6 +86,7 @@ template <class Element, class Codec>
 struct TwoOfFour {
   using T = Element;
   using Parameters = Compressed;
+  static constexpr bool kOffsets = false;
   static constexpr int kCodesBytes = 2 * kStageFours * kTile, kBytes = kCodesBytes + kPlacesBytes;
 
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : 4; }
@@ -157,15 +158,16 @@ struct TwoOfFour {
     }
   }
 
-  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4], bool summed,
-                             float (&total)[4]) const {
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4]) const {
     if constexpr (kArch >= 800) {
       uint32_t b[4];
       load_matrices(b, x + x_place(token0 + lane() % 8, s * 4 + lane() / 8));
       mma_sparse<T, 0>(upper, w[0], b, where);
       mma_sparse<T, 1>(lower, w[1], b, where);
     } else {
-      cuda::multiply<T>(w, x, token0 + lane() / 4, s * 4 + lane() % 4, upper, lower, summed, total);
+      uint32_t b[2][2];
+      read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
+      cuda::multiply<T>(w, b, upper, lower);
     }
   }
 };
@@ -178,6 +180,7 @@ template <class Element, class Codec>
 struct Unstructured {
   using T = Element;
   using Parameters = Compressed;
+  static constexpr bool kOffsets = false;
   // From anywhere among 16 bytes on; and 8 that are loaded behind the last, but not used.
   static constexpr int kTileCodes = round_up(15 + kStageK * kTile / 2 + 8, 16);
   static constexpr int kCodesBytes = 2 * kTileCodes;
@@ -265,9 +268,10 @@ struct Unstructured {
     }
   }
 
-  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4], bool summed,
-                             float (&total)[4]) const {
-    cuda::multiply<T>(w, x, token0 + lane() / 4, s * 4 + lane() % 4, upper, lower, summed, total);
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4]) const {
+    uint32_t b[2][2];
+    read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
+    cuda::multiply<T>(w, b, upper, lower);
   }
 };
 

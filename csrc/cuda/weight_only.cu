@@ -57,7 +57,10 @@ memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* 
   p.tiles = static_cast<int>(ceil_div(w->n, kTile));
   p.steps = static_cast<int>(k / kStep);
   p.groups = static_cast<int>(k / group);
-  p.group_steps = static_cast<int>(group / kStep);
+  p.group_shift = 31;  // one group
+  for (int shift = 0; shift < 3 && w->group; shift++) {
+    if (group == kStep << shift) p.group_shift = shift;
+  }
   p.code_stride = p.steps * bits * 64;
   p.x = args->x;
   p.x_stride = args->x_stride;

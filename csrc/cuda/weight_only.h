@@ -57,7 +57,7 @@ struct WeightOnly {
   int scale_bytes;  // of one
   Levels levels;
   float zero;  // subtracted from codes
-  int n, k, tiles, groups, group_steps;  // steps of k in a group
+  int n, k, tiles, groups, group_shift;  // 2^group_shift steps of k in a group
   int steps;                             // of all k
   int code_stride;                       // bytes of a tile's codes: `steps` times those of a step
   const void* x;
@@ -248,21 +248,23 @@ MEMLM_DEVICE int x_place(int token, int piece) {
   return token * kXRow + (piece ^ (token % 2 * 4 + token / 2 % 4)) * 16;
 }
 
-// Adds to sums[feature][token] a product with `w`, 8 k of the lane's 4 rows, that both tiles of A have in
-// common with x's 8 tokens; with `total` x's own sums, too.
+// The lane's 8 k of a token as two B operands: k 0-3, then 4-7.
+MEMLM_DEVICE void read_x(const uint8_t* x, int token, int piece, uint32_t (&b)[2][2]) {
+  const Vec4 v = load<Vec4>(x + x_place(token, piece));
+  b[0][0] = v.x, b[0][1] = v.y, b[1][0] = v.z, b[1][1] = v.w;
+}
+
+// Adds to the lane's rows, the first two in `upper` and the others in `lower`, the product of 8 k of 4 rows with
+// 8 tokens.
 template <class T>
-MEMLM_DEVICE void multiply(const uint32_t (&w)[4][4], const uint8_t* x, int token, int piece, float (&upper)[4],
-                           float (&lower)[4], bool summed, float (&total)[4]) {
-  const uint32_t ones[4] = {pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1)};
-  const Vec4 xs = load<Vec4>(x + x_place(token, piece));
-  const uint32_t b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
+MEMLM_DEVICE void multiply(const uint32_t (&w)[4][4], const uint32_t (&b)[2][2], float (&upper)[4],
+                           float (&lower)[4]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
     const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
     mma<T>(upper, a0, b[h]);
     mma<T>(lower, a1, b[h]);
-    if (summed) mma<T>(total, ones, b[h]);
   }
 }
 
@@ -272,6 +274,7 @@ struct Dense {
   using T = Element;
   using Parameters = WeightOnly;
   static constexpr int kBits = Codec::kBits;
+  static constexpr bool kOffsets = kBits < 8;  // may be there
   static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
   static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
 
@@ -280,23 +283,31 @@ struct Dense {
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
 
   const Codec codec;
+  // Where the lane's first piece of a tile lies: 4 rows of a block of 64 bytes; a step has blocks of 4, 8 or
+  // 16 k.
+  const int64_t begin;
   uint32_t w[4][4];  // [feature][pair of k], of a step
 
-  MEMLM_DEVICE Dense(const WeightOnly& p, const Work&) : codec(p) {}
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Work& work)
+      : codec(p),
+        begin(work.have ? static_cast<int64_t>(work.mine) * p.code_stride + first_block() * 64 + lane() / 4 % 4 * 16
+                        : 0) {}
+
+  static MEMLM_DEVICE int first_block() {
+    const int c = lane() % 4;
+    return kBits == 8 ? 2 * c : kBits == 4 ? c : c / 2;
+  }
 
   // Begins to copy what a stage from step0 on has; nothing where not `valid`.
   MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Work& work, uint8_t* to, int step0, bool valid) {
-    const int g = lane() / 4, c = lane() % 4;
 #pragma unroll
     for (int s = 0; s < kStageSteps; s++) {
       const int step = step0 + s;
       const bool there = valid && work.have && step < p.steps;
+      const uint8_t* const from = p.codes + (there ? begin + static_cast<int64_t>(step) * (kBits * 64) : 0);
+#pragma unroll
       for (int i = 0; i < kPieces; i++) {
-        // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-        const int in_step = kBits == 8 ? 2 * c + i : kBits == 4 ? c : c / 2;
-        const int64_t offset = static_cast<int64_t>(work.mine) * p.code_stride +
-                               (static_cast<int64_t>(step) * kBits + in_step) * 64 + g % 4 * 16;
-        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, p.codes + (there ? offset : 0), there);
+        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
       }
     }
   }
@@ -320,9 +331,10 @@ struct Dense {
   }
 
   // Products of step s with the 8 tokens from token0 on.
-  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4], bool summed,
-                             float (&total)[4]) const {
-    cuda::multiply<T>(w, x, token0 + lane() / 4, s * 4 + lane() % 4, upper, lower, summed, total);
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4]) const {
+    uint32_t b[2][2];
+    read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
+    cuda::multiply<T>(w, b, upper, lower);
   }
 };
 
@@ -346,30 +358,41 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
   const Work work = {at, mine, have, first * kStageSteps};
   Weights weights(p, work);
 
+  // Where the lane's pieces of 16 bytes lie in the first stage; later ones follow at fixed distances.
+  // Scales, and offsets: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so
+  // that a lane brings at most one piece.
+  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift ? 1 : kStageSteps;
+  const int scale_tile = tile_of(p, at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
+  const int64_t scales_begin =
+      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+  // x: 8 pieces a token.
+  constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
+  const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
+  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
+
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStage;
     uint8_t* const of_warp = to + warp() * kWarpBytes<Weights>;
     const int step0 = (first + stage) * kStageSteps;
     const bool valid = first + stage < last;
     weights.begin_copies(p, work, of_warp, step0, valid);
-    // Scales, and offsets, of the groups that begin in the stage or go on in it.
-    const int pieces = p.scale_bytes;  // of 16 bytes: a tile has 16 scales for a group
-    const int groups = p.group_steps == 1 ? 2 : 1;
-    for (int i = lane(); i < groups * 2 * pieces; i += kWarp) {
-      const int group = step0 / p.group_steps + i / (2 * pieces), tile = tile_of(p, at, i / pieces % 2);
-      const bool there = valid && tile < p.tiles && group < p.groups;
-      const int64_t offset =
-          there ? ((static_cast<int64_t>(tile) * p.groups + group) * pieces + i % pieces) * 16 : 0;
-      uint8_t* const scales = of_warp + Weights::kBytes + i * 16;
+    if (later_group < stage_groups) {
+      const int group = (step0 >> p.group_shift) + later_group;
+      const bool there = valid && brings_scales && group < p.groups;
+      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      uint8_t* const scales = of_warp + Weights::kBytes + lane() * 16;
       copy_async(scales, p.scales + offset, there);
-      if (p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
+      if (Weights::kOffsets && p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
     }
     uint8_t* const x = to + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
-    for (int i = row * kWarp + lane(); i < kTokens * 8; i += kRows * kWarp) {  // pieces of 16 bytes
-      const int token = i / 8, piece = i % 8, k = step0 * kStep + piece * 8;
-      const bool there = valid && token0 + token < p.m && k < p.k;
-      const int64_t offset = there ? (token0 + token) * p.x_stride + k : 0;
-      copy_async(x + x_place(token, piece), static_cast<const T*>(p.x) + offset, there);
+#pragma unroll
+    for (int i = 0; i < kXPieces; i++) {
+      const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
+      const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
+      const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
+      copy_async(x + x_place(token, x_piece), static_cast<const T*>(p.x) + offset, there);
     }
     commit_copies();
   };
@@ -385,11 +408,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     const uint8_t* const from = memory + stage % kStages * kStage;
     const uint8_t* const of_warp = from + warp() * kWarpBytes<Weights>;
     const uint8_t* const x = from + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
-#pragma unroll(kTokenTiles < 4 ? kStageSteps : 1)
+#pragma unroll(kTokenTiles == 8 ? 1 : kStageSteps)  // 64 sums leave no registers for two steps at once
     for (int s = 0; s < kStageSteps; s++) {
       weights.unpack(of_warp, s);
       // Four scales, and offsets, of the lane's rows.
-      const int slot = p.group_steps == 1 ? s : 0;
+      const int slot = p.group_shift ? 0 : s;
       const int place = (slot * kPair + g * 4) * p.scale_bytes;
       float scales[4], offsets[4] = {};
       auto four = [&](const uint8_t* array, float(&to)[4]) {
@@ -402,17 +425,29 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
         }
       };
       four(of_warp + Weights::kBytes, scales);
-      if (p.offsets) four(of_warp + Weights::kBytes + kMostScales, offsets);
+      if (Weights::kOffsets && p.offsets) four(of_warp + Weights::kBytes + kMostScales, offsets);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
-        float upper[4] = {}, lower[4] = {}, total[4] = {};
-        weights.multiply(x, t * kTokenTile, s, upper, lower, p.offsets != nullptr, total);
+        float upper[4] = {}, lower[4] = {};
+        weights.multiply(x, t * kTokenTile, s, upper, lower);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
 #pragma unroll
           for (int r = 0; r < 4; r++) {
             const float product = r < 2 ? upper[2 * r + j] : lower[2 * (r - 2) + j];
-            sums[t][r][j] += scales[r] * product + offsets[r] * total[j];
+            sums[t][r][j] = fma_f32(scales[r], product, sums[t][r][j]);
+          }
+        }
+        if (Weights::kOffsets && p.offsets) {
+          uint32_t b[2][2];
+          read_x(x, t * kTokenTile + g, s * 4 + c, b);
+          const uint32_t one = pair<T>(1, 1), ones[4] = {one, one, one, one};
+          float total[4] = {};
+          mma<T>(total, ones, b[0]);
+          mma<T>(total, ones, b[1]);
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            sums[t][i / 2][i % 2] = fma_f32(offsets[i / 2], total[i % 2], sums[t][i / 2][i % 2]);
           }
         }
       }

@@ -391,6 +391,7 @@ template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void*,
             Arguments... arguments) {
   using Values = std::tuple<void (*)(Parameters...), Parameters...>;
+  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes)) return true;
   const Values values(kernel, static_cast<Parameters>(arguments)...);
   const auto run = [](const void* given) {
     std::apply([](auto kernel, auto... each) { kernel(each...); }, *static_cast<const Values*>(given));
