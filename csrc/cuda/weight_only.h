@@ -21,9 +21,7 @@
 // scale and added up in f32.  An offset is multiplied by the sum of its k of x, which a product with ones
 // gives in the very lanes that need it.  Levels of NF4 are rounded to x's type.
 //
-// A block has kWarps warps: `kRows` pairs of tiles beside each other, each by kSlices warps that share out
-// k and add up their sums in the end.  Blocks share out k, too, where there would be few of them: each
-// stores its sums, and the last to finish adds them up in the order of k.
+// product.h says how the work is shared out, and adds up the parts.
 //
 //   stage of the pipeline, 64 k:  [warp][codes | scales | offsets]  [slice][x: tokens x 64]
 //
@@ -31,55 +29,39 @@
 #ifndef MEMLM_CUDA_WEIGHT_ONLY_H_
 #define MEMLM_CUDA_WEIGHT_ONLY_H_
 
-#include "host.h"
+#include "product.h"
 
 namespace memlm::cuda {
-
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kTile = 16, kPair = 2 * kTile;      // rows
-constexpr int kStep = 32, kStageK = 2 * kStep;    // k
-constexpr int kTokenTile = 8;
 
 // Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
 // 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
 constexpr int stages_of(int arch, int bits) { return arch < 800 ? 2 : bits == 8 ? 3 : 4; }
-// Pairs of tiles beside each other in a block: for many tokens more, as x is read once by each block.
-constexpr int rows_of(int token_tiles) { return token_tiles <= 2 ? 2 : token_tiles == 4 ? 4 : 8; }
 
 // The levels of a 4-bit code as bytes, for lookups: bits 0-7 and 8-15 of their 16-bit floats.
 struct Levels {
   uint32_t low[4], high[4];
 };
 
-struct WeightOnly {
+struct WeightOnly : Product {
   const uint8_t* codes;
   const uint8_t *scales, *offsets;
   int scale_bytes;  // of one
   Levels levels;
   float zero;  // subtracted from codes
-  int n, k, tiles, groups, group_steps;  // steps of k in a group
-  int steps;                             // of all k
-  int code_stride;                       // bytes of a tile's codes: `steps` times those of a step
+  int k, groups, group_steps;  // steps of k in a group
+  int64_t code_stride;         // bytes of a tile's codes: `steps` times those of a step
   const void* x;
   int64_t x_stride;
-  int m;
-  const void *bias, *residual;
-  void* y;
-  int64_t y_stride, residual_stride;
-  bool swiglu, wide;  // wide: four features of y may be stored at once
-  // Blocks along y share out k; [splits][blocks][kThreads] sums of each thread, and counters.
-  float* partial;
-  int* counters;
 };
 
 // Bytes of one step: of a lane's codes, and of the pair's scales for one group.
 constexpr int pieces_of(int bits) { return bits == 8 ? 2 : 1; }
-constexpr int codes_bytes(int bits) { return kStageK / kStep * pieces_of(bits) * kWarp * 16; }
-constexpr int kMostScales = kStageK / kStep * kPair * 4;  // f32, a group for each step
+constexpr int codes_bytes(int bits) { return kStageSteps * pieces_of(bits) * kWarp * 16; }
+constexpr int kMostScales = kStageSteps * kPair * 4;  // f32, a group for each step
 
 constexpr int warp_bytes(int bits) { return codes_bytes(bits) + 2 * kMostScales; }
 constexpr int stage_bytes(int bits, int token_tiles) {
-  return kWarps * warp_bytes(bits) + kWarps / rows_of(token_tiles) * token_tiles * kTokenTile * kStageK * 2;
+  return kWarps * warp_bytes(bits) + slices_of(token_tiles) * token_tiles * kTokenTile * kStageK * 2;
 }
 
 // ---- Codes to numbers: 8 k of one row, as four pairs in order ----
@@ -182,46 +164,30 @@ struct Lookup {
 
 // ---- The kernel ----
 
-MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
-
-// The tiles that warp pair `at` works on; with swiglu a gate and what it multiplies.
-MEMLM_DEVICE int tile_of(const WeightOnly& p, int at, int which) {
-  return p.swiglu ? at + which * (p.tiles / 2) : 2 * at + which;
-}
-
 template <class T, class Codec, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOnly p) {
-  constexpr int kBits = Codec::kBits, kRows = rows_of(kTokenTiles), kSlices = kWarps / kRows;
+  using Here = Place<kTokenTiles>;
+  constexpr int kBits = Codec::kBits, kRows = Here::kRows, kTokens = Here::kTokens;
   constexpr int kStages = stages_of(kArch, kBits), kPieces = pieces_of(kBits);
-  constexpr int kTokens = kTokenTiles * kTokenTile;
   constexpr int kXRow = kStageK * 2, kWarpBytes = warp_bytes(kBits), kCodesBytes = codes_bytes(kBits);
   constexpr int kStageBytes = stage_bytes(kBits, kTokenTiles);
-  constexpr int kStageSteps = kStageK / kStep;
 
   uint8_t* const memory = shared<uint8_t>();
-  const int row = warp() % kRows, slice = warp() / kRows, g = lane() / 4, c = lane() % 4;
-  const int at = block_x() * kRows + row, token0 = block_z() * kTokens;
-  const int mine = tile_of(p, at, g / 4);  // the tile of this lane's rows
-  const bool have = mine < p.tiles;
-
-  // Stages first .. last - 1 are this slice's; all slices go through as many.
-  const int all = (p.steps + kStageSteps - 1) / kStageSteps, shares = kSlices * blocks_y();
-  const int count = (all + shares - 1) / shares;
-  const int first = (block_y() * kSlices + slice) * count;
-  const int last = first + count < all ? first + count : all;
+  const Here here(p);
+  const int row = here.row, slice = here.slice, g = here.g, c = here.c, token0 = here.token0;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStageBytes;
     uint8_t* const weights = to + warp() * kWarpBytes;
-    const int step0 = (first + stage) * kStageSteps;
-    const bool valid = first + stage < last;
+    const int step0 = (here.first + stage) * kStageSteps;
+    const bool valid = here.first + stage < here.last;
     for (int s = 0; s < kStageSteps; s++) {
       const int step = step0 + s;
-      const bool there = valid && have && step < p.steps;
+      const bool there = valid && here.have && step < p.steps;
       for (int i = 0; i < kPieces; i++) {
         // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
         const int in_step = kBits == 8 ? 2 * c + i : kBits == 4 ? c : c / 2;
-        const int64_t offset = static_cast<int64_t>(mine) * p.code_stride +
+        const int64_t offset = here.mine * p.code_stride +
                                (static_cast<int64_t>(step) * kBits + in_step) * 64 + g % 4 * 16;
         copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, p.codes + (there ? offset : 0), there);
       }
@@ -230,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
     const int pieces = p.scale_bytes;  // of 16 bytes: a tile has 16 scales for a group
     const int groups = p.group_steps == 1 ? 2 : 1;
     for (int i = lane(); i < groups * 2 * pieces; i += kWarp) {
-      const int group = step0 / p.group_steps + i / (2 * pieces), tile = tile_of(p, at, i / pieces % 2);
+      const int group = step0 / p.group_steps + i / (2 * pieces), tile = tile_of(p, here.at, i / pieces % 2);
       const bool there = valid && tile < p.tiles && group < p.groups;
       const int64_t offset =
           there ? ((static_cast<int64_t>(tile) * p.groups + group) * pieces + i % pieces) * 16 : 0;
@@ -249,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
     commit_copies();
   };
 
-  float sums[kTokenTiles][4][2] = {};  // [][feature][token]
+  float sums[kTokenTiles][2][4] = {};
   const Codec codec(p);
   const uint32_t ones[4] = {pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1)};
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) begin_copies(i);
-  for (int stage = 0; stage < count; stage++) {
+  for (int stage = 0; stage < here.count; stage++) {
     wait_copies<kStages - 2>();
     MEMLM_SYNC_THREADS();  // this stage is there for all, and the one before is read
     begin_copies(stage + kStages - 1);
@@ -283,40 +249,27 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
       }
       // Four scales, and offsets, of the lane's rows.
       const int slot = p.group_steps == 1 ? s : 0;
-      const int place = (slot * kPair + g * 4) * p.scale_bytes;
+      const uint8_t* const place = weights + kCodesBytes + (slot * kPair + g * 4) * p.scale_bytes;
       float scales[4], offsets[4] = {};
-      auto four = [&](const uint8_t* array, float(&to)[4]) {
-        if (p.scale_bytes == 2) {
-          const Vec2 v = load<Vec2>(array + place);
-          to[0] = low<f16>(v.x), to[1] = high<f16>(v.x), to[2] = low<f16>(v.y), to[3] = high<f16>(v.y);
-        } else {
-          const Vec4 v = load<Vec4>(array + place);
-          to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
-        }
-      };
-      four(weights + kCodesBytes, scales);
-      if (p.offsets) four(weights + kCodesBytes + kMostScales, offsets);
+      load_scales(place, p.scale_bytes, scales);
+      if (p.offsets) load_scales(place + kMostScales, p.scale_bytes, offsets);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
         const int token = t * kTokenTile + g;
         const Vec4 xs = load<Vec4>(x + token * kXRow + ((s * 4 + c) ^ token % 2 * 4) * 16);
         const uint32_t b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
-        float upper[4] = {}, lower[4] = {}, total[4] = {};
+        float products[2][4] = {}, total[4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
           const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
-          mma<T>(upper, a0, b[h]);
-          mma<T>(lower, a1, b[h]);
+          mma<T>(products[0], a0, b[h]);
+          mma<T>(products[1], a1, b[h]);
           if (p.offsets) mma<T>(total, ones, b[h]);
         }
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-#pragma unroll
-          for (int r = 0; r < 4; r++) {
-            const float product = r < 2 ? upper[2 * r + j] : lower[2 * (r - 2) + j];
-            sums[t][r][j] += scales[r] * product + offsets[r] * total[j];
-          }
+        for (int i = 0; i < 8; i++) {
+          sums[t][i / 4][i % 4] += scales[i / 2] * products[i / 4][i % 4] + offsets[i / 2] * total[i % 2];
         }
       }
     }
@@ -324,92 +277,20 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  // The slices' sums, one behind the other into the first's.
-  constexpr int kSums = kTokenTiles * 8;
-  if (kSlices > 1) {
-    float* const parts = shared<float>();
-    for (int i = 0; i < kSums; i++) parts[i * kThreads + thread()] = sums[i / 8][i / 2 % 4][i % 2];
-    MEMLM_SYNC_THREADS();
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int s = 0; s < kSlices; s++) sum += parts[i * kThreads + thread() + s * kRows * kWarp];
-        sums[i / 8][i / 2 % 4][i % 2] = sum;
-      }
-    }
-  }
-  if (blocks_y() > 1) {  // the blocks' sums
-    const int64_t block = static_cast<int64_t>(block_z()) * blocks_x() + block_x();
-    const int64_t blocks = static_cast<int64_t>(blocks_x()) * blocks_z();
-    constexpr int kSlots = kRows * kWarp;
-    auto place = [&](int split, int i) { return ((split * blocks + block) * kSums + i) * kSlots + thread(); };
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) p.partial[place(block_y(), i)] = sums[i / 8][i / 2 % 4][i % 2];
-      fence();
-    }
-    MEMLM_SYNC_THREADS();
-    int* const finished = shared<int>();
-    if (thread() == 0) *finished = atomic_add(p.counters + block, 1);
-    MEMLM_SYNC_THREADS();
-    if (*finished != blocks_y() - 1) return;
-    fence();
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int split = 0; split < blocks_y(); split++) sum += p.partial[place(split, i)];
-        sums[i / 8][i / 2 % 4][i % 2] = sum;
-      }
-    }
-  }
-  if (slice != 0) return;
-
-  const T* const bias = static_cast<const T*>(p.bias);
-  const T* const residual = static_cast<const T*>(p.residual);
-  for (int i = 0; i < kTokenTiles * 2; i++) {
-    const int t = i / 2, j = i % 2, token = token0 + t * kTokenTile + 2 * c + j;
-    float values[4];
-    for (int r = 0; r < 4; r++) {
-      const int n = mine * kTile + g % 4 * 4 + r;
-      values[r] = sums[t][r][j] + (bias && n < p.n ? to_float(bias[n]) : 0);
-      if (p.swiglu) {  // the gate is in lanes 0-15, what it multiplies in the others
-        const float other = shuffle_xor(values[r], 16);
-        values[r] = silu(values[r]) * other;
-      }
-    }
-    if (token >= p.m || !have || (p.swiglu && g >= 4)) continue;
-    const int n0 = mine * kTile + g % 4 * 4, columns = p.swiglu ? p.n / 2 : p.n;
-    for (int r = 0; residual && r < 4 && n0 + r < columns; r++) {
-      values[r] += to_float(residual[token * p.residual_stride + n0 + r]);
-    }
-    T* const y = static_cast<T*>(p.y) + token * p.y_stride + n0;
-    if (p.wide && n0 + 4 <= columns) {
-      store(y, Vec2{pair<T>(values[0], values[1]), pair<T>(values[2], values[3])});
-    } else {
-      for (int r = 0; r < 4 && n0 + r < columns; r++) y[r] = from_float<T>(values[r]);
-    }
-  }
+  if (add_up<kTokenTiles>(p, slice, sums)) finish<T>(p, here, sums);
 }
 
 // ---- The launcher ----
 
-struct Plan {
-  int token_tiles;
-  int64_t splits;
-  Gpu gpu;
-  void* stream;
-};
-
 template <class T, class Codec>
 memlm_status launch_weight_only(const WeightOnly& p, const Plan& plan) {
   const int tokens = plan.token_tiles;
-  const int64_t pairs = p.swiglu ? p.tiles / 2 : ceil_div(p.tiles, 2);
-  const Grid grid = {ceil_div(pairs, rows_of(tokens)), plan.splits, ceil_div(p.m, tokens * kTokenTile)};
   void (*kernel)(WeightOnly) = tokens == 1   ? &weight_only_kernel<T, Codec, 1>
                                : tokens == 2 ? &weight_only_kernel<T, Codec, 2>
                                : tokens == 4 ? &weight_only_kernel<T, Codec, 4>
                                              : &weight_only_kernel<T, Codec, 8>;
   const int bytes = stages_of(plan.gpu.arch, Codec::kBits) * stage_bytes(Codec::kBits, tokens);
-  return started(launch(kernel, grid, kThreads, bytes, plan.stream, p));
+  return started(launch(kernel, plan.grid, kThreads, bytes, plan.stream, p));
 }
 
 // One codec's launchers, by the type of x.
