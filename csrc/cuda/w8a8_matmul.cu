@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     const uint8_t* const from = memory + stage % kStages * kStageBytes;
     const uint8_t* const weights = from + warp() * kWarpBytes;
     const uint8_t* const x = from + x_begin;
-#pragma unroll
+    // Both steps at once would need more registers than there are where tokens are many.
+#pragma unroll(kTokenTiles == 8 && !whole ? 1 : kStageSteps)
     for (int s = 0; s < kStageSteps; s++) {
       const Vec4 one = load<Vec4>(weights + (s * kPieces * kWarp + lane()) * 16);
       const Vec4 two = load<Vec4>(weights + ((s * kPieces + 1) * kWarp + lane()) * 16);
