@@ -71,6 +71,17 @@ def _warn_once(name: str, what: str, why: str = "") -> None:
         )
 
 
+def selected(name: str, device: str) -> tuple[str, str]:
+    """Which of :func:`implementations` ``torch.ops.memlm.<name>`` runs on a type of device; and why it
+    is the reference, if it is."""
+    if device == "cpu":
+        return "cpp", ""
+    if device != "cuda":
+        return "reference", f"memlm has no kernels for {device}"
+    kernel = next(iter(_cuda_kernels[name]), None)
+    return (kernel, "") if kernel else ("reference", _cuda.unavailable() or f"{name} has no CUDA kernel")
+
+
 def implementations(name: str, device: str = "cpu") -> dict[str, Callable]:
     """Every callable that executes op ``name`` on ``device``, by name: the plain-torch
     ``reference``, and the kernels that can run in this process, of which ``torch.ops.memlm.<name>``
