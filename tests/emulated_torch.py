@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def set_up() -> None:
 
     torch.version.cuda = "13.0"
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors hold NaN
+    kernels = types.ModuleType("memlm.kernels")
+    kernels.OPERATIONS, kernels.available = ("w4_matmul", "quantize_weight"), lambda: True
+    sys.modules["memlm.kernels"] = kernels
+    import memlm
+    memlm.kernels = kernels
     import memlm.ops
     from memlm.ops import _cuda, _registry
 
@@ -43,7 +49,7 @@ def set_up() -> None:
 
     assert _cuda.unavailable() == ""
     for name, kernels in _registry._cuda_kernels.items():
-        if not kernels:
+        if "cuda" not in kernels:
             continue
         schema = str(getattr(torch.ops.memlm, name).default._schema).removeprefix(f"memlm::{name}")
         torch.library.define(f"memlm_emulated::{name}", schema)
@@ -124,6 +130,7 @@ def registered() -> None:
 
     import memlm
     from memlm import ops
+    from memlm.ops import _registry
 
     from .matmul_checks import arguments, random_case
 
@@ -131,8 +138,14 @@ def registered() -> None:
         for namespace in ("memlm", "memlm_cuda"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
         assert "CUDA: registered at csrc/torch/cuda.cpp" in torch._C._dispatch_dump(f"memlm::{name}")
-        assert list(ops.implementations(name, "cuda")) == ["reference", "cuda"]
+        triton = ["triton"] if name == "w4_matmul" else []
+        assert list(ops.implementations(name, "cuda")) == ["reference", "cuda", *triton]
         assert list(ops.implementations(name, "cpu")) == ["reference", "cpp"]
+    assert _registry.selected("w4_matmul", "cuda") == ("cuda", "")
+    assert _registry.selected("quantize_weight", "cuda") == ("triton", "")  # there is none in C++
+    for name, kernels in _registry._cuda_kernels.items():
+        if not kernels:
+            assert _registry.selected(name, "cuda") == ("reference", f"{name} has no CUDA kernel")
     x, packed, bias = random_case("int4-g32", 40, 96, 9, torch.float16)
     with FakeTensorMode():
 
@@ -142,12 +155,12 @@ def registered() -> None:
         given = [fake(a) if isinstance(a, torch.Tensor) else a for a in arguments(x, packed, bias, False)]
         y = torch.ops.memlm.w4_matmul(*given)
         assert (y.shape, y.dtype, y.device) == ((9, 40), torch.float16, torch.device("cuda:0"))
-        model = nn.Sequential(nn.Linear(96, 64, bias=False))
     memlm.quantize_(model := nn.Sequential(nn.Linear(96, 64)), "int4")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode():
         for parameter in ("codes", "scales"):
             old = getattr(model[0], parameter)
             new = torch.empty(old.shape, dtype=old.dtype, device="cuda:0")
-            setattr(model[0], parameter, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            setattr(model[0], parameter, new)
         (row,) = memlm.explain(model).rows
     assert (row.op, row.isa, row.reason) == ("w4_matmul", "cuda cuda", ""), row
