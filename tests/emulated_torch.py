@@ -164,3 +164,28 @@ def registered() -> None:
             setattr(model[0], parameter, new)
         (row,) = memlm.explain(model).rows
     assert (row.op, row.isa, row.reason) == ("w4_matmul", "cuda cuda", ""), row
+
+
+def device_runner() -> None:
+    """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
+    import pytest
+    import torch
+
+    from . import device, emulator
+    from .cuda_matmul_checks import in_range
+    from .matmul_checks import random_case
+
+    x, packed, bias = random_case("nf4-g64", 40, 2112, 3, torch.float32)
+    x, bias = in_range(x, torch.float16), bias.half()
+    real = emulator.emulator
+    there = device.Device(real().path, "cpu")
+    emulator.emulator = lambda arch: there
+    y = emulator.matmul("w4_matmul", x, packed, bias)
+    emulator.emulator = real
+    given = (packed.codes, packed.scales, None, 1, 40, 2112, 64, bias, False, None, 0.0, False, None)
+    assert torch.equal(y, torch.ops.memlm_emulated.w4_matmul(x, *given))
+    ran_well()
+    copy = device.Copy(x, "cpu")
+    copy.whole[copy.place - 1] = 0
+    with pytest.raises(AssertionError, match="written out of bounds"):
+        copy.back()
