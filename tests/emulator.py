@@ -257,6 +257,8 @@ def matmul(name: str, x, packed, bias, norm=None, eps=0.0, swiglu=False, residua
         norm_eps=eps, swiglu=swiglu, residual=pointer(residual_rows), residual_stride=columns,
     )  # fmt: skip
     w = packed_struct(packed)
+    if name == "block_sparse_matmul":
+        before = (packed.format.bits, *before)
     read = [rows, bias, norm, residual_rows, *packed.tensors().values()]
     emulator(arch).run(
         f"memlm_cuda_{name}", byref(w), *before, byref(args), read=read, written=[y]

@@ -78,6 +78,10 @@ memlm_status need(memlm_cuda_queue* queue, int64_t bytes) {
 memlm_status check_packed(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w && w->codes && w->scales, "w: it or its codes or scales are NULL");
   MEMLM_CHECK(w->pattern == MEMLM_DENSE, "w: got a sparse matrix, a dense one is accepted");
+  return check_values(w, bits);
+}
+
+memlm_status check_values(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w->n >= 1 && w->k >= 1, "w: got n = %lld, k = %lld, both must be at least 1",
               static_cast<long long>(w->n), static_cast<long long>(w->k));
   // A tile's codes, 16 rows of at most a byte for each k, are counted in 32 bits; whole matrices in 64.

@@ -30,33 +30,22 @@ Levels levels_of(const float* levels, memlm_dtype dtype) {
   return table;
 }
 
-// How many blocks share out k: as many as fill two for each multiprocessor, while each slice of each
-// still has a pipeline's worth of stages.
-int64_t splits_of(int64_t blocks, int64_t stages, int slices, const Gpu& gpu) {
-  constexpr int64_t least = 4;
-  const int64_t wanted = 2 * gpu.processors / blocks, most = stages / (least * slices);
-  const int64_t splits = wanted < most ? wanted : most;
+}  // namespace
+
+int64_t splits_of(int64_t blocks, int64_t most, const Gpu& gpu) {
+  const int64_t wanted = 2 * gpu.processors / blocks, splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : splits;
 }
 
-}  // namespace
-
-memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
-                         const Launchers& launchers) {
-  MEMLM_PASS(check_packed(w, bits));
-  MEMLM_PASS(check_matmul(w, args));
-  Gpu gpu;
-  MEMLM_PASS(find_gpu(args->dtype, &gpu));
+memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* args, WeightOnly* parameters) {
   if (w->levels) {
     for (int i = 0; i < 16; i++) {
       const float level = fabsf(w->levels[i]);
       MEMLM_CHECK(level == 0 || (level >= 0x1p-14f && level <= 1), "w: its levels must be 0 or 2^-14 to 1");
     }
   }
-  if (!args->m) return MEMLM_OK;
-
-  WeightOnly p = {};
-  const int64_t k = padded_k(w), tiles = ceil_div(w->n, kTile), group = w->group ? w->group : k;
+  WeightOnly& p = *parameters;
+  const int64_t k = padded_k(w), group = w->group ? w->group : k;
   p.codes = static_cast<const uint8_t*>(w->codes);
   p.scales = static_cast<const uint8_t*>(w->scales);
   p.offsets = static_cast<const uint8_t*>(w->offsets);
@@ -65,7 +54,7 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
   p.zero = w->offsets || bits == 8 ? 0 : bits == 4 ? 8 : 1;
   p.n = static_cast<int>(w->n);
   p.k = static_cast<int>(w->k);
-  p.tiles = static_cast<int>(tiles);
+  p.tiles = static_cast<int>(ceil_div(w->n, kTile));
   p.steps = static_cast<int>(k / kStep);
   p.groups = static_cast<int>(k / group);
   p.group_shift = 31;  // one group
@@ -83,21 +72,17 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
   p.residual_stride = args->residual_stride;
   p.swiglu = args->swiglu != 0;
   p.wide = args->y_stride % 4 == 0 && is_aligned(args->y, 8);
+  return MEMLM_OK;
+}
 
-  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8;
-  const int64_t pairs = p.swiglu ? tiles / 2 : ceil_div(tiles, 2), token_blocks = ceil_div(args->m, token_tiles * 8);
-  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
-              65535 * 64);
-  const int64_t blocks = ceil_div(pairs, rows_of(token_tiles)) * token_blocks;
-  const int64_t splits = splits_of(blocks, ceil_div(p.steps, 2), kWarps / rows_of(token_tiles), gpu);
-
+memlm_status prepare(const memlm_matmul_args* args, int64_t splits, int64_t blocks, int64_t sums,
+                     memlm_cuda_queue* queue, WeightOnly* parameters) {
+  WeightOnly& p = *parameters;
   // Workspace: counters, the blocks' sums, x made ready.
   const int64_t counters = splits > 1 ? round_up(blocks * 4, 256) : 0;
-  const int64_t sums =
-      splits > 1 ? splits * blocks * token_tiles * 8 * rows_of(token_tiles) * kWarp * int64_t{4} : 0;
-  const bool ready = are_ready(args, w->k);
-  const int64_t rows = ready ? 0 : args->m * ready_stride(w->k) * 2;
-  MEMLM_PASS(need(queue, counters + round_up(sums, 256) + rows));
+  const int64_t partial = splits > 1 ? round_up(splits * blocks * sums * 4, 256) : 0;
+  const bool ready = are_ready(args, p.k);
+  MEMLM_PASS(need(queue, counters + partial + (ready ? 0 : args->m * ready_stride(p.k) * 2)));
   char* const workspace = static_cast<char*>(queue->workspace);
   if (splits > 1) {
     p.counters = reinterpret_cast<int*>(workspace);
@@ -105,12 +90,40 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
     MEMLM_PASS(started(clear(p.counters, counters, queue->stream)));
   }
   if (!ready) {
-    char* const to = workspace + counters + round_up(sums, 256);
-    MEMLM_PASS(ready_rows(args, w->k, to, queue->stream));
+    char* const to = workspace + counters + partial;
+    MEMLM_PASS(ready_rows(args, p.k, to, queue->stream));
     p.x = to;
-    p.x_stride = ready_stride(w->k);
+    p.x_stride = ready_stride(p.k);
   }
-  const Plan plan = {token_tiles, splits, gpu, queue->stream};
+  return MEMLM_OK;
+}
+
+memlm_status make_plan(const memlm_matmul_args* args, const Gpu& gpu, memlm_cuda_queue* queue, WeightOnly* p,
+                       Plan* plan) {
+  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8;
+  const int rows = rows_of(token_tiles);
+  const int64_t pairs = p->swiglu ? p->tiles / 2 : ceil_div(p->tiles, 2);
+  const int64_t token_blocks = ceil_div(args->m, token_tiles * kTokenTile);
+  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
+              65535 * 64);
+  const int64_t blocks = ceil_div(pairs, rows) * token_blocks;
+  // While each slice of each block still has a pipeline's worth of stages.
+  const int64_t most = ceil_div(p->steps, kStageSteps) / (4 * (kWarps / rows));
+  *plan = {token_tiles, splits_of(blocks, most, gpu), gpu, queue->stream};
+  return prepare(args, plan->splits, blocks, token_tiles * 8 * rows * kWarp, queue, p);
+}
+
+memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
+                         const Launchers& launchers) {
+  MEMLM_PASS(check_packed(w, bits));
+  MEMLM_PASS(check_matmul(w, args));
+  Gpu gpu;
+  MEMLM_PASS(find_gpu(args->dtype, &gpu));
+  WeightOnly p = {};
+  MEMLM_PASS(describe(w, bits, args, &p));
+  if (!args->m) return MEMLM_OK;
+  Plan plan;
+  MEMLM_PASS(make_plan(args, gpu, queue, &p, &plan));
   return (args->dtype == MEMLM_F16 ? launchers.of_f16 : launchers.of_bf16)(p, plan);
 }
 

@@ -6,6 +6,7 @@
  *
  *   activations are f16, or from compute capability 8.0 on bf16
  *   codes lie 16-byte aligned
+ *   of sparse matrices starts and places are not checked: they must be as memlm/sparse_formats.py says
  *   `fast` and `threads` are not looked at: products are exact or rounded once to f32, sums are f32
  */
 #ifndef MEMLM_CUDA_H_
@@ -38,6 +39,19 @@ MEMLM_API memlm_status memlm_cuda_w4_matmul(const memlm_packed* w, const memlm_m
                                             memlm_cuda_queue* queue);
 MEMLM_API memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                             memlm_cuda_queue* queue);
+
+MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                                   memlm_cuda_queue* queue);
+/* 16 and 32 bits from compute capability 8.0 on. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
+                                                      memlm_cuda_queue* queue);
+
+/* Gradients, as in memlm.h. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m, const float* grad,
+                                                      float* grad_x, memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
+                                                           const float* x, float* grad_values,
+                                                           memlm_cuda_queue* queue);
 
 #ifdef __cplusplus
 }
