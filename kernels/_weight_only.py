@@ -184,8 +184,9 @@ def _prune(_, named, **constants):
     return pruned(target_of(named["x"].device), named["m"], *of)
 
 
+# BITS: what fits depends on them, and packed words of all formats are int32.
 tuned_kernel = triton.autotune(
-    SPACE, key=["m", "n", "k", "STEP", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
+    SPACE, key=["m", "n", "k", "BITS", "LEVELS", "OFFSETS", "STEP", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
 )(weight_only_kernel)
 
 

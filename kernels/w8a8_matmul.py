@@ -39,10 +39,13 @@ def _add_step(
     else:
         product = tl.dot(x_tile.to(tl.float16), tl.trans(w.to(tl.float16))).to(tl.int32)
     if WHOLE:
-        return sums + product
-    scale = tl.load(scales + (tile * groups + step // group_steps) * 16 + row, column < n, 0.0).to(tl.float32)
-    x_scale = tl.load(x_scales + x_scale_at + step // x_group_steps, rows_inside, 0.0)
-    return sums + product.to(tl.float32) * (x_scale[:, None] * scale[None, :])
+        sums += product
+    else:
+        scale_at = (tile * groups + step // group_steps) * 16 + row
+        scale = tl.load(scales + scale_at, column < n, 0.0).to(tl.float32)
+        x_scale = tl.load(x_scales + x_scale_at + step // x_group_steps, rows_inside, 0.0)
+        sums += product.to(tl.float32) * (x_scale[:, None] * scale[None, :])
+    return sums
 
 
 @triton.jit
@@ -114,6 +117,11 @@ def add_splits_kernel(
     _finish(sums, up, at, column, bias, residual, y, m, n, BIAS, SWIGLU, RESIDUAL)
 
 
+def step_of(group: int, x_group: int, integers: bool) -> int:
+    """STEP: within one group of both sides; 64 products without int8 instructions need a stack."""
+    return 32 if 32 in (group, x_group) or not integers else 64
+
+
 def _prune(_, named, **constants):
     target = target_of(named["x"].device)
     return pruned(target, named["m"], constants["STEP"], 8, constants["SWIGLU"])
@@ -146,13 +154,13 @@ def w8a8_matmul(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     x_groups = x_scales.shape[-1]
     x_scales = x_scales.reshape(-1, x_groups).contiguous()
-    step = 32 if 32 in (group, x_group) else 64
+    integers = x.device.type == "cpu" or target_of(x.device).arch != 75
+    step = step_of(group, x_group, integers)
     padded = packed.format.padded_k(k)
     steps, m = triton.cdiv(padded, step), len(rows)
     residual = None if residual is None else residual.reshape(y.shape).contiguous()
     flags = {"BIAS": bias is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None}
     flags["WHOLE"] = whole = not (group or x_group)
-    integers = x.device.type == "cpu" or target_of(x.device).arch != 75
     given = [y if t is None else t for t in (bias, residual)]  # what is not there is not read
 
     def run(chosen, splits: int, **settings):
