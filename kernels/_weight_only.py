@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from memlm.formats import TILE_ROWS, ZEROS, Packed
+from memlm.formats import ZEROS, Packed
 from memlm.kernels._rows import rms_norm
 from memlm.kernels._targets import TARGETS, Target, fits
 from memlm.ops import _matmul
