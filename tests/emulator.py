@@ -244,23 +244,27 @@ def emulator_of(source: Path) -> Emulator:
     return Emulator(_library([source], 800), 800)
 
 
-def matmul(name: str, x, packed, bias, norm=None, eps=0.0, swiglu=False, residual=None, arch: int = 800, before=()) -> torch.Tensor:  # fmt: skip
+def matmul(
+    name: str, x, packed, bias, norm=None, eps=0.0, swiglu=False, residual=None, arch: int = 800, before=(),
+    after=(), read=(), dtype=None,
+) -> torch.Tensor:  # fmt: skip
     """The product of the op ``name`` by its emulated kernel: ``x [..., k]`` -> ``[..., n]``, or half of
-    that with swiglu.  ``before``: the C function's arguments behind W."""
-    rows = x.reshape(-1, packed.k)
+    that with swiglu, in ``dtype``, by default x's.  ``before`` and ``after``: the C function's arguments
+    behind W, and behind memlm_matmul_args; ``read``: what tensors they point to."""
+    rows, dtype = x.reshape(-1, packed.k), dtype or x.dtype
     columns = packed.n // 2 if swiglu else packed.n
-    y = torch.full((len(rows), columns), float("nan"), dtype=x.dtype)
+    y = torch.full((len(rows), columns), float("nan"), dtype=dtype)
     residual_rows = None if residual is None else residual.reshape(-1, columns)
     args = MatmulArgs(
         m=len(rows), x=pointer(rows), x_stride=rows.stride(0) if len(rows) > 1 else packed.k,
-        bias=pointer(bias), y=pointer(y), y_stride=columns, dtype=DTYPES[x.dtype], norm=pointer(norm),
+        bias=pointer(bias), y=pointer(y), y_stride=columns, dtype=DTYPES[dtype], norm=pointer(norm),
         norm_eps=eps, swiglu=swiglu, residual=pointer(residual_rows), residual_stride=columns,
     )  # fmt: skip
     w = packed_struct(packed)
     if name == "block_sparse_matmul":
         before = (packed.format.bits, *before)
-    read = [rows, bias, norm, residual_rows, *packed.tensors().values()]
+    read = [rows, bias, norm, residual_rows, *packed.tensors().values(), *read]
     emulator(arch).run(
-        f"memlm_cuda_{name}", byref(w), *before, byref(args), read=read, written=[y]
+        f"memlm_cuda_{name}", byref(w), *before, byref(args), *after, read=read, written=[y]
     )
     return y.view(*x.shape[:-1], columns)

@@ -282,9 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  constexpr int kSums = kTokenTiles * 4;
-  float(&flat)[kSums] = reinterpret_cast<float(&)[kSums]>(sums);
-  const bool mine = add_sums<kSums, kRows>(p, flat) && have;
+  const bool mine = add_up<kRows>(p, sums) && have;
   const T* const bias = static_cast<const T*>(p.bias);
   const int n = tile * kTile + 2 * g;
   if (mine && bias) {
@@ -295,16 +293,20 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
     }
   }
   if (p.swiglu) {
+    constexpr int kSums = kTokenTiles * 4;
     float* const factors = shared<float>() + thread() % (kHalf * kWarp);
-    MEMLM_SYNC_THREADS();  // add_sums has read what lay there
+    MEMLM_SYNC_THREADS();  // add_up has read what lay there
     if (mine && upper) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) factors[i * kHalf * kWarp] = flat[i];
+      for (int i = 0; i < kSums; i++) factors[i * kHalf * kWarp] = sums[i / 4][i / 2 % 2][i % 2];
     }
     MEMLM_SYNC_THREADS();
     if (mine && !upper) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) flat[i] = silu(flat[i]) * factors[i * kHalf * kWarp];
+      for (int i = 0; i < kSums; i++) {
+        float& sum = sums[i / 4][i / 2 % 2][i % 2];
+        sum = silu(sum) * factors[i * kHalf * kWarp];
+      }
     }
   }
   if (!mine || upper) return;
@@ -331,12 +333,9 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
 
 template <class T, class Values>
 memlm_status launch_block_sparse(const BlockSparse& p, const Plan& plan) {
-  const int rows = tiles_of(plan.token_tiles);
-  const Grid grid = {p.swiglu ? ceil_div(p.tiles / 2, rows / 2) : ceil_div(p.tiles, rows), plan.splits,
-                     ceil_div(p.m, plan.token_tiles * kTokenTile)};
   const int bytes = kWarps * Values::stages_of(plan.gpu.arch) * kStageOf<Values>;
   return started(launch(plan.token_tiles == 1 ? &block_sparse_kernel<T, Values, 1> : &block_sparse_kernel<T, Values, 4>,
-                        grid, kThreads, bytes, plan.stream, p));
+                        plan.grid, kThreads, bytes, plan.stream, p));
 }
 
 template <class T>
@@ -385,14 +384,13 @@ memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, con
   if (!args->m) return MEMLM_OK;
 
   const int token_tiles = args->m <= 8 ? 1 : 4, rows = tiles_of(token_tiles);
-  const int64_t token_blocks = ceil_div(args->m, token_tiles * kTokenTile);
-  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
-              65535 * 32);
-  const int64_t blocks = (p.swiglu ? ceil_div(p.tiles / 2, rows / 2) : ceil_div(p.tiles, rows)) * token_blocks;
+  const int64_t row_blocks = p.swiglu ? ceil_div(p.tiles / 2, rows / 2) : ceil_div(p.tiles, rows);
   // While each warp still has 8 blocks, if half of them are stored.
-  const int64_t splits = splits_of(blocks, p.steps / (16 * (kWarps / rows)), gpu);
-  MEMLM_PASS(prepare(args, splits, blocks, token_tiles * 4 * rows * kWarp, queue, &p));
-  const Plan plan = {token_tiles, splits, gpu, queue->stream};
+  const int64_t most_splits = p.steps / (16 * (kWarps / rows));
+  Plan plan;
+  MEMLM_PASS(plan_blocks(args, token_tiles, row_blocks, most_splits, token_tiles * 4 * rows * kWarp, gpu,
+                         queue->stream, &plan));
+  MEMLM_PASS(begin(args, plan, queue, &p));
   return args->dtype == MEMLM_F16 ? launch_block_sparse_of<f16>(w, bits, p, plan)
                                   : launch_block_sparse_of<bf16>(w, bits, p, plan);
 }

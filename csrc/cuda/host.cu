@@ -100,7 +100,7 @@ memlm_status check_values(const memlm_packed* w, int bits) {
   return MEMLM_OK;
 }
 
-memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args) {
+memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args, bool int8_x) {
   MEMLM_CHECK(args->m >= 0 && args->m <= INT32_MAX, "m: got %lld, accepted are 0 to 2^31 - 1",
               static_cast<long long>(args->m));
   MEMLM_CHECK(!args->m || (args->x && args->y), "x, y: NULL");
@@ -111,9 +111,16 @@ memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args) 
   const int64_t columns = args->swiglu ? w->n / 2 : w->n;
   MEMLM_CHECK(args->y_stride >= columns && (!args->residual || args->residual_stride >= columns),
               "y_stride, residual_stride: at least %lld are needed", static_cast<long long>(columns));
-  MEMLM_CHECK(is_aligned(args->x, 2) && is_aligned(args->y, 2) && is_aligned(args->bias, 2) &&
-                  is_aligned(args->residual, 2) && is_aligned(args->norm, 2),
-              "x, y, bias, residual, norm: not aligned to an element");
+  if (!int8_x) MEMLM_PASS(check_arrays(args->dtype, "x", {args->x}));
+  return check_arrays(args->dtype, "y, bias, residual, norm", {args->y, args->bias, args->residual, args->norm});
+}
+
+memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer_list<const void*> arrays) {
+  MEMLM_CHECK(dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16, "dtype: got %d, accepted are 0 to 2",
+              static_cast<int>(dtype));
+  for (const void* array : arrays) {
+    MEMLM_CHECK(is_aligned(array, bytes_of(dtype)), "%s: not aligned to an element", names);
+  }
   return MEMLM_OK;
 }
 

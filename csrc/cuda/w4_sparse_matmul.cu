@@ -95,10 +95,12 @@ struct TwoOfFour {
   uint32_t w[4][4];  // [feature][pair of k]; for the sparse product a0, a1, as mma_sparse takes them
   uint32_t where;    // and where those stand
 
-  MEMLM_DEVICE TwoOfFour(const Compressed& p, const Work&) : codec(p) {}
+  template <class Here>
+  MEMLM_DEVICE TwoOfFour(const Compressed& p, const Here&) : codec(p) {}
 
-  MEMLM_DEVICE void begin_copies(const Compressed& p, const Work& work, uint8_t* to, int step0, bool valid) {
-    const int tile = tile_of(p, work.at, lane() % 2);
+  template <class Here>
+  MEMLM_DEVICE void begin_copies(const Compressed& p, const Here& here, uint8_t* to, int step0, bool valid) {
+    const int tile = tile_of(p, here.at, lane() % 2);
     const bool have = valid && tile < p.tiles;
     const int64_t fours = static_cast<int64_t>(p.steps) * kStepFours;  // of a tile
     const int64_t tile_fours = tile * fours + static_cast<int64_t>(step0) * kStepFours;
@@ -158,16 +160,16 @@ struct TwoOfFour {
     }
   }
 
-  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4]) const {
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&products)[2][4]) const {
     if constexpr (kArch >= 800) {
       uint32_t b[4];
       load_matrices(b, x + x_place(token0 + lane() % 8, s * 4 + lane() / 8));
-      mma_sparse<T, 0>(upper, w[0], b, where);
-      mma_sparse<T, 1>(lower, w[1], b, where);
+      mma_sparse<T, 0>(products[0], w[0], b, where);
+      mma_sparse<T, 1>(products[1], w[1], b, where);
     } else {
       uint32_t b[2][2];
       read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
-      cuda::multiply<T>(w, b, upper, lower);
+      cuda::multiply<T>(w, b, products);
     }
   }
 };
@@ -195,17 +197,18 @@ struct Unstructured {
   int64_t at;
   Vec2 bits;
 
-  MEMLM_DEVICE Unstructured(const Compressed& p, const Work& work) : codec(p), at(0), bits{0, 0} {
-    const int tile = tile_of(p, work.at, lane() / 16);
-    const bool have = tile < p.tiles && work.step0 < p.steps;
+  template <class Here>
+  MEMLM_DEVICE Unstructured(const Compressed& p, const Here& here) : codec(p), at(0), bits{0, 0} {
+    const int tile = tile_of(p, here.at, lane() / 16), step0 = here.first * kStageSteps;
+    const bool have = tile < p.tiles && step0 < p.steps;
     int bytes = 0;
     if (have) {
-      for (int i = lane() % 16; i < work.step0 * kStepFours; i += 16) bytes += bytes_of(read_bits(p, tile, i));
+      for (int i = lane() % 16; i < step0 * kStepFours; i += 16) bytes += bytes_of(read_bits(p, tile, i));
       at = p.starts[tile];
     }
     for (int mask = 1; mask < 16; mask *= 2) bytes += shuffle_xor(bytes, mask);
     at += bytes;
-    if (have) bits = read_stage_bits(p, tile, work.step0);
+    if (have) bits = read_stage_bits(p, tile, step0);
   }
 
   static MEMLM_DEVICE int bytes_of(Vec2 bits) { return (count_bits(bits.x) + count_bits(bits.y) + 1) / 2; }
@@ -218,10 +221,11 @@ struct Unstructured {
     return four < p.steps * kStepFours ? read_bits(p, tile, four) : Vec2{0, 0};
   }
 
-  MEMLM_DEVICE void begin_copies(const Compressed& p, const Work& work, uint8_t* to, int step0, bool valid) {
+  template <class Here>
+  MEMLM_DEVICE void begin_copies(const Compressed& p, const Here& here, uint8_t* to, int step0, bool valid) {
     const int tile = lane() / 16, four = lane() % 16;
     const Vec2 now = valid ? bits : Vec2{0, 0};
-    const int of_pair = tile_of(p, work.at, tile);
+    const int of_pair = tile_of(p, here.at, tile);
     bits = of_pair < p.tiles ? read_stage_bits(p, of_pair, step0 + kStageSteps) : Vec2{0, 0};
     const int bytes = bytes_of(now);
     int end = bytes;  // of those up to this one
@@ -268,10 +272,10 @@ struct Unstructured {
     }
   }
 
-  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&upper)[4], float (&lower)[4]) const {
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&products)[2][4]) const {
     uint32_t b[2][2];
     read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
-    cuda::multiply<T>(w, b, upper, lower);
+    cuda::multiply<T>(w, b, products);
   }
 };
 
@@ -311,6 +315,7 @@ memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matm
   p.places = static_cast<const uint8_t*>(w->places);
   if (!args->m) return MEMLM_OK;
   Plan plan;
-  MEMLM_PASS(make_plan(args, gpu, queue, &p, &plan));
+  MEMLM_PASS(plan_product(w, args, gpu, queue->stream, &p, &plan));
+  MEMLM_PASS(begin(args, plan, queue, &p));
   return args->dtype == MEMLM_F16 ? launch_sparse<f16>(w, p, plan) : launch_sparse<bf16>(w, p, plan);
 }
