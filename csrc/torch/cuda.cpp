@@ -67,6 +67,8 @@ const Operation kOperations[] = {
     operation<&w2_matmul<Gpu>>("w2_matmul", Gpu::w2_matmul),
     operation<&w4_matmul<Gpu>>("w4_matmul", Gpu::w4_matmul),
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
+    operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
+    operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),

@@ -36,6 +36,8 @@ struct Gpu {
   static inline decltype(&memlm_cuda_w2_matmul) w2_matmul;
   static inline decltype(&memlm_cuda_w4_matmul) w4_matmul;
   static inline decltype(&memlm_cuda_w8_matmul) w8_matmul;
+  static inline decltype(&memlm_cuda_w8a8_matmul) w8a8_matmul;
+  static inline decltype(&memlm_cuda_quantize_rows) quantize_rows;
   static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
   static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
   static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
