@@ -208,23 +208,17 @@ struct Dense {
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
 
   const Codec codec;
-  // Where the lane's first piece of a tile lies: 4 rows of a block of 64 bytes; a step has blocks of 4, 8 or
-  // 16 k.
-  const int64_t begin;
   uint32_t w[4][4];  // [feature][pair of k], of a step
 
   template <class Here>
-  MEMLM_DEVICE Dense(const WeightOnly& p, const Here& here)
-      : codec(p), begin(here.have ? here.mine * p.code_stride + first_block() * 64 + lane() / 4 % 4 * 16 : 0) {}
-
-  static MEMLM_DEVICE int first_block() {
-    const int c = lane() % 4;
-    return kBits == 8 ? 2 * c : kBits == 4 ? c : c / 2;
-  }
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Here&) : codec(p) {}
 
   // Begins to copy what a stage from step0 on has; nothing where not `valid`.
   template <class Here>
   MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Here& here, uint8_t* to, int step0, bool valid) {
+    // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
+    const int block = kBits == 8 ? 2 * here.c : kBits == 4 ? here.c : here.c / 2;
+    const int64_t begin = here.mine * p.code_stride + block * 64 + here.g % 4 * 16;
 #pragma unroll
     for (int s = 0; s < kStageSteps; s++) {
       const int step = step0 + s;
