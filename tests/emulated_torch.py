@@ -45,8 +45,6 @@ def set_up() -> None:
     import memlm.ops
     from memlm.ops import _cuda, _registry
 
-    from .emulator import emulator
-
     assert _cuda.unavailable() == ""
     for name, kernels in _registry._cuda_kernels.items():
         if "cuda" not in kernels:
@@ -54,9 +52,16 @@ def set_up() -> None:
         schema = str(getattr(torch.ops.memlm, name).default._schema).removeprefix(f"memlm::{name}")
         torch.library.define(f"memlm_emulated::{name}", schema)
         assert _cuda.register("memlm_emulated", "CPU", name, or_reference=True)
-    emulator().lib.emulator_seed(1)
-    emulator().lib.emulator_register(0x1000, 1 << 62, 1)  # the ops' own tensors cannot be named here
+    emulator_may_touch_all()
     memlm.ops.emulated = lambda name: getattr(torch.ops.memlm_emulated, name)
+
+
+def emulator_may_touch_all() -> None:
+    """The ops' own tensors cannot be named here."""
+    from .emulator import emulator
+
+    emulator().lib.emulator_seed(1)
+    emulator().lib.emulator_register(0x1000, 1 << 62, 1)
 
 
 def ran_well() -> None:
@@ -164,6 +169,29 @@ def registered() -> None:
             setattr(model[0], parameter, new)
         (row,) = memlm.explain(model).rows
     assert (row.op, row.isa, row.reason) == ("w4_matmul", "cuda cuda", ""), row
+
+
+def paged() -> None:
+    """kv_append stores the CPU's bytes; paged_attention gets the arguments that a C call gives."""
+    import torch
+
+    from memlm import ops
+
+    from . import cuda_kv
+    from .paged import paged as stored
+
+    for type in ("bf16", "int8", "int4"):
+        made = stored(type, 64, [40, 100], dtype=torch.float16)
+        again = [None if t is None else torch.full_like(t, 255) for t in (made.pool, made.tails)]
+        k, v = (torch.cat(parts) for parts in (made.k, made.v))
+        ops.emulated("kv_append")(*again, k, v, *made.step(made.lengths))
+        assert torch.equal(again[0], made.pool) and (made.tails is None or torch.equal(again[1], made.tails))
+        q = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(2)).half()
+        given = (q, made.pool, made.tails, *made.step([1, 2]), 0.125, 0, 0.0, None, None)
+        y = ops.emulated("paged_attention")(*given)
+        ran_well()
+        assert torch.equal(y, cuda_kv.paged_attention(*given))
+        emulator_may_touch_all()
 
 
 def device_runner() -> None:

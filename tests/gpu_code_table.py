@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -97,7 +99,7 @@ def mix_table() -> str:
     to begin all of one tile of tokens: were they the only limit."""
     lines = []
     for kernel in cubin.kernels("w4_matmul.cu", 80):
-        if "<f16, Integers" not in kernel.name:
+        if "<Dense<f16, Integers" not in kernel.name:
             continue
         loop = kernel.loop("HMMA")
         found = cubin.classes(loop)
@@ -145,14 +147,15 @@ def traffic(op: str, format: str, m: int) -> tuple[int, int]:
     return moved, w.nbytes + 2 * rows * (COUNTED_N + COUNTED_K)
 
 
-def account() -> str:
+def account(archs: tuple[int, ...] = cubin.ARCHS) -> str:
     version = cubin.nvcc._version(cubin.nvcc.find()).split("release ")[1].split(",")[0]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda job: cubin.kernels(*job), [(s, a) for a in cubin.ARCHS for s in cubin.sources()]))
-    of_arch = {arch: rows(arch) for arch in cubin.ARCHS}
+    jobs = [(cubin.KERNELS / source, (arch,), True) for arch in archs for source in cubin.sources()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: cubin.nvcc.compiled(*job), jobs))
+    of_arch = {arch: rows(arch) for arch in archs}
     return f"""\
 Compiled by nvcc {version}.  **r**: registers of a thread; **w**: warps that a multiprocessor holds at
-once, of {", ".join(f"{gpu_limits.ARCHS[a].warps} (sm_{a})" for a in cubin.ARCHS)}; shared
+once, of {", ".join(f"{gpu_limits.ARCHS[a].warps} (sm_{a})" for a in archs)}; shared
 memory as the launcher asks for it on sm_80; tensor-core instructions and loads of 16 bytes from global
 memory in the code for sm_80.
 
@@ -169,7 +172,8 @@ rows), and the time that bandwidth and tensor cores leave on paper, whichever is
 {traffic_table()}"""
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # architectures may be named: 80 90
+    archs = tuple(map(int, sys.argv[1:])) or cubin.ARCHS
     text = FILE.read_text()
     before, rest = text.split(BEGIN)
-    FILE.write_text(before + BEGIN + account() + END + rest.split(END)[1])
+    FILE.write_text(before + BEGIN + account(archs) + END + rest.split(END)[1])

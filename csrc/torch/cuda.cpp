@@ -8,6 +8,7 @@
 
 #include "dense.h"
 #include "gpu.h"
+#include "paged.h"
 #include "sparse.h"
 
 namespace {
@@ -69,6 +70,8 @@ const Operation kOperations[] = {
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
     operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
     operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
+    operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
+    operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
