@@ -14,9 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
+import pytest
 import torch
 
 from memlm.formats import NF4_LEVELS
+
+from . import device
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "cuda_emulator"
@@ -227,7 +230,11 @@ class Emulator:
 
 @functools.cache
 def emulator(arch: int = 800) -> Emulator:
-    """Of csrc/cuda, as compiled for a compute capability."""
+    """Of csrc/cuda, as compiled for a compute capability; with MEMLM_TEST_GPU the GPU."""
+    if device.wanted():
+        if arch != 800:
+            pytest.skip("only the emulator can be another device")
+        return device.Device()
     return Emulator(_library(sorted(KERNELS.glob("*.cu")), arch), arch)
 
 

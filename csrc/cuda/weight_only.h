@@ -69,6 +69,15 @@ template <class T>
 constexpr uint32_t kMagic = 0x64006400;
 template <>
 constexpr uint32_t kMagic<bf16> = 0x43004300;
+// Two halves, each 2^-power.
+template <class T>
+constexpr uint32_t power_of_two(int power) {
+  return 0x3c003c00 - power * 0x04000400;
+}
+template <>
+constexpr uint32_t power_of_two<bf16>(int power) {
+  return 0x3f803f80 - power * 0x00800080;
+}
 template <class T>
 constexpr float kMagicValue = 1024;
 template <>
@@ -78,15 +87,13 @@ constexpr float kMagicValue<bf16> = 128;
 template <class T, int bits>
 struct Integers {
   static constexpr int kBits = bits;
-  uint32_t one, minus_magic, upper, minus_upper;
+  uint32_t minus_magic, minus_upper;
 
   MEMLM_DEVICE explicit Integers(const WeightOnly& p) {
     // The upper field is read where it stands, times 2^bits, if the mantissa (f16: 10 bits, bf16: 7) has
     // room for it.
     const float factor = upper_in_place() ? 1.0f / (1 << bits) : 1.0f;
-    one = pair<T>(1, 1);
     minus_magic = pair<T>(-(kMagicValue<T> + p.zero), -(kMagicValue<T> + p.zero));
-    upper = pair<T>(factor, factor);
     const float less = -(kMagicValue<T> * factor + p.zero);
     minus_upper = pair<T>(less, less);
   }
@@ -98,9 +105,9 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, one, minus_magic);
+      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
       const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, upper, minus_upper);
+      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -125,7 +132,7 @@ struct Bytes {
 template <>
 MEMLM_DEVICE uint32_t Bytes<f16>::unpack_pair(uint32_t raised, int which) {
   const uint32_t both = permute_bytes(raised, kMagic<f16>, which ? 0x7372 : 0x7170);
-  return fma_pair<f16>(both, pair<f16>(1, 1), pair<f16>(-1152, -1152));
+  return fma_pair<f16>(both, power_of_two<f16>(0), pair<f16>(-1152, -1152));
 }
 template <>
 MEMLM_DEVICE uint32_t Bytes<bf16>::unpack_pair(uint32_t raised, int which) {
@@ -320,11 +327,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
       // Four scales, and offsets, of the lane's rows.
       const int slot = p.group_shift ? 0 : s;
       const int place = (slot * kPair + g * 4) * p.scale_bytes;
-      float scales[4], offsets[4] = {};
+      float scales[4];
       load_scales(of_warp + Weights::kBytes + place, p.scale_bytes, scales);
-      if (Weights::kOffsets && p.offsets) {
-        load_scales(of_warp + Weights::kBytes + kMostScales + place, p.scale_bytes, offsets);
-      }
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
         float products[2][4] = {};
@@ -334,10 +338,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
           sums[t][i / 4][i % 4] = fma_f32(scales[i / 2], products[i / 4][i % 4], sums[t][i / 4][i % 4]);
         }
         if (Weights::kOffsets && p.offsets) {
+          float offsets[4], total[4] = {};  // read for each t: registers are scarcer than loads
+          load_scales(of_warp + Weights::kBytes + kMostScales + place, p.scale_bytes, offsets);
           uint32_t b[2][2];
           read_x(x, t * kTokenTile + g, s * 4 + c, b);
-          const uint32_t one = pair<T>(1, 1), ones[4] = {one, one, one, one};
-          float total[4] = {};
+          constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
           mma<T>(total, ones, b[0]);
           mma<T>(total, ones, b[1]);
 #pragma unroll

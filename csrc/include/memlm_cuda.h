@@ -64,6 +64,45 @@ MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w
                                                            const float* x, float* grad_values,
                                                            memlm_cuda_queue* queue);
 
+/* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
+ * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
+ * be run again with other numbers in them. */
+typedef struct {
+  int64_t rows;    /* new tokens of all sequences together, at most: of q, k, v */
+  int64_t longest; /* tokens of a sequence, at most; 0: as many as table_stride blocks hold */
+} memlm_cuda_bounds;
+
+/* A group that is not finite may be stored as another NaN than the CPU's; else its bytes. */
+MEMLM_API memlm_status memlm_cuda_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
+                                            const void* k, const void* v, int64_t stride,
+                                            memlm_dtype dtype, const memlm_cuda_bounds* bounds,
+                                            memlm_cuda_queue* queue);
+
+/* Turns queries and keys to their positions, as memlm_decoder_args says, and appends. */
+typedef struct {
+  const void* q;        /* [rows, heads, head_dim], of the dtype of k */
+  void* turned;         /* as q: what becomes of it; may be q */
+  int64_t q_stride, turned_stride; /* elements from one row to the next */
+  int64_t heads;        /* a multiple of the pool's kv_heads; 0: keys alone are turned */
+  const float *cos, *sin;   /* [angles, head_dim / 2] */
+  int64_t angle_stride;     /* elements from one row of both to the next, at least head_dim / 2 */
+  const int64_t* positions; /* [rows]: which row of cos and sin each token takes; NULL: 0, 1, ... */
+} memlm_cuda_rope;
+
+MEMLM_API memlm_status memlm_cuda_rope_kv_append(const memlm_kv_pool* pool,
+                                                 const memlm_sequences* sequences, const void* k,
+                                                 const void* v, int64_t stride, memlm_dtype dtype,
+                                                 const memlm_cuda_bounds* bounds,
+                                                 const memlm_cuda_rope* rope, memlm_cuda_queue* queue);
+
+/* head_dim at most 256.  On compute capability 7.5 numbers of bf16 and f32 caches beyond f16's range
+ * become infinite. */
+MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
+                                                  const memlm_sequences* sequences,
+                                                  const memlm_paged_attention_args* args,
+                                                  const memlm_cuda_bounds* bounds,
+                                                  memlm_cuda_queue* queue);
+
 #ifdef __cplusplus
 }
 #endif
