@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -63,6 +63,12 @@ class Counts(Structure):
             "shared_requests shared_passes shared_least mmas barriers blocks"
         ).split()
     ]
+
+
+class Launch(Structure):
+    """emulator_launch"""
+
+    _fields_ = [("kernel", c_int64), ("blocks", c_int64), ("threads", c_int32), ("shared_bytes", c_int32)]
 
 
 class KernelError(RuntimeError):
@@ -197,6 +203,26 @@ class Emulator:
         finally:
             self.lib.emulator_count(0)
         return counts
+
+    def launches(self, run, arch: int, processors: int, shared_bytes: int) -> dict[str, Launch]:
+        """What ``run()`` would launch on such a device, by the kernel's mangled name; nothing is run."""
+        self.lib.emulator_device(arch, processors, shared_bytes)
+        self.lib.emulator_log(1)
+        try:
+            run()
+        finally:
+            self.lib.emulator_log(0)
+            self.lib.emulator_device(self.arch, *DEVICES[self.arch])
+        first = POINTER(Launch)()
+        self.lib.emulator_logged.restype = c_int64
+        count = self.lib.emulator_logged(byref(first))
+        return {self._symbols[first[i].kernel]: first[i] for i in range(count)}
+
+    @functools.cached_property
+    def _symbols(self) -> dict[int, str]:
+        listed = subprocess.run(["nm", self.path], check=True, capture_output=True, text=True).stdout
+        rows = (line.split() for line in listed.splitlines())
+        return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwW"}
 
 
 @functools.cache

@@ -36,6 +36,12 @@ namespace {
 
 thread_local char last_error[400];
 
+#ifdef __CUDACC__
+constexpr int kCuda = CUDART_VERSION / 1000;  // the runtime's, which is linked into the library
+#else
+constexpr int kCuda = 0;
+#endif
+
 }  // namespace
 
 memlm_status fail(memlm_status status, const char* format, ...) {
@@ -47,7 +53,7 @@ memlm_status fail(memlm_status status, const char* format, ...) {
 }
 
 memlm_status find_gpu(memlm_dtype dtype, Gpu* gpu) {
-  if (!current_gpu(gpu)) return fail(MEMLM_UNSUPPORTED, "no CUDA device");
+  if (!current_gpu(gpu)) return fail(MEMLM_UNSUPPORTED, "no CUDA device with a driver for CUDA %d or later", kCuda);
   const char* const accepted = "accepted are f16 from compute capability 7.5 on and bf16 from 8.0 on";
   if (gpu->arch < 750) {
     return fail(MEMLM_UNSUPPORTED, "the device has compute capability %d.%d; %s", gpu->arch / 100,

@@ -58,7 +58,7 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
   p.zero = w->offsets || bits == 8 ? 0 : bits == 4 ? 8 : 1;
   p.k = static_cast<int>(w->k);
   p.groups = static_cast<int>(k / group);
-  p.group_steps = static_cast<int>(group / kStep);
+  p.group_shift = w->group ? shift_of_group(w->group) : 31;  // 31: one group
   p.code_stride = int64_t{p.steps} * bits * 64;
   p.x = args->x;
   p.x_stride = args->x_stride;

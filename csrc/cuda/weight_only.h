@@ -48,7 +48,7 @@ struct WeightOnly : Product {
   int scale_bytes;  // of one
   Levels levels;
   float zero;  // subtracted from codes
-  int k, groups, group_steps;  // steps of k in a group
+  int k, groups, group_shift;  // 2^group_shift steps of k in a group
   int64_t code_stride;         // bytes of a tile's codes: `steps` times those of a step
   const void* x;
   int64_t x_stride;
@@ -71,6 +71,15 @@ template <class T>
 constexpr uint32_t kMagic = 0x64006400;
 template <>
 constexpr uint32_t kMagic<bf16> = 0x43004300;
+// Two halves, each 2^-power.
+template <class T>
+constexpr uint32_t power_of_two(int power) {
+  return 0x3c003c00 - power * 0x04000400;
+}
+template <>
+constexpr uint32_t power_of_two<bf16>(int power) {
+  return 0x3f803f80 - power * 0x00800080;
+}
 template <class T>
 constexpr float kMagicValue = 1024;
 template <>
@@ -80,15 +89,13 @@ constexpr float kMagicValue<bf16> = 128;
 template <class T, int bits>
 struct Integers {
   static constexpr int kBits = bits;
-  uint32_t one, minus_magic, upper, minus_upper;
+  uint32_t minus_magic, minus_upper;
 
   MEMLM_DEVICE explicit Integers(const WeightOnly& p) {
     // The upper field is read where it stands, times 2^bits, if the mantissa (f16: 10 bits, bf16: 7) has
     // room for it.
     const float factor = upper_in_place() ? 1.0f / (1 << bits) : 1.0f;
-    one = pair<T>(1, 1);
     minus_magic = pair<T>(-(kMagicValue<T> + p.zero), -(kMagicValue<T> + p.zero));
-    upper = pair<T>(factor, factor);
     const float less = -(kMagicValue<T> * factor + p.zero);
     minus_upper = pair<T>(less, less);
   }
@@ -100,9 +107,9 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, one, minus_magic);
+      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
       const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, upper, minus_upper);
+      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -127,7 +134,7 @@ struct Bytes {
 template <>
 MEMLM_DEVICE uint32_t Bytes<f16>::unpack_pair(uint32_t raised, int which) {
   const uint32_t both = permute_bytes(raised, kMagic<f16>, which ? 0x7372 : 0x7170);
-  return fma_pair<f16>(both, pair<f16>(1, 1), pair<f16>(-1152, -1152));
+  return fma_pair<f16>(both, power_of_two<f16>(0), pair<f16>(-1152, -1152));
 }
 template <>
 MEMLM_DEVICE uint32_t Bytes<bf16>::unpack_pair(uint32_t raised, int which) {
@@ -176,48 +183,64 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   const Here here(p);
   const int row = here.row, slice = here.slice, g = here.g, c = here.c, token0 = here.token0;
 
+  // Where the lane's pieces of 16 bytes lie in the first stage; later ones follow at fixed distances.
+  // Codes: 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
+  constexpr int kStepBytes = kBits * 64;
+  const int in_step = kBits == 8 ? 2 * c : kBits == 4 ? c : c / 2;
+  const int64_t codes_begin =
+      here.have ? here.mine * p.code_stride + in_step * 64 + g % 4 * 16 : 0;
+  // Scales, and offsets: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so
+  // that a lane brings at most one piece.
+  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift ? 1 : kStageSteps;
+  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
+  const int64_t scales_begin =
+      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+  // x: 8 pieces a token, halves exchanged for odd tokens, so that 8 lanes that read pieces of two tokens meet
+  // all banks.
+  constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
+  const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
+  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
+
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStageBytes;
     uint8_t* const weights = to + warp() * kWarpBytes;
     const int step0 = (here.first + stage) * kStageSteps;
     const bool valid = here.first + stage < here.last;
+#pragma unroll
     for (int s = 0; s < kStageSteps; s++) {
       const int step = step0 + s;
       const bool there = valid && here.have && step < p.steps;
+      const uint8_t* const from =
+          p.codes + (there ? codes_begin + static_cast<int64_t>(step) * kStepBytes : 0);
+#pragma unroll
       for (int i = 0; i < kPieces; i++) {
-        // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-        const int in_step = kBits == 8 ? 2 * c + i : kBits == 4 ? c : c / 2;
-        const int64_t offset = here.mine * p.code_stride +
-                               (static_cast<int64_t>(step) * kBits + in_step) * 64 + g % 4 * 16;
-        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, p.codes + (there ? offset : 0), there);
+        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
       }
     }
-    // Scales, and offsets, of the groups that begin in the stage or go on in it.
-    const int pieces = p.scale_bytes;  // of 16 bytes: a tile has 16 scales for a group
-    const int groups = p.group_steps == 1 ? 2 : 1;
-    for (int i = lane(); i < groups * 2 * pieces; i += kWarp) {
-      const int group = step0 / p.group_steps + i / (2 * pieces), tile = tile_of(p, here.at, i / pieces % 2);
-      const bool there = valid && tile < p.tiles && group < p.groups;
-      const int64_t offset =
-          there ? ((static_cast<int64_t>(tile) * p.groups + group) * pieces + i % pieces) * 16 : 0;
-      copy_async(weights + kCodesBytes + i * 16, p.scales + offset, there);
-      if (p.offsets) copy_async(weights + kCodesBytes + kMostScales + i * 16, p.offsets + offset, there);
+    if (later_group < stage_groups) {
+      const int group = (step0 >> p.group_shift) + later_group;
+      const bool there = valid && brings_scales && group < p.groups;
+      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      uint8_t* const scales = weights + kCodesBytes + lane() * 16;
+      copy_async(scales, p.scales + offset, there);
+      if (p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
     }
-    // x: 8 pieces of 16 bytes a token, halves exchanged for odd tokens, so that 8 lanes that read pieces
-    // of two tokens meet all banks.
     uint8_t* const x = to + kWarps * kWarpBytes + slice * kTokens * kXRow;
-    for (int i = row * kWarp + lane(); i < kTokens * 8; i += kRows * kWarp) {
-      const int token = i / 8, piece = i % 8, k = step0 * kStep + piece * 8;
-      const bool there = valid && token0 + token < p.m && k < p.k;
-      const int64_t offset = there ? (token0 + token) * p.x_stride + k : 0;
-      copy_async(x + token * kXRow + (piece ^ token % 2 * 4) * 16, static_cast<const T*>(p.x) + offset, there);
+#pragma unroll
+    for (int i = 0; i < kXPieces; i++) {
+      const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
+      const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
+      const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
+      copy_async(x + token * kXRow + (x_piece ^ token % 2 * 4) * 16, static_cast<const T*>(p.x) + offset, there);
     }
     commit_copies();
   };
 
   float sums[kTokenTiles][2][4] = {};
   const Codec codec(p);
-  const uint32_t ones[4] = {pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1)};
+  constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) begin_copies(i);
@@ -228,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
     const uint8_t* const from = memory + stage % kStages * kStageBytes;
     const uint8_t* const weights = from + warp() * kWarpBytes;
     const uint8_t* const x = from + kWarps * kWarpBytes + slice * kTokens * kXRow;
-#pragma unroll
+#pragma unroll(kTokenTiles == 8 ? 1 : kStageSteps)  // 64 sums leave no registers for two steps at once
     for (int s = 0; s < kStageSteps; s++) {
       Vec4 pieces[kPieces];
 #pragma unroll
@@ -248,28 +271,36 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
         codec.unpack(words, w[r]);
       }
       // Four scales, and offsets, of the lane's rows.
-      const int slot = p.group_steps == 1 ? s : 0;
+      const int slot = p.group_shift ? 0 : s;
       const uint8_t* const place = weights + kCodesBytes + (slot * kPair + g * 4) * p.scale_bytes;
-      float scales[4], offsets[4] = {};
+      float scales[4];
       load_scales(place, p.scale_bytes, scales);
-      if (p.offsets) load_scales(place + kMostScales, p.scale_bytes, offsets);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
         const int token = t * kTokenTile + g;
         const Vec4 xs = load<Vec4>(x + token * kXRow + ((s * 4 + c) ^ token % 2 * 4) * 16);
         const uint32_t b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
-        float products[2][4] = {}, total[4] = {};
+        float products[2][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
           const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
           mma<T>(products[0], a0, b[h]);
           mma<T>(products[1], a1, b[h]);
-          if (p.offsets) mma<T>(total, ones, b[h]);
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          sums[t][i / 4][i % 4] += scales[i / 2] * products[i / 4][i % 4] + offsets[i / 2] * total[i % 2];
+          sums[t][i / 4][i % 4] = fma_f32(scales[i / 2], products[i / 4][i % 4], sums[t][i / 4][i % 4]);
+        }
+        if (p.offsets) {
+          float offsets[4], total[4] = {};  // read for each t: registers are scarcer than loads
+          load_scales(place + kMostScales, p.scale_bytes, offsets);
+          mma<T>(total, ones, b[0]);
+          mma<T>(total, ones, b[1]);
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            sums[t][i / 4][i % 4] = fma_f32(offsets[i / 2], total[i % 2], sums[t][i / 4][i % 4]);
+          }
         }
       }
     }
@@ -277,7 +308,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  if (add_up<kTokenTiles>(p, slice, sums)) finish<T>(p, here, sums);
+  if (!add_up<kTokenTiles>(p, slice, sums)) return;
+  finish(p, here, Elements<T>(), [&](int t, int r, int j) { return sums[t][r / 2][r % 2 * 2 + j]; });
 }
 
 // ---- The launcher ----

@@ -74,6 +74,8 @@ std::mt19937_64 random_numbers(0);
 std::string message;
 bool failed, counting;
 emulator_counts counted;
+bool logging = false;
+std::vector<emulator_launch> launches;
 std::unordered_set<uintptr_t> sectors_read, sectors_written;
 Device device = {800, 108, 163 << 10};
 
@@ -471,6 +473,15 @@ void wait_copies(int pending) {
   }
 }
 
+bool logged(const void* kernel, Place blocks, int threads, int shared_bytes) {
+  if (!logging) return false;
+  Dl_info library;
+  dladdr(kernel, &library);
+  const int64_t offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  launches.push_back({offset, blocks.x * blocks.y * blocks.z, threads, shared_bytes});
+  return true;
+}
+
 bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes, Place blocks,
             int threads, int shared_bytes) {
   if (failed) return false;
@@ -525,6 +536,14 @@ void emulator_device(int arch, int processors, int shared_bytes) {
   device = {arch, processors, shared_bytes};
 }
 const char* emulator_error() { return message.c_str(); }
+void emulator_log(int on) {
+  logging = on;
+  if (on) launches.clear();
+}
+int64_t emulator_logged(const emulator_launch** to) {
+  *to = launches.data();
+  return static_cast<int64_t>(launches.size());
+}
 void emulator_count(int on) {
   counting = on;
   counted = {};
