@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from memlm.formats import TILE_ROWS, ZEROS, Packed
+from memlm.formats import ZEROS, Packed
 from memlm.kernels._rows import rms_norm
 from memlm.kernels._targets import TARGETS, Target, fits
 from memlm.ops import _matmul
@@ -184,8 +184,9 @@ def _prune(_, named, **constants):
     return pruned(target_of(named["x"].device), named["m"], *of)
 
 
+# BITS: what fits depends on them, and packed words of all formats are int32.
 tuned_kernel = triton.autotune(
-    SPACE, key=["m", "n", "k", "STEP", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
+    SPACE, key=["m", "n", "k", "BITS", "LEVELS", "OFFSETS", "STEP", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
 )(weight_only_kernel)
 
 

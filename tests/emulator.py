@@ -14,9 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
+import pytest
 import torch
 
 from memlm.formats import NF4_LEVELS
+
+from . import device
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "cuda_emulator"
@@ -227,7 +230,11 @@ class Emulator:
 
 @functools.cache
 def emulator(arch: int = 800) -> Emulator:
-    """Of csrc/cuda, as compiled for a compute capability."""
+    """Of csrc/cuda, as compiled for a compute capability; with MEMLM_TEST_GPU the GPU."""
+    if device.wanted():
+        if arch != 800:
+            pytest.skip("only the emulator can be another device")
+        return device.Device()
     return Emulator(_library(sorted(KERNELS.glob("*.cu")), arch), arch)
 
 
@@ -254,6 +261,8 @@ def matmul(
         norm_eps=eps, swiglu=swiglu, residual=pointer(residual_rows), residual_stride=columns,
     )  # fmt: skip
     w = packed_struct(packed)
+    if name == "block_sparse_matmul":
+        before = (packed.format.bits, *before)
     read = [rows, bias, norm, residual_rows, *packed.tensors().values(), *read]
     emulator(arch).run(
         f"memlm_cuda_{name}", byref(w), *before, byref(args), *after, read=read, written=[y]

@@ -93,7 +93,8 @@ def _cell(row: Row) -> str:
 
 
 def mix_table() -> str:
-    """The instructions of w4_matmul's main loop, per product of 16 x 8 x 16."""
+    """The instructions of w4_matmul's main loop, per product of 16 x 8 x 16, and what the schedulers take
+    to begin all of one tile of tokens: were they the only limit."""
     lines = []
     for kernel in cubin.kernels("w4_matmul.cu", 80):
         if "<f16, Integers" not in kernel.name:
@@ -102,14 +103,18 @@ def mix_table() -> str:
         found = cubin.classes(loop)
         units = found["tensor core"]
         kinds = [f"{found[kind] / units:.2f}" for kind in (*cubin.CLASSES, "integers, moves")]
-        lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *kinds])
+        # A step of 32 rows and 32 k has 4 of a tile of 8 tokens, and 2 more where there are offsets.
+        steps = units // (6 * int(kernel.name.split(", ")[-1].rstrip(">")))
+        begun = N // 32 * (K // 32) // steps * len(loop)
+        times = [f"{1e6 * device.issue_seconds(begun):.1f}" for device in gpu_limits.DEVICES]
+        lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *kinds, *times])
     lines.sort()
     head = ["kernel", "HMMA in the loop", "instructions per HMMA", *cubin.CLASSES, "integers, moves"]
-    return table(head, lines)
+    return table([*head, *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], lines)
 
 
-SHAPES = ((1, "decode"), (512, "prefill"))
 N = K = 4096
+SHAPES = ((1, "decode"), (512, "prefill"))
 COUNTED_N, COUNTED_K = 256, 2048  # what the emulator runs; bytes grow with n as they do there
 
 
@@ -152,7 +157,10 @@ memory as the launcher asks for it on sm_80; tensor-core instructions and loads 
 memory in the code for sm_80.
 
 {code_table(of_arch)}
-The main loop of `w4_matmul` on sm_80, instructions for each product of 16 x 16 by 16 x 8:
+The main loop of `w4_matmul` on sm_80, instructions for each product of 16 x 16 by 16 x 8, those of
+branches not taken included (offsets, f32 scales), and how long four schedulers for each multiprocessor
+take to begin all of them for n = k = {N} and one tile of 8, 16, 32 or 64 tokens.  (With 64 the loop is
+over steps and does not hold the copies.)
 
 {mix_table()}
 Bytes that the emulator counts (sectors of 32 bytes, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64

@@ -4,7 +4,7 @@ Triton 3.9 keeps bf16 as the uint16 of its bits and computes with these as integ
 digits off.  Here it is ml_dtypes' bfloat16, a numpy type that computes in f32 and rounds to nearest even.
 
 Whether functions are interpreted is decided when Triton is imported: tests/conftest.py sets
-TRITON_INTERPRET where there is no GPU.  Compiled code is looked at in a process of its own:
+TRITON_INTERPRET.  Compiled code is looked at in a process of its own:
 tests/triton_code.py.
 """
 

@@ -78,9 +78,17 @@ memlm_status need(memlm_cuda_queue* queue, int64_t bytes) {
 memlm_status check_packed(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w && w->codes && w->scales, "w: it or its codes or scales are NULL");
   MEMLM_CHECK(w->pattern == MEMLM_DENSE, "w: got a sparse matrix, a dense one is accepted");
+  return check_values(w, bits);
+}
+
+memlm_status check_values(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w->n >= 1 && w->k >= 1, "w: got n = %lld, k = %lld, both must be at least 1",
               static_cast<long long>(w->n), static_cast<long long>(w->k));
-  MEMLM_CHECK(w->n <= INT32_MAX && w->k <= INT32_MAX, "w: n and k must be below 2^31");
+  // A tile's codes, 16 rows of at most a byte for each k, are counted in 32 bits; whole matrices in 64.
+  constexpr int64_t most_n = INT32_MAX - 63, most_k = INT32_MAX / 16 - 127;
+  MEMLM_CHECK(w->n <= most_n && w->k <= most_k, "w: got n = %lld, k = %lld, accepted are up to %lld and %lld",
+              static_cast<long long>(w->n), static_cast<long long>(w->k), static_cast<long long>(most_n),
+              static_cast<long long>(most_k));
   const int64_t g = w->group;
   MEMLM_CHECK(g == 32 || g == 64 || g == 128 || (g == 0 && bits == 8),
               "w: got a group of %lld, accepted are 32, 64, 128, and 0 for 8 bits", static_cast<long long>(g));

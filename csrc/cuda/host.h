@@ -31,6 +31,9 @@ inline memlm_status started(bool ok) {
 // A dense packed matrix of so many bits.
 memlm_status check_packed(const memlm_packed* w, int bits);
 
+// What holds of packed matrices of any pattern.
+memlm_status check_values(const memlm_packed* w, int bits);
+
 // The arguments of a product with W[n, k].  x holds numbers, or int8.
 memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args, bool int8_x = false);
 

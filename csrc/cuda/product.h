@@ -69,19 +69,19 @@ struct Place {
 
 // ---- The parts of a sum ----
 
-// What the block's slices, and the blocks along y, have becomes the sums of the threads for which this is
-// true.  All threads of the block come, behind a barrier.
-template <int kTokenTiles, class Sum>
-MEMLM_DEVICE bool add_up(const Product& p, int slice, Sum (&sums)[kTokenTiles][2][4]) {
-  constexpr int kSums = kTokenTiles * 8, kSlices = slices_of(kTokenTiles);
-  constexpr int kSlots = rows_of(kTokenTiles) * kWarp;
-  auto mine = [&](int i) -> Sum& { return sums[i / 8][i / 4 % 2][i % 4]; };
+// What the slices of a block have, of which `kRows` warps are one, and the blocks along y, becomes the sums of
+// the threads for which this is true.  All threads of the block come, behind a barrier.
+template <int kRows, class Sum, int kTiles, int kFirst, int kSecond>
+MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond]) {
+  constexpr int kSums = kTiles * kFirst * kSecond, kSlices = kWarps / kRows, kSlots = kRows * kWarp;
+  const bool first = warp() < kRows;
+  auto mine = [&](int i) -> Sum& { return sums[i / (kFirst * kSecond)][i / kSecond % kFirst][i % kSecond]; };
   if (kSlices > 1) {
     Sum* const parts = shared<Sum>();
 #pragma unroll
     for (int i = 0; i < kSums; i++) parts[i * kThreads + thread()] = mine(i);
     MEMLM_SYNC_THREADS();
-    if (slice == 0) {
+    if (first) {
 #pragma unroll
       for (int i = 0; i < kSums; i++) {
         Sum sum = 0;
@@ -95,7 +95,7 @@ MEMLM_DEVICE bool add_up(const Product& p, int slice, Sum (&sums)[kTokenTiles][2
     const int64_t block = static_cast<int64_t>(block_z()) * blocks_x() + block_x();
     const int64_t blocks = static_cast<int64_t>(blocks_x()) * blocks_z();
     auto place = [&](int split, int i) { return ((split * blocks + block) * kSums + i) * kSlots + thread(); };
-    if (slice == 0) {
+    if (first) {
 #pragma unroll
       for (int i = 0; i < kSums; i++) partial[place(block_y(), i)] = mine(i);
       fence();
@@ -106,7 +106,7 @@ MEMLM_DEVICE bool add_up(const Product& p, int slice, Sum (&sums)[kTokenTiles][2
     MEMLM_SYNC_THREADS();
     if (*finished != blocks_y() - 1) return false;
     fence();
-    if (slice == 0) {
+    if (first) {
 #pragma unroll
       for (int i = 0; i < kSums; i++) {
         Sum sum = 0;
@@ -115,7 +115,7 @@ MEMLM_DEVICE bool add_up(const Product& p, int slice, Sum (&sums)[kTokenTiles][2
       }
     }
   }
-  return slice == 0;
+  return first;
 }
 
 // ---- Behind the product ----
@@ -166,7 +166,15 @@ struct Plan {
 // A group of 32, 64 or 128 k has 2^this steps.
 inline int shift_of_group(int64_t group) { return group == kStep ? 0 : group == 2 * kStep ? 1 : 2; }
 
-// Fills in the product, all but what lies in the workspace, and its plan.  For checked arguments.
+// A product's fields but what lies in the workspace.  For checked arguments.
+void describe_product(const memlm_packed* w, const memlm_matmul_args* args, Product* p);
+
+// Blocks for all rows and all tiles of tokens; they share out k where there would be too few, among at most so
+// many.  sums: of a block.
+memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks, int64_t most_splits,
+                         int64_t sums, const Gpu& gpu, void* stream, Plan* plan);
+
+// describe_product, and the plan for pairs of tiles and stages of kStageK k.
 memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, const Gpu& gpu, void* stream,
                           Product* p, Plan* plan);
 

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  if (!add_up<kTokenTiles>(p, here.slice, sums)) return;
+  if (!add_up<rows_of(kTokenTiles)>(p, sums)) return;
 
   float scales[4] = {1, 1, 1, 1};  // of whole rows
   if (p.group_shift < 0 && here.have) {

@@ -1,4 +1,5 @@
-// y = x W^T over packed weights, numbers on the left: the kernel of w2_matmul, w4_matmul and w8_matmul.
+// y = x W^T over packed weights, numbers on the left: the kernel of w2_matmul, w4_matmul, w8_matmul and
+// w4_sparse_matmul.
 //
 // W is the A operand of the tensor cores, whose rows are features, and 8 tokens are the columns of B: few
 // tokens waste little.  The rows and the k of a product may stand in any order that both operands share,
@@ -21,21 +22,19 @@
 // scale and added up in f32.  An offset is multiplied by the sum of its k of x, which a product with ones
 // gives in the very lanes that need it.  Levels of NF4 are rounded to x's type.
 //
-// product.h says how the work is shared out, and adds up the parts.
+// product.h shares out tiles, tokens and k.
 //
-//   stage of the pipeline, 64 k:  [warp][codes | scales | offsets]  [slice][x: tokens x 64]
+//   stage of the pipeline, 64 k:  [warp][weights | scales | offsets]  [slice][x: tokens x 64]
 //
-// Codes, scales and offsets of a stage are read by the warp that copied them; x by all that share a slice.
+// Weights, scales and offsets of a stage are read by the warp that copied them; x by all that share a slice.
+// A class `Weights` says what a pattern's are, how they come into a stage, and what they multiply: Dense
+// here, sparse ones in w4_sparse_matmul.cu.
 #ifndef MEMLM_CUDA_WEIGHT_ONLY_H_
 #define MEMLM_CUDA_WEIGHT_ONLY_H_
 
 #include "product.h"
 
 namespace memlm::cuda {
-
-// Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
-// 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
-constexpr int stages_of(int arch, int bits) { return arch < 800 ? 2 : bits == 8 ? 3 : 4; }
 
 // The levels of a 4-bit code as bytes, for lookups: bits 0-7 and 8-15 of their 16-bit floats.
 struct Levels {
@@ -54,15 +53,14 @@ struct WeightOnly : Product {
   int64_t x_stride;
 };
 
-// Bytes of one step: of a lane's codes, and of the pair's scales for one group.
-constexpr int pieces_of(int bits) { return bits == 8 ? 2 : 1; }
-constexpr int codes_bytes(int bits) { return kStageSteps * pieces_of(bits) * kWarp * 16; }
-constexpr int kMostScales = kStageSteps * kPair * 4;  // f32, a group for each step
+constexpr int kMostScales = kStageSteps * kPair * 4;  // bytes: f32, a group for each step
+constexpr int kXRow = kStageK * 2;                    // bytes of a token in a stage
 
-constexpr int warp_bytes(int bits) { return codes_bytes(bits) + 2 * kMostScales; }
-constexpr int stage_bytes(int bits, int token_tiles) {
-  return kWarps * warp_bytes(bits) + slices_of(token_tiles) * token_tiles * kTokenTile * kStageK * 2;
-}
+template <class Weights>
+constexpr int kWarpBytes = Weights::kBytes + 2 * kMostScales;
+template <class Weights, int token_tiles>
+constexpr int kStageBytes =
+    kWarps * kWarpBytes<Weights> + slices_of(token_tiles) * token_tiles * kTokenTile * kXRow;
 
 // ---- Codes to numbers: 8 k of one row, as four pairs in order ----
 
@@ -171,24 +169,107 @@ struct Lookup {
 
 // ---- The kernel ----
 
-template <class T, class Codec, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOnly p) {
+// Where 16 bytes of a token in a stage lie: turned about so that both 8 lanes that read 4 pieces of two tokens
+// and 8 that read one piece of each of 8 tokens meet all banks.
+MEMLM_DEVICE int x_place(int token, int piece) {
+  return token * kXRow + (piece ^ (token % 2 * 4 + token / 2 % 4)) * 16;
+}
+
+// The lane's 8 k of a token as two B operands: k 0-3, then 4-7.
+MEMLM_DEVICE void read_x(const uint8_t* x, int token, int piece, uint32_t (&b)[2][2]) {
+  const Vec4 v = load<Vec4>(x + x_place(token, piece));
+  b[0][0] = v.x, b[0][1] = v.y, b[1][0] = v.z, b[1][1] = v.w;
+}
+
+// Adds the product of 8 k of the lane's 4 rows with 8 tokens to its sums, as product.h has them.
+template <class T>
+MEMLM_DEVICE void multiply(const uint32_t (&w)[4][4], const uint32_t (&b)[2][2], float (&products)[2][4]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
+    const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
+    mma<T>(products[0], a0, b[h]);
+    mma<T>(products[1], a1, b[h]);
+  }
+}
+
+// All weights, as memlm/formats.py draws them.
+template <class Element, class Codec>
+struct Dense {
+  using T = Element;
+  using Parameters = WeightOnly;
+  static constexpr int kBits = Codec::kBits;
+  static constexpr bool kOffsets = kBits < 8;  // may be there
+  static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
+  static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
+
+  // Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
+  // 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
+  static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
+
+  const Codec codec;
+  uint32_t w[4][4];  // [feature][pair of k], of a step
+
+  template <class Here>
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Here&) : codec(p) {}
+
+  // Begins to copy what a stage from step0 on has; nothing where not `valid`.
+  template <class Here>
+  MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Here& here, uint8_t* to, int step0, bool valid) {
+    // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
+    const int block = kBits == 8 ? 2 * here.c : kBits == 4 ? here.c : here.c / 2;
+    const int64_t begin = here.mine * p.code_stride + block * 64 + here.g % 4 * 16;
+#pragma unroll
+    for (int s = 0; s < kStageSteps; s++) {
+      const int step = step0 + s;
+      const bool there = valid && here.have && step < p.steps;
+      const uint8_t* const from = p.codes + (there ? begin + static_cast<int64_t>(step) * (kBits * 64) : 0);
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
+      }
+    }
+  }
+
+  // Makes step s of a stage ready to be multiplied.
+  MEMLM_DEVICE void unpack(const uint8_t* from, int s) {
+    Vec4 pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      uint32_t words[kPieces];
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        const Vec4 v = pieces[i];
+        words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
+        if (kBits == 2) words[i] >>= lane() % 2 * 4;  // the upper half of a byte has k 8 to 15
+      }
+      codec.unpack(words, w[r]);
+    }
+  }
+
+  // Products of step s with the 8 tokens from token0 on.
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&products)[2][4]) const {
+    uint32_t b[2][2];
+    read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
+    cuda::multiply<T>(w, b, products);
+  }
+};
+
+template <class Weights, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename Weights::Parameters p) {
+  using T = typename Weights::T;
   using Here = Place<kTokenTiles>;
-  constexpr int kBits = Codec::kBits, kRows = Here::kRows, kTokens = Here::kTokens;
-  constexpr int kStages = stages_of(kArch, kBits), kPieces = pieces_of(kBits);
-  constexpr int kXRow = kStageK * 2, kWarpBytes = warp_bytes(kBits), kCodesBytes = codes_bytes(kBits);
-  constexpr int kStageBytes = stage_bytes(kBits, kTokenTiles);
+  constexpr int kRows = Here::kRows, kTokens = Here::kTokens, kStages = Weights::stages_of(kArch);
+  constexpr int kStage = kStageBytes<Weights, kTokenTiles>;
 
   uint8_t* const memory = shared<uint8_t>();
   const Here here(p);
   const int row = here.row, slice = here.slice, g = here.g, c = here.c, token0 = here.token0;
+  Weights weights(p, here);
 
   // Where the lane's pieces of 16 bytes lie in the first stage; later ones follow at fixed distances.
-  // Codes: 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-  constexpr int kStepBytes = kBits * 64;
-  const int in_step = kBits == 8 ? 2 * c : kBits == 4 ? c : c / 2;
-  const int64_t codes_begin =
-      here.have ? here.mine * p.code_stride + in_step * 64 + g % 4 * 16 : 0;
   // Scales, and offsets: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so
   // that a lane brings at most one piece.
   const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift ? 1 : kStageSteps;
@@ -196,51 +277,38 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
       brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
-  // x: 8 pieces a token, halves exchanged for odd tokens, so that 8 lanes that read pieces of two tokens meet
-  // all banks.
+  // x: 8 pieces a token.
   constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
   const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
   const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
 
   auto begin_copies = [&](int stage) {
-    uint8_t* const to = memory + stage % kStages * kStageBytes;
-    uint8_t* const weights = to + warp() * kWarpBytes;
+    uint8_t* const to = memory + stage % kStages * kStage;
+    uint8_t* const of_warp = to + warp() * kWarpBytes<Weights>;
     const int step0 = (here.first + stage) * kStageSteps;
     const bool valid = here.first + stage < here.last;
-#pragma unroll
-    for (int s = 0; s < kStageSteps; s++) {
-      const int step = step0 + s;
-      const bool there = valid && here.have && step < p.steps;
-      const uint8_t* const from =
-          p.codes + (there ? codes_begin + static_cast<int64_t>(step) * kStepBytes : 0);
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
-      }
-    }
+    weights.begin_copies(p, here, of_warp, step0, valid);
     if (later_group < stage_groups) {
       const int group = (step0 >> p.group_shift) + later_group;
       const bool there = valid && brings_scales && group < p.groups;
       const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
-      uint8_t* const scales = weights + kCodesBytes + lane() * 16;
+      uint8_t* const scales = of_warp + Weights::kBytes + lane() * 16;
       copy_async(scales, p.scales + offset, there);
-      if (p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
+      if (Weights::kOffsets && p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
     }
-    uint8_t* const x = to + kWarps * kWarpBytes + slice * kTokens * kXRow;
+    uint8_t* const x = to + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
 #pragma unroll
     for (int i = 0; i < kXPieces; i++) {
       const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
       const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
       const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
-      copy_async(x + token * kXRow + (x_piece ^ token % 2 * 4) * 16, static_cast<const T*>(p.x) + offset, there);
+      copy_async(x + x_place(token, x_piece), static_cast<const T*>(p.x) + offset, there);
     }
     commit_copies();
   };
 
-  float sums[kTokenTiles][2][4] = {};
-  const Codec codec(p);
-  constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
+  float sums[kTokenTiles][2][4] = {};  // as product.h has them
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) begin_copies(i);
@@ -248,53 +316,31 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
     wait_copies<kStages - 2>();
     MEMLM_SYNC_THREADS();  // this stage is there for all, and the one before is read
     begin_copies(stage + kStages - 1);
-    const uint8_t* const from = memory + stage % kStages * kStageBytes;
-    const uint8_t* const weights = from + warp() * kWarpBytes;
-    const uint8_t* const x = from + kWarps * kWarpBytes + slice * kTokens * kXRow;
+    const uint8_t* const from = memory + stage % kStages * kStage;
+    const uint8_t* const of_warp = from + warp() * kWarpBytes<Weights>;
+    const uint8_t* const x = from + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
 #pragma unroll(kTokenTiles == 8 ? 1 : kStageSteps)  // 64 sums leave no registers for two steps at once
     for (int s = 0; s < kStageSteps; s++) {
-      Vec4 pieces[kPieces];
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        pieces[i] = load<Vec4>(weights + ((s * kPieces + i) * kWarp + lane()) * 16);
-      }
-      uint32_t w[4][4];  // [feature][pair of k]
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        uint32_t words[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; i++) {
-          const Vec4 v = pieces[i];
-          words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
-          if (kBits == 2) words[i] >>= c % 2 * 4;  // the upper half of a byte has k 8 to 15
-        }
-        codec.unpack(words, w[r]);
-      }
+      weights.unpack(of_warp, s);
       // Four scales, and offsets, of the lane's rows.
       const int slot = p.group_shift ? 0 : s;
-      const uint8_t* const place = weights + kCodesBytes + (slot * kPair + g * 4) * p.scale_bytes;
+      const int place = (slot * kPair + g * 4) * p.scale_bytes;
       float scales[4];
-      load_scales(place, p.scale_bytes, scales);
+      load_scales(of_warp + Weights::kBytes + place, p.scale_bytes, scales);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
-        const int token = t * kTokenTile + g;
-        const Vec4 xs = load<Vec4>(x + token * kXRow + ((s * 4 + c) ^ token % 2 * 4) * 16);
-        const uint32_t b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
         float products[2][4] = {};
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
-          const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
-          mma<T>(products[0], a0, b[h]);
-          mma<T>(products[1], a1, b[h]);
-        }
+        weights.multiply(x, t * kTokenTile, s, products);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           sums[t][i / 4][i % 4] = fma_f32(scales[i / 2], products[i / 4][i % 4], sums[t][i / 4][i % 4]);
         }
-        if (p.offsets) {
+        if (Weights::kOffsets && p.offsets) {
           float offsets[4], total[4] = {};  // read for each t: registers are scarcer than loads
-          load_scales(place + kMostScales, p.scale_bytes, offsets);
+          load_scales(of_warp + Weights::kBytes + kMostScales + place, p.scale_bytes, offsets);
+          uint32_t b[2][2];
+          read_x(x, t * kTokenTile + g, s * 4 + c, b);
+          constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
           mma<T>(total, ones, b[0]);
           mma<T>(total, ones, b[1]);
 #pragma unroll
@@ -308,21 +354,32 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  if (!add_up<kTokenTiles>(p, slice, sums)) return;
+  if (!add_up<kRows>(p, sums)) return;
   finish(p, here, Elements<T>(), [&](int t, int r, int j) { return sums[t][r / 2][r % 2 * 2 + j]; });
 }
 
 // ---- The launcher ----
 
-template <class T, class Codec>
-memlm_status launch_weight_only(const WeightOnly& p, const Plan& plan) {
-  const int tokens = plan.token_tiles;
-  void (*kernel)(WeightOnly) = tokens == 1   ? &weight_only_kernel<T, Codec, 1>
-                               : tokens == 2 ? &weight_only_kernel<T, Codec, 2>
-                               : tokens == 4 ? &weight_only_kernel<T, Codec, 4>
-                                             : &weight_only_kernel<T, Codec, 8>;
-  const int bytes = stages_of(plan.gpu.arch, Codec::kBits) * stage_bytes(Codec::kBits, tokens);
-  return started(launch(kernel, plan.grid, kThreads, bytes, plan.stream, p));
+// The kernel's parameters but what lies in the workspace.
+memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* args, WeightOnly* p);
+
+// Takes what else they need from the workspace, and makes rows of x ready.
+memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_queue* queue, WeightOnly* p);
+
+template <class Weights, int kTokenTiles>
+memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
+  const int bytes = Weights::stages_of(plan.gpu.arch) * kStageBytes<Weights, kTokenTiles>;
+  return started(launch(&weight_only_kernel<Weights, kTokenTiles>, plan.grid, kThreads, bytes, plan.stream, p));
+}
+
+template <class Weights>
+memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
+  switch (plan.token_tiles) {
+    case 1: return launch_weight_only<Weights, 1>(p, plan);
+    case 2: return launch_weight_only<Weights, 2>(p, plan);
+    case 4: return launch_weight_only<Weights, 4>(p, plan);
+    default: return launch_weight_only<Weights, 8>(p, plan);
+  }
 }
 
 // One codec's launchers, by the type of x.
@@ -331,7 +388,8 @@ struct Launchers {
   memlm_status (*of_bf16)(const WeightOnly&, const Plan&);
 };
 template <template <class> class Codec>
-constexpr Launchers kLaunchers = {&launch_weight_only<f16, Codec<f16>>, &launch_weight_only<bf16, Codec<bf16>>};
+constexpr Launchers kLaunchers = {&launch_weight_only<Dense<f16, Codec<f16>>>,
+                                  &launch_weight_only<Dense<bf16, Codec<bf16>>>};
 
 // memlm_cuda_w<bits>_matmul.
 memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,

@@ -6,6 +6,7 @@
  *
  *   activations are f16, or from compute capability 8.0 on bf16, where nothing else is said
  *   codes lie 16-byte aligned
+ *   of sparse matrices starts and places are not checked: they must be as memlm/sparse_formats.py says
  *   `fast` and `threads` are not looked at, and as an argument `threads` is left out; products are exact
  *   or rounded once to f32, sums are f32 or exact integers
  */
@@ -59,6 +60,58 @@ MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, in
 MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, const int64_t* ids,
                                             int64_t count, memlm_dtype dtype, void* out,
                                             memlm_cuda_queue* queue);
+
+MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                                   memlm_cuda_queue* queue);
+/* 16 and 32 bits from compute capability 8.0 on. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
+                                                      memlm_cuda_queue* queue);
+
+/* Gradients, as in memlm.h. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m, const float* grad,
+                                                      float* grad_x, memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
+                                                           const float* x, float* grad_values,
+                                                           memlm_cuda_queue* queue);
+
+/* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
+ * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
+ * be run again with other numbers in them. */
+typedef struct {
+  int64_t rows;    /* new tokens of all sequences together, at most: of q, k, v */
+  int64_t longest; /* tokens of a sequence, at most; 0: as many as table_stride blocks hold */
+} memlm_cuda_bounds;
+
+/* A group that is not finite may be stored as another NaN than the CPU's; else its bytes. */
+MEMLM_API memlm_status memlm_cuda_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
+                                            const void* k, const void* v, int64_t stride,
+                                            memlm_dtype dtype, const memlm_cuda_bounds* bounds,
+                                            memlm_cuda_queue* queue);
+
+/* Turns queries and keys to their positions, as memlm_decoder_args says, and appends. */
+typedef struct {
+  const void* q;        /* [rows, heads, head_dim], of the dtype of k */
+  void* turned;         /* as q: what becomes of it; may be q */
+  int64_t q_stride, turned_stride; /* elements from one row to the next */
+  int64_t heads;        /* a multiple of the pool's kv_heads; 0: keys alone are turned */
+  const float *cos, *sin;   /* [angles, head_dim / 2] */
+  int64_t angle_stride;     /* elements from one row of both to the next, at least head_dim / 2 */
+  const int64_t* positions; /* [rows]: which row of cos and sin each token takes; NULL: 0, 1, ... */
+} memlm_cuda_rope;
+
+MEMLM_API memlm_status memlm_cuda_rope_kv_append(const memlm_kv_pool* pool,
+                                                 const memlm_sequences* sequences, const void* k,
+                                                 const void* v, int64_t stride, memlm_dtype dtype,
+                                                 const memlm_cuda_bounds* bounds,
+                                                 const memlm_cuda_rope* rope, memlm_cuda_queue* queue);
+
+/* head_dim at most 256.  On compute capability 7.5 numbers of bf16 and f32 caches beyond f16's range
+ * become infinite. */
+MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
+                                                  const memlm_sequences* sequences,
+                                                  const memlm_paged_attention_args* args,
+                                                  const memlm_cuda_bounds* bounds,
+                                                  memlm_cuda_queue* queue);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,8 @@ struct Cpu {
   static constexpr auto dequantize = memlm_dequantize;
   static constexpr auto block_sparse_matmul = memlm_block_sparse_matmul;
   static constexpr auto w4_sparse_matmul = memlm_w4_sparse_matmul;
+  static constexpr auto block_sparse_grad_x = memlm_block_sparse_grad_x;
+  static constexpr auto block_sparse_grad_values = memlm_block_sparse_grad_values;
 
   // Runs a function on the tensors that lie where `at` does; the number of threads, if it takes one, comes
   // last.

@@ -8,6 +8,7 @@
 
 #include "dense.h"
 #include "gpu.h"
+#include "sparse.h"
 
 namespace {
 
@@ -66,6 +67,12 @@ const Operation kOperations[] = {
     operation<&w2_matmul<Gpu>>("w2_matmul", Gpu::w2_matmul),
     operation<&w4_matmul<Gpu>>("w4_matmul", Gpu::w4_matmul),
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
+    operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
+    operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
+    operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
+    operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
+    operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
+    operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
 };
 
 }  // namespace

@@ -36,6 +36,12 @@ struct Gpu {
   static inline decltype(&memlm_cuda_w2_matmul) w2_matmul;
   static inline decltype(&memlm_cuda_w4_matmul) w4_matmul;
   static inline decltype(&memlm_cuda_w8_matmul) w8_matmul;
+  static inline decltype(&memlm_cuda_w8a8_matmul) w8a8_matmul;
+  static inline decltype(&memlm_cuda_quantize_rows) quantize_rows;
+  static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
+  static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
+  static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
+  static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;
 
   // Runs a function on the device and stream of `at`.  Its workspace is a tensor, which torch gives to
   // nobody else on this stream before the kernels are done, and takes from a graph's pool during capture.

@@ -152,4 +152,40 @@ Tensor w4_sparse_dequantize(Tensor codes, Tensor places, OptionalTensor starts, 
   return out;
 }
 
+// f32 [m, columns], dense.
+inline const float* rows_of(Tensor& t, const Tensor& at, const char* name, int64_t columns) {
+  check_device(t, at, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(1) == columns, name,
+                  ": expected float32 [m, ", columns, "]");
+  make_contiguous(t);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+template <class On>
+Tensor block_sparse_grad_x(Tensor grad, Tensor starts, Tensor places, Tensor codes,
+                           OptionalTensor scales, OptionalTensor offsets, int64_t bits,
+                           int64_t codebook, int64_t n, int64_t k) {
+  const memlm_packed w = blocks(grad, starts, places, codes, scales, offsets, bits, codebook, n, k);
+  const float* g = rows_of(grad, grad, "grad", n);
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), k}, ScalarType::Float);
+  On::call(grad, On::block_sparse_grad_x, &w, static_cast<int>(bits), grad.size(0), g,
+           static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+template <class On>
+Tensor block_sparse_grad_values(Tensor grad, Tensor x, Tensor starts, Tensor places, int64_t n,
+                                int64_t k) {
+  const float* g = rows_of(grad, grad, "grad", n);
+  const float* rows = rows_of(x, grad, "x", k);
+  STD_TORCH_CHECK(x.size(0) == grad.size(0), "x: expected as many rows as grad has");
+  STD_TORCH_CHECK(places.dim() == 1, "places: expected one dimension");
+  Tensor out = torch::stable::new_empty(grad, {places.size(0), kActGroup, kTileRows}, ScalarType::Float);
+  // The result stands for the values, of which only the places are looked at.
+  const memlm_packed w = blocks(grad, starts, places, out, {}, {}, 32, 0, n, k);
+  On::call(grad, On::block_sparse_grad_values, &w, grad.size(0), g, rows,
+           static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace memlm_torch

@@ -34,16 +34,18 @@ def define(name: str, reference: Callable, fake: Callable, backward=None, setup_
 
     torch.library.impl(qualified, ("XPU", "MPS"), slow)
     _cuda_kernels[name] = {}
-    if _cuda.unavailable() or not _define_cuda(name):
+    for define_kernel in (_define_cuda, _define_triton):
+        define_kernel(name)
+    if not _cuda_kernels[name]:
         torch.library.impl(qualified, "CUDA", slow)
     return getattr(torch.ops.memlm, name).default
 
 
-def _define_cuda(name: str) -> bool:
-    """Has ``memlm::<name>`` run the CUDA C++ kernel, and ``memlm_cuda::<name>`` nothing else; False
-    where there is no such kernel."""
-    if not _cuda.register("memlm", "CUDA", name, or_reference=True):
-        return False
+def _define_cuda(name: str) -> None:
+    """Has ``memlm::<name>`` run the CUDA C++ kernel, and ``memlm_cuda::<name>`` nothing else, where
+    there is one."""
+    if _cuda.unavailable() or not _cuda.register("memlm", "CUDA", name, or_reference=True):
+        return
 
     def slow(*args):
         _warn_once(name, "this call", _cuda.reason())
@@ -55,7 +57,30 @@ def _define_cuda(name: str) -> bool:
     torch.library.impl(f"memlm_reference::{name}", "CompositeExplicitAutograd", slow)
     _cuda.register("memlm_cuda", "CUDA", name, or_reference=False)
     _cuda_kernels[name]["cuda"] = getattr(torch.ops.memlm_cuda, name).default
-    return True
+
+
+def _define_triton(name: str) -> None:
+    """Adds the Triton kernel, if there is one; ``memlm::<name>`` runs it where there is none in C++."""
+    if not (torch.version.cuda or torch.version.hip):
+        return
+    from memlm import kernels  # which needs the operations that are being defined
+
+    if name not in kernels.OPERATIONS or not kernels.available():
+        return
+
+    def alone(*args):
+        return kernels.implementation(name)(*args)
+
+    def run(*args):
+        try:
+            return alone(*args)
+        except TypeError as error:  # a dtype that the kernel does not take
+            _warn_once(name, "this call", str(error))
+            return _references[name](*args)
+
+    if not _cuda_kernels[name]:
+        torch.library.impl(f"memlm::{name}", "CUDA", run)
+    _cuda_kernels[name]["triton"] = alone
 
 
 _warned = set()
@@ -69,6 +94,17 @@ def _warn_once(name: str, what: str, why: str = "") -> None:
             f"memlm.{name} has no kernel for {what}{because}: running the slow reference in plain torch",
             stacklevel=3,
         )
+
+
+def selected(name: str, device: str) -> tuple[str, str]:
+    """Which of :func:`implementations` ``torch.ops.memlm.<name>`` runs on a type of device; and why it
+    is the reference, if it is."""
+    if device == "cpu":
+        return "cpp", ""
+    if device != "cuda":
+        return "reference", f"memlm has no kernels for {device}"
+    kernel = next(iter(_cuda_kernels[name]), None)
+    return (kernel, "") if kernel else ("reference", _cuda.unavailable() or f"{name} has no CUDA kernel")
 
 
 def implementations(name: str, device: str = "cpu") -> dict[str, Callable]:
