@@ -356,7 +356,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  if (add_up<kRows>(p, sums)) finish<T>(p, here, sums);
+  if (!add_up<kRows>(p, sums)) return;
+  finish(p, here, Elements<T>(), [&](int t, int r, int j) { return sums[t][r / 2][r % 2 * 2 + j]; });
 }
 
 // ---- The launcher ----
