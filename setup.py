@@ -1,8 +1,9 @@
-"""Builds three libraries (everything else stands in pyproject.toml):
+"""Builds four libraries (everything else stands in pyproject.toml):
 
-``memlm/libmemlm.so``  the kernels behind the C ABI, one static library per instruction set in it
-``memlm/_torch.so``    the torch ops, on libtorch's stable ABI: loaded with torch.ops.load_library
-``memlm/_core.*.so``   the Python module over the C ABI; needs no torch
+``memlm/libmemlm.so``       the kernels behind the C ABI, one static library per instruction set in it
+``memlm/libmemlm_cuda.so``  those for NVIDIA GPUs, where nvcc is; csrc/cuda/nvcc.py
+``memlm/_torch.so``         the torch ops, on libtorch's stable ABI: loaded with torch.ops.load_library
+``memlm/_core.*.so``        the Python module over the C ABI; needs no torch
 """
 
 import platform
@@ -15,6 +16,9 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, "csrc/cuda")
+import nvcc  # noqa: E402
+
 # The oldest torch that the ops must load in.
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 
@@ -26,7 +30,7 @@ ISA_FLAGS = {
     isa: line.split() for isa, line in flags[machine if machine in flags else "DEFAULT"].items()
 }
 
-HEADERS = [str(p) for p in Path("csrc").rglob("*.h")]
+HEADERS = [str(p) for p in Path("csrc").rglob("*.h") if p.parent.name != "cuda"]
 
 
 def find_torch():
@@ -40,11 +44,11 @@ def find_torch():
 
 
 class BuildExt(build_ext):
-    """Gives the two libraries that are no Python modules their plain names."""
+    """Gives the libraries that are no Python modules their plain names, and nvcc its own."""
 
     def get_ext_filename(self, name):
         *package, module = name.split(".")
-        if module in ("libmemlm", "_torch"):
+        if module in ("libmemlm", "libmemlm_cuda", "_torch"):
             return str(Path(*package, module + ".so"))
         return super().get_ext_filename(name)
 
@@ -52,6 +56,9 @@ class BuildExt(build_ext):
         return ext.export_symbols  # no PyInit function is demanded of them
 
     def build_extension(self, ext):
+        if ext.name == "memlm.libmemlm_cuda":
+            nvcc.build(Path(self.get_ext_fullpath(ext.name)), CUDA_ARCHS)
+            return
         if ext.name != "memlm.libmemlm":  # the others link with it, and find it beside them
             folder = Path(self.get_ext_fullpath("memlm.libmemlm")).parent
             ext.extra_link_args += [f"-L{folder}", "-lmemlm", "-Wl,-rpath,$ORIGIN"]
@@ -59,6 +66,10 @@ class BuildExt(build_ext):
 
 
 torch = find_torch()
+CUDA_ARCHS = nvcc.chosen_archs()
+if not CUDA_ARCHS:
+    why = "MEMLM_CUDA_ARCHS asks for none" if nvcc.find() else nvcc.MISSING
+    print(f"memlm: without CUDA kernels ({why})")
 
 setup(
     # Without torch's headers at hand, pip fetches a torch to build with.
@@ -94,6 +105,7 @@ setup(
             extra_compile_args=[*COMMON, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
             language="c++",
         ),
+        *([Extension("memlm.libmemlm_cuda", [])] if CUDA_ARCHS else []),
         Extension(
             "memlm._core",
             ["csrc/bind.cpp", "csrc/array.cpp", "csrc/arrays.cpp", "csrc/decoder_bind.cpp"],

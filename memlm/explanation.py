@@ -11,6 +11,7 @@ from memlm.convert import LEFT_ALONE, memory_of
 from memlm.cpu import isa
 from memlm.layers import Linear, PackedModule, SparseLinear
 from memlm.layers.linear import is_conv1d
+from memlm.ops import _registry
 from memlm.sparse_formats import density
 
 
@@ -20,7 +21,8 @@ class Row:
 
     ``bytes``: what its tensors take, 0 for those shared with an earlier row; ``float_bytes``: the
     same in f32; ``density``: the share of its weights that is stored.  ``op``, ``isa``, ``mode``
-    say which kernel runs; of a module that memlm left as it is ``reason`` says why.
+    say which kernel runs; ``reason`` says why it is the slow reference, or why memlm left a module as it
+    is.
     """
 
     name: str
@@ -102,21 +104,32 @@ def _packed_row(name: str, module: PackedModule, tensors: list, own: list) -> Ro
     weights = module.n * module.k if any(t is module.first for t in own) else 0
     others = [p for p in module.parameters(recurse=False) if p is not module.codes]
     others = sum(p.numel() for p in others if any(p is t for t in own))
-    device = module.codes.device.type
+    kernel, why = _registry.selected(module.op, module.codes.device.type)
+    shared = "" if weights else "(shares the tensors of an earlier layer)"
     sparse = isinstance(module, SparseLinear)
     return Row(
         name=name,
         type=type(module).__name__,
         shape=f"{module.n}x{module.k}",
         format=module.format.name,
-        op=module.op if device == "cpu" else f"{module.op} (reference)",
-        isa=isa() if device == "cpu" else device,
+        op=module.op,
+        isa=_runs_on(kernel, module.codes.device),
         mode=module.mode if isinstance(module, Linear) else "",
         bytes=_bytes(own),
         float_bytes=4 * (weights + others),
-        reason="" if weights else "(shares the tensors of an earlier layer)",
+        reason="; ".join(part for part in (why, shared) if part),
         density=density(module.packed) if sparse else 1.0,
     )
+
+
+def _runs_on(kernel: str, device: torch.device) -> str:
+    """The kernel's instruction set: a CPU's name for it, or what sort of kernel it is and for which
+    device."""
+    if kernel == "cpp":
+        return isa()
+    if device.type == "cuda" and torch.cuda.is_available():
+        return f"{kernel} sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}"
+    return f"{kernel} {device.type}"
 
 
 def _float_row(name: str, module: nn.Module, tensors: list, own: list) -> Row:

@@ -2,6 +2,9 @@
 
 import os
 
+# Before anything imports Triton, which reads it once: its kernels are interpreted (tests/triton_interpreter.py).
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 

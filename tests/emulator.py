@@ -11,12 +11,15 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
+import pytest
 import torch
 
 from memlm.formats import NF4_LEVELS
+
+from . import device
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "cuda_emulator"
@@ -63,6 +66,12 @@ class Counts(Structure):
             "shared_requests shared_passes shared_least mmas barriers blocks"
         ).split()
     ]
+
+
+class Launch(Structure):
+    """emulator_launch"""
+
+    _fields_ = [("kernel", c_int64), ("blocks", c_int64), ("threads", c_int32), ("shared_bytes", c_int32)]
 
 
 class KernelError(RuntimeError):
@@ -198,10 +207,34 @@ class Emulator:
             self.lib.emulator_count(0)
         return counts
 
+    def launches(self, run, arch: int, processors: int, shared_bytes: int) -> dict[str, Launch]:
+        """What ``run()`` would launch on such a device, by the kernel's mangled name; nothing is run."""
+        self.lib.emulator_device(arch, processors, shared_bytes)
+        self.lib.emulator_log(1)
+        try:
+            run()
+        finally:
+            self.lib.emulator_log(0)
+            self.lib.emulator_device(self.arch, *DEVICES[self.arch])
+        first = POINTER(Launch)()
+        self.lib.emulator_logged.restype = c_int64
+        count = self.lib.emulator_logged(byref(first))
+        return {self._symbols[first[i].kernel]: first[i] for i in range(count)}
+
+    @functools.cached_property
+    def _symbols(self) -> dict[int, str]:
+        listed = subprocess.run(["nm", self.path], check=True, capture_output=True, text=True).stdout
+        rows = (line.split() for line in listed.splitlines())
+        return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwW"}
+
 
 @functools.cache
 def emulator(arch: int = 800) -> Emulator:
-    """Of csrc/cuda, as compiled for a compute capability."""
+    """Of csrc/cuda, as compiled for a compute capability; with MEMLM_TEST_GPU the GPU."""
+    if device.wanted():
+        if arch != 800:
+            pytest.skip("only the emulator can be another device")
+        return device.Device()
     return Emulator(_library(sorted(KERNELS.glob("*.cu")), arch), arch)
 
 
@@ -211,21 +244,27 @@ def emulator_of(source: Path) -> Emulator:
     return Emulator(_library([source], 800), 800)
 
 
-def matmul(name: str, x, packed, bias, norm=None, eps=0.0, swiglu=False, residual=None, arch: int = 800, before=()) -> torch.Tensor:  # fmt: skip
+def matmul(
+    name: str, x, packed, bias, norm=None, eps=0.0, swiglu=False, residual=None, arch: int = 800, before=(),
+    after=(), read=(), dtype=None,
+) -> torch.Tensor:  # fmt: skip
     """The product of the op ``name`` by its emulated kernel: ``x [..., k]`` -> ``[..., n]``, or half of
-    that with swiglu.  ``before``: the C function's arguments behind W."""
-    rows = x.reshape(-1, packed.k)
+    that with swiglu, in ``dtype``, by default x's.  ``before`` and ``after``: the C function's arguments
+    behind W, and behind memlm_matmul_args; ``read``: what tensors they point to."""
+    rows, dtype = x.reshape(-1, packed.k), dtype or x.dtype
     columns = packed.n // 2 if swiglu else packed.n
-    y = torch.full((len(rows), columns), float("nan"), dtype=x.dtype)
+    y = torch.full((len(rows), columns), float("nan"), dtype=dtype)
     residual_rows = None if residual is None else residual.reshape(-1, columns)
     args = MatmulArgs(
         m=len(rows), x=pointer(rows), x_stride=rows.stride(0) if len(rows) > 1 else packed.k,
-        bias=pointer(bias), y=pointer(y), y_stride=columns, dtype=DTYPES[x.dtype], norm=pointer(norm),
+        bias=pointer(bias), y=pointer(y), y_stride=columns, dtype=DTYPES[dtype], norm=pointer(norm),
         norm_eps=eps, swiglu=swiglu, residual=pointer(residual_rows), residual_stride=columns,
     )  # fmt: skip
     w = packed_struct(packed)
-    read = [rows, bias, norm, residual_rows, *packed.tensors().values()]
+    if name == "block_sparse_matmul":
+        before = (packed.format.bits, *before)
+    read = [rows, bias, norm, residual_rows, *packed.tensors().values(), *read]
     emulator(arch).run(
-        f"memlm_cuda_{name}", byref(w), *before, byref(args), read=read, written=[y]
+        f"memlm_cuda_{name}", byref(w), *before, byref(args), *after, read=read, written=[y]
     )
     return y.view(*x.shape[:-1], columns)

@@ -62,6 +62,8 @@ def arithmetic(implementation: str, m: int, fast: bool) -> str:
 
 def mma_weights(packed: Packed | SparsePacked, dtype: torch.dtype) -> torch.Tensor:
     """f64 [n, k], as "mma" sees them: levels of nf4 rounded to x's dtype."""
+    if isinstance(packed, SparsePacked) and packed.format.is_float:
+        return dequantize(packed)
     dense = sparse_formats.to_dense(packed) if isinstance(packed, SparsePacked) else packed
     if dense.format.codebook != "nf":
         return dequantize(packed)

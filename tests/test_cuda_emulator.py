@@ -138,6 +138,38 @@ def test_mma_int8():
     assert torch.equal(unfold(d), a.int() @ b.int() + 1)
 
 
+# Bits 0 to 15 and 16 to 31 of a lane's metadata, at the lanes with lane % 4 = 0 and 1 (or, by the selector,
+# 2 and 3): row and column of the 16 elements they are of; lane / 4 adds to the row.  PTX ISA 8.7:
+# 9.7.14.6.2.2 (sparse m16n8k32, 16 bits).
+METADATA = [[(0, 0), (8, 0)], [(0, 16), (8, 16)]]
+
+
+@pytest.mark.parametrize("selector, dtype", [(0, torch.float16), (1, torch.bfloat16)])
+def test_mma_sparse(selector, dtype):
+    """A row's stored elements lie as those of a dense m16n8k16, each two in the order of their places."""
+    generator = torch.Generator().manual_seed(0)
+    at = torch.rand(16, 8, 4, generator=generator).argsort(2)[..., :2].sort(2).values
+    stored = torch.randint(-8, 9, (16, 16), generator=generator).to(dtype)
+    a = torch.zeros(16, 8, 4).scatter_(2, at, stored.float().view(16, 8, 2)).view(16, 32)
+    b = torch.randint(-8, 9, (32, 8), generator=generator).to(dtype)
+    nibbles = (at[..., 0] | at[..., 1] << 2).numpy().astype(np.uint32)  # of each 4 columns
+    places = np.full(32, 0xDEADBEEF, np.uint32)  # which others must not look at
+    for lane in range(32):
+        pair = lane % 4 - 2 * selector
+        if pair not in (0, 1):
+            continue
+        places[lane] = 0
+        for half, (row, column) in enumerate(METADATA[pair]):
+            for i in range(4):
+                places[lane] |= nibbles[row + lane // 4, column // 4 + i] << np.uint32(16 * half + 4 * i)
+    given = torch.from_numpy(places.view(np.int32))
+    b_table = B16 + [(row + 16, column) for row, column in B16]
+    lanes, d = (fragments(stored, A16, 2, False), fragments(b, b_table, 2, True)), torch.zeros(32, 4)
+    arguments = [ctypes.c_void_p(pointer(t)) for t in (*lanes, given, d)]
+    emulator_of(PLANTED).call("run_mma_sparse", selector, *arguments, read=[*lanes, given], written=[d])
+    assert torch.equal(unfold(d), a @ b.float())
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_load_matrices(transposed):
     """Matrix i: its rows are 8 i to 8 i + 7; a lane receives two elements of each, as 9.7.14.5.15 draws."""

@@ -1,5 +1,8 @@
 """The wheel: what is in it, and that it works from anywhere, in an environment of its own."""
 
+import ctypes
+import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -7,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from . import cubin
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,13 +38,17 @@ print(memlm.arrays.matmul(numpy.ones((1, 70), "f4"), packed).round(2).sum())
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder: Path, cuda_archs: str) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    env = os.environ | {"MEMLM_CUDA_ARCHS": cuda_archs}
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True, env=env)
     (found,) = folder.glob("memlm-*.whl")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"), "none")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,16 @@ def test_contents(wheel):
         assert needed in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+@cubin.needs_nvcc
+@pytest.mark.gpu_proof
+def test_cuda_kernels_are_in_the_wheel(tmp_path):
+    """All of them, in a library that opens here."""
+    wheel = zipfile.ZipFile(build_wheel(tmp_path, "80"))
+    library = ctypes.CDLL(wheel.extract("memlm/libmemlm_cuda.so", tmp_path))
+    declared = re.findall(r"\b(memlm_cuda_\w+)\(", (ROOT / "csrc/include/memlm_cuda.h").read_text())
+    assert len(declared) > 4 and all(hasattr(library, name) for name in declared)
 
 
 def test_works_from_any_directory(environment, tmp_path):

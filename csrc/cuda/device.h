@@ -20,6 +20,10 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
 
 // 16 bytes in four registers; an array of them is loaded and stored whole.
 struct alignas(16) Vec4 {
@@ -337,37 +341,36 @@ MEMLM_DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (
 // d [16, 8] += a [16, 32] b [32, 8], where a has two of each 4 columns: m16n8k32, sparse.
 //
 //   a: register i, halves j   row g + 8 (i % 2), the (2c + j + 8 (i / 2))-th stored of the row: the 4
-//                             columns they stand among are 4 (c + 4 (i / 2))
+//                             columns they stand among are 4 (c + 4 (i / 2)) to + 3
 //   b: register i, halves j   row 2c + j + 8 i, column g
-//   places: of lanes c = 0 and c = 1 alone, 2 bits for each stored element of the row, p0 | p1 << 2 for
-//           each 4 columns, p0 < p1.  c = 0: row g; c = 1: row g + 8.  Bits 0-15: columns 0-15; bits
-//           16-31: columns 16-31
+//   places: 2 bits for each stored element of a row, p0 | p1 << 2 for each 4 columns, p0 < p1, in the lanes
+//           c = 2 selector and c = 2 selector + 1; those of others are not looked at
+//
+//                      bits 0-15                     bits 16-31
+//     c % 2 = 0        row g, columns 0-15           row g + 8, columns 0-15
+//     c % 2 = 1        row g, columns 16-31          row g + 8, columns 16-31
 //   d: as above
+//
+// PTX ISA, section 9.7.14.6.2.2, the figure of the metadata of m16n8k32 with 16-bit floats.
 // From sm_80 on.
-template <class T>
-MEMLM_DEVICE void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places);
-template <>
-MEMLM_DEVICE void mma_sparse<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                  uint32_t places) {
+template <class T, int selector>
+MEMLM_DEVICE void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places));
-#else
-  __trap();
-#endif
-}
-template <>
-MEMLM_DEVICE void mma_sparse<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                   uint32_t places) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places));
+  if constexpr (is_bf16<T>) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places),
+          "n"(selector));
+  } else {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places),
+          "n"(selector));
+  }
 #else
   __trap();
 #endif

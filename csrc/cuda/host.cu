@@ -36,6 +36,12 @@ namespace {
 
 thread_local char last_error[400];
 
+#ifdef __CUDACC__
+constexpr int kCuda = CUDART_VERSION / 1000;  // the runtime's, which is linked into the library
+#else
+constexpr int kCuda = 0;
+#endif
+
 }  // namespace
 
 memlm_status fail(memlm_status status, const char* format, ...) {
@@ -47,7 +53,7 @@ memlm_status fail(memlm_status status, const char* format, ...) {
 }
 
 memlm_status find_gpu(memlm_dtype dtype, Gpu* gpu) {
-  if (!current_gpu(gpu)) return fail(MEMLM_UNSUPPORTED, "no CUDA device");
+  if (!current_gpu(gpu)) return fail(MEMLM_UNSUPPORTED, "no CUDA device with a driver for CUDA %d or later", kCuda);
   const char* const accepted = "accepted are f16 from compute capability 7.5 on and bf16 from 8.0 on";
   if (gpu->arch < 750) {
     return fail(MEMLM_UNSUPPORTED, "the device has compute capability %d.%d; %s", gpu->arch / 100,
@@ -72,9 +78,17 @@ memlm_status need(memlm_cuda_queue* queue, int64_t bytes) {
 memlm_status check_packed(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w && w->codes && w->scales, "w: it or its codes or scales are NULL");
   MEMLM_CHECK(w->pattern == MEMLM_DENSE, "w: got a sparse matrix, a dense one is accepted");
+  return check_values(w, bits);
+}
+
+memlm_status check_values(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w->n >= 1 && w->k >= 1, "w: got n = %lld, k = %lld, both must be at least 1",
               static_cast<long long>(w->n), static_cast<long long>(w->k));
-  MEMLM_CHECK(w->n <= INT32_MAX && w->k <= INT32_MAX, "w: n and k must be below 2^31");
+  // A tile's codes, 16 rows of at most a byte for each k, are counted in 32 bits; whole matrices in 64.
+  constexpr int64_t most_n = INT32_MAX - 63, most_k = INT32_MAX / 16 - 127;
+  MEMLM_CHECK(w->n <= most_n && w->k <= most_k, "w: got n = %lld, k = %lld, accepted are up to %lld and %lld",
+              static_cast<long long>(w->n), static_cast<long long>(w->k), static_cast<long long>(most_n),
+              static_cast<long long>(most_k));
   const int64_t g = w->group;
   MEMLM_CHECK(g == 32 || g == 64 || g == 128 || (g == 0 && bits == 8),
               "w: got a group of %lld, accepted are 32, 64, 128, and 0 for 8 bits", static_cast<long long>(g));
@@ -86,7 +100,7 @@ memlm_status check_packed(const memlm_packed* w, int bits) {
   return MEMLM_OK;
 }
 
-memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args) {
+memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args, bool int8_x) {
   MEMLM_CHECK(args->m >= 0 && args->m <= INT32_MAX, "m: got %lld, accepted are 0 to 2^31 - 1",
               static_cast<long long>(args->m));
   MEMLM_CHECK(!args->m || (args->x && args->y), "x, y: NULL");
@@ -97,9 +111,16 @@ memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args) 
   const int64_t columns = args->swiglu ? w->n / 2 : w->n;
   MEMLM_CHECK(args->y_stride >= columns && (!args->residual || args->residual_stride >= columns),
               "y_stride, residual_stride: at least %lld are needed", static_cast<long long>(columns));
-  MEMLM_CHECK(is_aligned(args->x, 2) && is_aligned(args->y, 2) && is_aligned(args->bias, 2) &&
-                  is_aligned(args->residual, 2) && is_aligned(args->norm, 2),
-              "x, y, bias, residual, norm: not aligned to an element");
+  if (!int8_x) MEMLM_PASS(check_arrays(args->dtype, "x", {args->x}));
+  return check_arrays(args->dtype, "y, bias, residual, norm", {args->y, args->bias, args->residual, args->norm});
+}
+
+memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer_list<const void*> arrays) {
+  MEMLM_CHECK(dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16, "dtype: got %d, accepted are 0 to 2",
+              static_cast<int>(dtype));
+  for (const void* array : arrays) {
+    MEMLM_CHECK(is_aligned(array, bytes_of(dtype)), "%s: not aligned to an element", names);
+  }
   return MEMLM_OK;
 }
 

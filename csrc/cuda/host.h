@@ -2,6 +2,8 @@
 #ifndef MEMLM_CUDA_HOST_H_
 #define MEMLM_CUDA_HOST_H_
 
+#include <initializer_list>
+
 #include "../include/memlm_cuda.h"
 #include "device.h"
 
@@ -29,8 +31,16 @@ inline memlm_status started(bool ok) {
 // A dense packed matrix of so many bits.
 memlm_status check_packed(const memlm_packed* w, int bits);
 
-// The arguments of a product of numbers with W[n, k].
-memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args);
+// What holds of packed matrices of any pattern.
+memlm_status check_values(const memlm_packed* w, int bits);
+
+// The arguments of a product with W[n, k].  x holds numbers, or int8.
+memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args, bool int8_x = false);
+
+inline int bytes_of(memlm_dtype dtype) { return dtype == MEMLM_F32 ? 4 : 2; }
+
+// Arrays of dtype, given in the order of their names.
+memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer_list<const void*> arrays);
 
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

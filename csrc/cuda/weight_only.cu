@@ -30,16 +30,47 @@ Levels levels_of(const float* levels, memlm_dtype dtype) {
   return table;
 }
 
-// How many blocks share out k: as many as fill two for each multiprocessor, while each slice of each
-// still has a pipeline's worth of stages.
-int64_t splits_of(int64_t blocks, int64_t stages, int slices, const Gpu& gpu) {
-  constexpr int64_t least = 4;
-  const int64_t wanted = 2 * gpu.processors / blocks, most = stages / (least * slices);
-  const int64_t splits = wanted < most ? wanted : most;
-  return splits < 1 ? 1 : splits;
+}  // namespace
+
+memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* args, WeightOnly* p) {
+  if (w->levels) {
+    for (int i = 0; i < 16; i++) {
+      const float level = fabsf(w->levels[i]);
+      MEMLM_CHECK(level == 0 || (level >= 0x1p-14f && level <= 1), "w: its levels must be 0 or 2^-14 to 1");
+    }
+    p->levels = levels_of(w->levels, args->dtype);
+  }
+  describe_product(w, args, p);
+  const int64_t k = padded_k(w), group = w->group ? w->group : k;
+  p->codes = static_cast<const uint8_t*>(w->codes);
+  p->scales = static_cast<const uint8_t*>(w->scales);
+  p->offsets = static_cast<const uint8_t*>(w->offsets);
+  p->scale_bytes = w->scale_dtype == MEMLM_F16 ? 2 : 4;
+  p->zero = w->offsets || bits == 8 ? 0 : bits == 4 ? 8 : 1;
+  p->k = static_cast<int>(w->k);
+  p->groups = static_cast<int>(k / group);
+  p->group_shift = 31;  // one group
+  for (int shift = 0; shift < 3 && w->group; shift++) {
+    if (group == kStep << shift) p->group_shift = shift;
+  }
+  p->code_stride = int64_t{p->steps} * bits * 64;
+  p->x = args->x;
+  p->x_stride = args->x_stride;
+  return MEMLM_OK;
 }
 
-}  // namespace
+memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_queue* queue, WeightOnly* p) {
+  // Workspace: the product's, then x made ready.
+  const int64_t before = plan.counter_bytes + plan.sum_bytes;
+  const bool ready = are_ready(args, p->k);
+  MEMLM_PASS(need(queue, before + (ready ? 0 : args->m * ready_stride(p->k) * 2)));
+  char* const workspace = static_cast<char*>(queue->workspace);
+  MEMLM_PASS(begin_product(workspace, plan, p));
+  if (ready) return MEMLM_OK;
+  p->x = workspace + before;
+  p->x_stride = ready_stride(p->k);
+  return ready_rows(args, p->k, workspace + before, queue->stream);
+}
 
 memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
                          const Launchers& launchers) {
@@ -47,67 +78,12 @@ memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_arg
   MEMLM_PASS(check_matmul(w, args));
   Gpu gpu;
   MEMLM_PASS(find_gpu(args->dtype, &gpu));
-  if (w->levels) {
-    for (int i = 0; i < 16; i++) {
-      const float level = fabsf(w->levels[i]);
-      MEMLM_CHECK(level == 0 || (level >= 0x1p-14f && level <= 1), "w: its levels must be 0 or 2^-14 to 1");
-    }
-  }
-  if (!args->m) return MEMLM_OK;
-
   WeightOnly p = {};
-  const int64_t k = padded_k(w), tiles = ceil_div(w->n, kTile), group = w->group ? w->group : k;
-  p.codes = static_cast<const uint8_t*>(w->codes);
-  p.scales = static_cast<const uint8_t*>(w->scales);
-  p.offsets = static_cast<const uint8_t*>(w->offsets);
-  p.scale_bytes = w->scale_dtype == MEMLM_F16 ? 2 : 4;
-  if (w->levels) p.levels = levels_of(w->levels, args->dtype);
-  p.zero = w->offsets || bits == 8 ? 0 : bits == 4 ? 8 : 1;
-  p.n = static_cast<int>(w->n);
-  p.k = static_cast<int>(w->k);
-  p.tiles = static_cast<int>(tiles);
-  p.steps = static_cast<int>(k / kStep);
-  p.groups = static_cast<int>(k / group);
-  p.group_steps = static_cast<int>(group / kStep);
-  p.code_stride = p.steps * bits * 64;
-  p.x = args->x;
-  p.x_stride = args->x_stride;
-  p.m = static_cast<int>(args->m);
-  p.bias = args->bias;
-  p.residual = args->residual;
-  p.y = args->y;
-  p.y_stride = args->y_stride;
-  p.residual_stride = args->residual_stride;
-  p.swiglu = args->swiglu != 0;
-  p.wide = args->y_stride % 4 == 0 && is_aligned(args->y, 8);
-
-  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8;
-  const int64_t pairs = p.swiglu ? tiles / 2 : ceil_div(tiles, 2), token_blocks = ceil_div(args->m, token_tiles * 8);
-  MEMLM_CHECK(token_blocks <= 65535, "m: got %lld, at most %d are accepted", static_cast<long long>(args->m),
-              65535 * 64);
-  const int64_t blocks = ceil_div(pairs, rows_of(token_tiles)) * token_blocks;
-  const int64_t splits = splits_of(blocks, ceil_div(p.steps, 2), kWarps / rows_of(token_tiles), gpu);
-
-  // Workspace: counters, the blocks' sums, x made ready.
-  const int64_t counters = splits > 1 ? round_up(blocks * 4, 256) : 0;
-  const int64_t sums =
-      splits > 1 ? splits * blocks * token_tiles * 8 * rows_of(token_tiles) * kWarp * int64_t{4} : 0;
-  const bool ready = are_ready(args, w->k);
-  const int64_t rows = ready ? 0 : args->m * ready_stride(w->k) * 2;
-  MEMLM_PASS(need(queue, counters + round_up(sums, 256) + rows));
-  char* const workspace = static_cast<char*>(queue->workspace);
-  if (splits > 1) {
-    p.counters = reinterpret_cast<int*>(workspace);
-    p.partial = reinterpret_cast<float*>(workspace + counters);
-    MEMLM_PASS(started(clear(p.counters, counters, queue->stream)));
-  }
-  if (!ready) {
-    char* const to = workspace + counters + round_up(sums, 256);
-    MEMLM_PASS(ready_rows(args, w->k, to, queue->stream));
-    p.x = to;
-    p.x_stride = ready_stride(w->k);
-  }
-  const Plan plan = {token_tiles, splits, gpu, queue->stream};
+  MEMLM_PASS(describe(w, bits, args, &p));
+  if (!args->m) return MEMLM_OK;
+  Plan plan;
+  MEMLM_PASS(plan_product(w, args, gpu, queue->stream, &p, &plan));
+  MEMLM_PASS(begin(args, plan, queue, &p));
   return (args->dtype == MEMLM_F16 ? launchers.of_f16 : launchers.of_bf16)(p, plan);
 }
 

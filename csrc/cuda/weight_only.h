@@ -1,4 +1,5 @@
-// y = x W^T over packed weights, numbers on the left: the kernel of w2_matmul, w4_matmul and w8_matmul.
+// y = x W^T over packed weights, numbers on the left: the kernel of w2_matmul, w4_matmul, w8_matmul and
+// w4_sparse_matmul.
 //
 // W is the A operand of the tensor cores, whose rows are features, and 8 tokens are the columns of B: few
 // tokens waste little.  The rows and the k of a product may stand in any order that both operands share,
@@ -21,66 +22,45 @@
 // scale and added up in f32.  An offset is multiplied by the sum of its k of x, which a product with ones
 // gives in the very lanes that need it.  Levels of NF4 are rounded to x's type.
 //
-// A block has kWarps warps: `kRows` pairs of tiles beside each other, each by kSlices warps that share out
-// k and add up their sums in the end.  Blocks share out k, too, where there would be few of them: each
-// stores its sums, and the last to finish adds them up in the order of k.
+// product.h shares out tiles, tokens and k.
 //
-//   stage of the pipeline, 64 k:  [warp][codes | scales | offsets]  [slice][x: tokens x 64]
+//   stage of the pipeline, 64 k:  [warp][weights | scales | offsets]  [slice][x: tokens x 64]
 //
-// Codes, scales and offsets of a stage are read by the warp that copied them; x by all that share a slice.
+// Weights, scales and offsets of a stage are read by the warp that copied them; x by all that share a slice.
+// A class `Weights` says what a pattern's are, how they come into a stage, and what they multiply: Dense
+// here, sparse ones in w4_sparse_matmul.cu.
 #ifndef MEMLM_CUDA_WEIGHT_ONLY_H_
 #define MEMLM_CUDA_WEIGHT_ONLY_H_
 
-#include "host.h"
+#include "product.h"
 
 namespace memlm::cuda {
-
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kTile = 16, kPair = 2 * kTile;      // rows
-constexpr int kStep = 32, kStageK = 2 * kStep;    // k
-constexpr int kTokenTile = 8;
-
-// Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
-// 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
-constexpr int stages_of(int arch, int bits) { return arch < 800 ? 2 : bits == 8 ? 3 : 4; }
-// Pairs of tiles beside each other in a block: for many tokens more, as x is read once by each block.
-constexpr int rows_of(int token_tiles) { return token_tiles <= 2 ? 2 : token_tiles == 4 ? 4 : 8; }
 
 // The levels of a 4-bit code as bytes, for lookups: bits 0-7 and 8-15 of their 16-bit floats.
 struct Levels {
   uint32_t low[4], high[4];
 };
 
-struct WeightOnly {
+struct WeightOnly : Product {
   const uint8_t* codes;
   const uint8_t *scales, *offsets;
   int scale_bytes;  // of one
   Levels levels;
   float zero;  // subtracted from codes
-  int n, k, tiles, groups, group_steps;  // steps of k in a group
-  int steps;                             // of all k
-  int code_stride;                       // bytes of a tile's codes: `steps` times those of a step
+  int k, groups, group_shift;  // 2^group_shift steps of k in a group
+  int64_t code_stride;         // bytes of a tile's codes: `steps` times those of a step
   const void* x;
   int64_t x_stride;
-  int m;
-  const void *bias, *residual;
-  void* y;
-  int64_t y_stride, residual_stride;
-  bool swiglu, wide;  // wide: four features of y may be stored at once
-  // Blocks along y share out k; [splits][blocks][kThreads] sums of each thread, and counters.
-  float* partial;
-  int* counters;
 };
 
-// Bytes of one step: of a lane's codes, and of the pair's scales for one group.
-constexpr int pieces_of(int bits) { return bits == 8 ? 2 : 1; }
-constexpr int codes_bytes(int bits) { return kStageK / kStep * pieces_of(bits) * kWarp * 16; }
-constexpr int kMostScales = kStageK / kStep * kPair * 4;  // f32, a group for each step
+constexpr int kMostScales = kStageSteps * kPair * 4;  // bytes: f32, a group for each step
+constexpr int kXRow = kStageK * 2;                    // bytes of a token in a stage
 
-constexpr int warp_bytes(int bits) { return codes_bytes(bits) + 2 * kMostScales; }
-constexpr int stage_bytes(int bits, int token_tiles) {
-  return kWarps * warp_bytes(bits) + kWarps / rows_of(token_tiles) * token_tiles * kTokenTile * kStageK * 2;
-}
+template <class Weights>
+constexpr int kWarpBytes = Weights::kBytes + 2 * kMostScales;
+template <class Weights, int token_tiles>
+constexpr int kStageBytes =
+    kWarps * kWarpBytes<Weights> + slices_of(token_tiles) * token_tiles * kTokenTile * kXRow;
 
 // ---- Codes to numbers: 8 k of one row, as four pairs in order ----
 
@@ -89,6 +69,15 @@ template <class T>
 constexpr uint32_t kMagic = 0x64006400;
 template <>
 constexpr uint32_t kMagic<bf16> = 0x43004300;
+// Two halves, each 2^-power.
+template <class T>
+constexpr uint32_t power_of_two(int power) {
+  return 0x3c003c00 - power * 0x04000400;
+}
+template <>
+constexpr uint32_t power_of_two<bf16>(int power) {
+  return 0x3f803f80 - power * 0x00800080;
+}
 template <class T>
 constexpr float kMagicValue = 1024;
 template <>
@@ -98,15 +87,13 @@ constexpr float kMagicValue<bf16> = 128;
 template <class T, int bits>
 struct Integers {
   static constexpr int kBits = bits;
-  uint32_t one, minus_magic, upper, minus_upper;
+  uint32_t minus_magic, minus_upper;
 
   MEMLM_DEVICE explicit Integers(const WeightOnly& p) {
     // The upper field is read where it stands, times 2^bits, if the mantissa (f16: 10 bits, bf16: 7) has
     // room for it.
     const float factor = upper_in_place() ? 1.0f / (1 << bits) : 1.0f;
-    one = pair<T>(1, 1);
     minus_magic = pair<T>(-(kMagicValue<T> + p.zero), -(kMagicValue<T> + p.zero));
-    upper = pair<T>(factor, factor);
     const float less = -(kMagicValue<T> * factor + p.zero);
     minus_upper = pair<T>(less, less);
   }
@@ -118,9 +105,9 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, one, minus_magic);
+      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
       const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, upper, minus_upper);
+      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -145,7 +132,7 @@ struct Bytes {
 template <>
 MEMLM_DEVICE uint32_t Bytes<f16>::unpack_pair(uint32_t raised, int which) {
   const uint32_t both = permute_bytes(raised, kMagic<f16>, which ? 0x7372 : 0x7170);
-  return fma_pair<f16>(both, pair<f16>(1, 1), pair<f16>(-1152, -1152));
+  return fma_pair<f16>(both, power_of_two<f16>(0), pair<f16>(-1152, -1152));
 }
 template <>
 MEMLM_DEVICE uint32_t Bytes<bf16>::unpack_pair(uint32_t raised, int which) {
@@ -182,140 +169,183 @@ struct Lookup {
 
 // ---- The kernel ----
 
-MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
-
-// The tiles that warp pair `at` works on; with swiglu a gate and what it multiplies.
-MEMLM_DEVICE int tile_of(const WeightOnly& p, int at, int which) {
-  return p.swiglu ? at + which * (p.tiles / 2) : 2 * at + which;
+// Where 16 bytes of a token in a stage lie: turned about so that both 8 lanes that read 4 pieces of two tokens
+// and 8 that read one piece of each of 8 tokens meet all banks.
+MEMLM_DEVICE int x_place(int token, int piece) {
+  return token * kXRow + (piece ^ (token % 2 * 4 + token / 2 % 4)) * 16;
 }
 
-template <class T, class Codec, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOnly p) {
-  constexpr int kBits = Codec::kBits, kRows = rows_of(kTokenTiles), kSlices = kWarps / kRows;
-  constexpr int kStages = stages_of(kArch, kBits), kPieces = pieces_of(kBits);
-  constexpr int kTokens = kTokenTiles * kTokenTile;
-  constexpr int kXRow = kStageK * 2, kWarpBytes = warp_bytes(kBits), kCodesBytes = codes_bytes(kBits);
-  constexpr int kStageBytes = stage_bytes(kBits, kTokenTiles);
-  constexpr int kStageSteps = kStageK / kStep;
+// The lane's 8 k of a token as two B operands: k 0-3, then 4-7.
+MEMLM_DEVICE void read_x(const uint8_t* x, int token, int piece, uint32_t (&b)[2][2]) {
+  const Vec4 v = load<Vec4>(x + x_place(token, piece));
+  b[0][0] = v.x, b[0][1] = v.y, b[1][0] = v.z, b[1][1] = v.w;
+}
 
-  uint8_t* const memory = shared<uint8_t>();
-  const int row = warp() % kRows, slice = warp() / kRows, g = lane() / 4, c = lane() % 4;
-  const int at = block_x() * kRows + row, token0 = block_z() * kTokens;
-  const int mine = tile_of(p, at, g / 4);  // the tile of this lane's rows
-  const bool have = mine < p.tiles;
+// Adds the product of 8 k of the lane's 4 rows with 8 tokens to its sums, as product.h has them.
+template <class T>
+MEMLM_DEVICE void multiply(const uint32_t (&w)[4][4], const uint32_t (&b)[2][2], float (&products)[2][4]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
+    const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
+    mma<T>(products[0], a0, b[h]);
+    mma<T>(products[1], a1, b[h]);
+  }
+}
 
-  // Stages first .. last - 1 are this slice's; all slices go through as many.
-  const int all = (p.steps + kStageSteps - 1) / kStageSteps, shares = kSlices * blocks_y();
-  const int count = (all + shares - 1) / shares;
-  const int first = (block_y() * kSlices + slice) * count;
-  const int last = first + count < all ? first + count : all;
+// All weights, as memlm/formats.py draws them.
+template <class Element, class Codec>
+struct Dense {
+  using T = Element;
+  using Parameters = WeightOnly;
+  static constexpr int kBits = Codec::kBits;
+  static constexpr bool kOffsets = kBits < 8;  // may be there
+  static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
+  static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
 
-  auto begin_copies = [&](int stage) {
-    uint8_t* const to = memory + stage % kStages * kStageBytes;
-    uint8_t* const weights = to + warp() * kWarpBytes;
-    const int step0 = (first + stage) * kStageSteps;
-    const bool valid = first + stage < last;
+  // Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
+  // 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
+  static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
+
+  const Codec codec;
+  uint32_t w[4][4];  // [feature][pair of k], of a step
+
+  template <class Here>
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Here&) : codec(p) {}
+
+  // Begins to copy what a stage from step0 on has; nothing where not `valid`.
+  template <class Here>
+  MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Here& here, uint8_t* to, int step0, bool valid) {
+    // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
+    const int block = kBits == 8 ? 2 * here.c : kBits == 4 ? here.c : here.c / 2;
+    const int64_t begin = here.mine * p.code_stride + block * 64 + here.g % 4 * 16;
+#pragma unroll
     for (int s = 0; s < kStageSteps; s++) {
       const int step = step0 + s;
-      const bool there = valid && have && step < p.steps;
+      const bool there = valid && here.have && step < p.steps;
+      const uint8_t* const from = p.codes + (there ? begin + static_cast<int64_t>(step) * (kBits * 64) : 0);
+#pragma unroll
       for (int i = 0; i < kPieces; i++) {
-        // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-        const int in_step = kBits == 8 ? 2 * c + i : kBits == 4 ? c : c / 2;
-        const int64_t offset = static_cast<int64_t>(mine) * p.code_stride +
-                               (static_cast<int64_t>(step) * kBits + in_step) * 64 + g % 4 * 16;
-        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, p.codes + (there ? offset : 0), there);
+        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
       }
     }
-    // Scales, and offsets, of the groups that begin in the stage or go on in it.
-    const int pieces = p.scale_bytes;  // of 16 bytes: a tile has 16 scales for a group
-    const int groups = p.group_steps == 1 ? 2 : 1;
-    for (int i = lane(); i < groups * 2 * pieces; i += kWarp) {
-      const int group = step0 / p.group_steps + i / (2 * pieces), tile = tile_of(p, at, i / pieces % 2);
-      const bool there = valid && tile < p.tiles && group < p.groups;
-      const int64_t offset =
-          there ? ((static_cast<int64_t>(tile) * p.groups + group) * pieces + i % pieces) * 16 : 0;
-      copy_async(weights + kCodesBytes + i * 16, p.scales + offset, there);
-      if (p.offsets) copy_async(weights + kCodesBytes + kMostScales + i * 16, p.offsets + offset, there);
+  }
+
+  // Makes step s of a stage ready to be multiplied.
+  MEMLM_DEVICE void unpack(const uint8_t* from, int s) {
+    Vec4 pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      uint32_t words[kPieces];
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        const Vec4 v = pieces[i];
+        words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
+        if (kBits == 2) words[i] >>= lane() % 2 * 4;  // the upper half of a byte has k 8 to 15
+      }
+      codec.unpack(words, w[r]);
     }
-    // x: 8 pieces of 16 bytes a token, halves exchanged for odd tokens, so that 8 lanes that read pieces
-    // of two tokens meet all banks.
-    uint8_t* const x = to + kWarps * kWarpBytes + slice * kTokens * kXRow;
-    for (int i = row * kWarp + lane(); i < kTokens * 8; i += kRows * kWarp) {
-      const int token = i / 8, piece = i % 8, k = step0 * kStep + piece * 8;
-      const bool there = valid && token0 + token < p.m && k < p.k;
-      const int64_t offset = there ? (token0 + token) * p.x_stride + k : 0;
-      copy_async(x + token * kXRow + (piece ^ token % 2 * 4) * 16, static_cast<const T*>(p.x) + offset, there);
+  }
+
+  // Products of step s with the 8 tokens from token0 on.
+  MEMLM_DEVICE void multiply(const uint8_t* x, int token0, int s, float (&products)[2][4]) const {
+    uint32_t b[2][2];
+    read_x(x, token0 + lane() / 4, s * 4 + lane() % 4, b);
+    cuda::multiply<T>(w, b, products);
+  }
+};
+
+template <class Weights, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename Weights::Parameters p) {
+  using T = typename Weights::T;
+  using Here = Place<kTokenTiles>;
+  constexpr int kRows = Here::kRows, kTokens = Here::kTokens, kStages = Weights::stages_of(kArch);
+  constexpr int kStage = kStageBytes<Weights, kTokenTiles>;
+
+  uint8_t* const memory = shared<uint8_t>();
+  const Here here(p);
+  const int row = here.row, slice = here.slice, g = here.g, c = here.c, token0 = here.token0;
+  Weights weights(p, here);
+
+  // Where the lane's pieces of 16 bytes lie in the first stage; later ones follow at fixed distances.
+  // Scales, and offsets: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so
+  // that a lane brings at most one piece.
+  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift ? 1 : kStageSteps;
+  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
+  const int64_t scales_begin =
+      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+  // x: 8 pieces a token.
+  constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
+  const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
+  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
+
+  auto begin_copies = [&](int stage) {
+    uint8_t* const to = memory + stage % kStages * kStage;
+    uint8_t* const of_warp = to + warp() * kWarpBytes<Weights>;
+    const int step0 = (here.first + stage) * kStageSteps;
+    const bool valid = here.first + stage < here.last;
+    weights.begin_copies(p, here, of_warp, step0, valid);
+    if (later_group < stage_groups) {
+      const int group = (step0 >> p.group_shift) + later_group;
+      const bool there = valid && brings_scales && group < p.groups;
+      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      uint8_t* const scales = of_warp + Weights::kBytes + lane() * 16;
+      copy_async(scales, p.scales + offset, there);
+      if (Weights::kOffsets && p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
+    }
+    uint8_t* const x = to + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
+#pragma unroll
+    for (int i = 0; i < kXPieces; i++) {
+      const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
+      const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
+      const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
+      copy_async(x + x_place(token, x_piece), static_cast<const T*>(p.x) + offset, there);
     }
     commit_copies();
   };
 
-  float sums[kTokenTiles][4][2] = {};  // [][feature][token]
-  const Codec codec(p);
-  const uint32_t ones[4] = {pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1), pair<T>(1, 1)};
+  float sums[kTokenTiles][2][4] = {};  // as product.h has them
 
 #pragma unroll
   for (int i = 0; i < kStages - 1; i++) begin_copies(i);
-  for (int stage = 0; stage < count; stage++) {
+  for (int stage = 0; stage < here.count; stage++) {
     wait_copies<kStages - 2>();
     MEMLM_SYNC_THREADS();  // this stage is there for all, and the one before is read
     begin_copies(stage + kStages - 1);
-    const uint8_t* const from = memory + stage % kStages * kStageBytes;
-    const uint8_t* const weights = from + warp() * kWarpBytes;
-    const uint8_t* const x = from + kWarps * kWarpBytes + slice * kTokens * kXRow;
-#pragma unroll
+    const uint8_t* const from = memory + stage % kStages * kStage;
+    const uint8_t* const of_warp = from + warp() * kWarpBytes<Weights>;
+    const uint8_t* const x = from + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
+#pragma unroll(kTokenTiles == 8 ? 1 : kStageSteps)  // 64 sums leave no registers for two steps at once
     for (int s = 0; s < kStageSteps; s++) {
-      Vec4 pieces[kPieces];
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        pieces[i] = load<Vec4>(weights + ((s * kPieces + i) * kWarp + lane()) * 16);
-      }
-      uint32_t w[4][4];  // [feature][pair of k]
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        uint32_t words[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; i++) {
-          const Vec4 v = pieces[i];
-          words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
-          if (kBits == 2) words[i] >>= c % 2 * 4;  // the upper half of a byte has k 8 to 15
-        }
-        codec.unpack(words, w[r]);
-      }
+      weights.unpack(of_warp, s);
       // Four scales, and offsets, of the lane's rows.
-      const int slot = p.group_steps == 1 ? s : 0;
+      const int slot = p.group_shift ? 0 : s;
       const int place = (slot * kPair + g * 4) * p.scale_bytes;
-      float scales[4], offsets[4] = {};
-      auto four = [&](const uint8_t* array, float(&to)[4]) {
-        if (p.scale_bytes == 2) {
-          const Vec2 v = load<Vec2>(array + place);
-          to[0] = low<f16>(v.x), to[1] = high<f16>(v.x), to[2] = low<f16>(v.y), to[3] = high<f16>(v.y);
-        } else {
-          const Vec4 v = load<Vec4>(array + place);
-          to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
-        }
-      };
-      four(weights + kCodesBytes, scales);
-      if (p.offsets) four(weights + kCodesBytes + kMostScales, offsets);
+      float scales[4];
+      load_scales(of_warp + Weights::kBytes + place, p.scale_bytes, scales);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {
-        const int token = t * kTokenTile + g;
-        const Vec4 xs = load<Vec4>(x + token * kXRow + ((s * 4 + c) ^ token % 2 * 4) * 16);
-        const uint32_t b[2][2] = {{xs.x, xs.y}, {xs.z, xs.w}};
-        float upper[4] = {}, lower[4] = {}, total[4] = {};
+        float products[2][4] = {};
+        weights.multiply(x, t * kTokenTile, s, products);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const uint32_t a0[4] = {w[0][2 * h], w[1][2 * h], w[0][2 * h + 1], w[1][2 * h + 1]};
-          const uint32_t a1[4] = {w[2][2 * h], w[3][2 * h], w[2][2 * h + 1], w[3][2 * h + 1]};
-          mma<T>(upper, a0, b[h]);
-          mma<T>(lower, a1, b[h]);
-          if (p.offsets) mma<T>(total, ones, b[h]);
+        for (int i = 0; i < 8; i++) {
+          sums[t][i / 4][i % 4] = fma_f32(scales[i / 2], products[i / 4][i % 4], sums[t][i / 4][i % 4]);
         }
+        if (Weights::kOffsets && p.offsets) {
+          float offsets[4], total[4] = {};  // read for each t: registers are scarcer than loads
+          load_scales(of_warp + Weights::kBytes + kMostScales + place, p.scale_bytes, offsets);
+          uint32_t b[2][2];
+          read_x(x, t * kTokenTile + g, s * 4 + c, b);
+          constexpr uint32_t one = power_of_two<T>(0), ones[4] = {one, one, one, one};
+          mma<T>(total, ones, b[0]);
+          mma<T>(total, ones, b[1]);
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-#pragma unroll
-          for (int r = 0; r < 4; r++) {
-            const float product = r < 2 ? upper[2 * r + j] : lower[2 * (r - 2) + j];
-            sums[t][r][j] += scales[r] * product + offsets[r] * total[j];
+          for (int i = 0; i < 8; i++) {
+            sums[t][i / 4][i % 4] = fma_f32(offsets[i / 2], total[i % 2], sums[t][i / 4][i % 4]);
           }
         }
       }
@@ -324,92 +354,31 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const WeightOn
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  // The slices' sums, one behind the other into the first's.
-  constexpr int kSums = kTokenTiles * 8;
-  if (kSlices > 1) {
-    float* const parts = shared<float>();
-    for (int i = 0; i < kSums; i++) parts[i * kThreads + thread()] = sums[i / 8][i / 2 % 4][i % 2];
-    MEMLM_SYNC_THREADS();
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int s = 0; s < kSlices; s++) sum += parts[i * kThreads + thread() + s * kRows * kWarp];
-        sums[i / 8][i / 2 % 4][i % 2] = sum;
-      }
-    }
-  }
-  if (blocks_y() > 1) {  // the blocks' sums
-    const int64_t block = static_cast<int64_t>(block_z()) * blocks_x() + block_x();
-    const int64_t blocks = static_cast<int64_t>(blocks_x()) * blocks_z();
-    constexpr int kSlots = kRows * kWarp;
-    auto place = [&](int split, int i) { return ((split * blocks + block) * kSums + i) * kSlots + thread(); };
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) p.partial[place(block_y(), i)] = sums[i / 8][i / 2 % 4][i % 2];
-      fence();
-    }
-    MEMLM_SYNC_THREADS();
-    int* const finished = shared<int>();
-    if (thread() == 0) *finished = atomic_add(p.counters + block, 1);
-    MEMLM_SYNC_THREADS();
-    if (*finished != blocks_y() - 1) return;
-    fence();
-    if (slice == 0) {
-      for (int i = 0; i < kSums; i++) {
-        float sum = 0;
-        for (int split = 0; split < blocks_y(); split++) sum += p.partial[place(split, i)];
-        sums[i / 8][i / 2 % 4][i % 2] = sum;
-      }
-    }
-  }
-  if (slice != 0) return;
-
-  const T* const bias = static_cast<const T*>(p.bias);
-  const T* const residual = static_cast<const T*>(p.residual);
-  for (int i = 0; i < kTokenTiles * 2; i++) {
-    const int t = i / 2, j = i % 2, token = token0 + t * kTokenTile + 2 * c + j;
-    float values[4];
-    for (int r = 0; r < 4; r++) {
-      const int n = mine * kTile + g % 4 * 4 + r;
-      values[r] = sums[t][r][j] + (bias && n < p.n ? to_float(bias[n]) : 0);
-      if (p.swiglu) {  // the gate is in lanes 0-15, what it multiplies in the others
-        const float other = shuffle_xor(values[r], 16);
-        values[r] = silu(values[r]) * other;
-      }
-    }
-    if (token >= p.m || !have || (p.swiglu && g >= 4)) continue;
-    const int n0 = mine * kTile + g % 4 * 4, columns = p.swiglu ? p.n / 2 : p.n;
-    for (int r = 0; residual && r < 4 && n0 + r < columns; r++) {
-      values[r] += to_float(residual[token * p.residual_stride + n0 + r]);
-    }
-    T* const y = static_cast<T*>(p.y) + token * p.y_stride + n0;
-    if (p.wide && n0 + 4 <= columns) {
-      store(y, Vec2{pair<T>(values[0], values[1]), pair<T>(values[2], values[3])});
-    } else {
-      for (int r = 0; r < 4 && n0 + r < columns; r++) y[r] = from_float<T>(values[r]);
-    }
-  }
+  if (add_up<kRows>(p, sums)) finish<T>(p, here, sums);
 }
 
 // ---- The launcher ----
 
-struct Plan {
-  int token_tiles;
-  int64_t splits;
-  Gpu gpu;
-  void* stream;
-};
+// The kernel's parameters but what lies in the workspace.
+memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* args, WeightOnly* p);
 
-template <class T, class Codec>
-memlm_status launch_weight_only(const WeightOnly& p, const Plan& plan) {
-  const int tokens = plan.token_tiles;
-  const int64_t pairs = p.swiglu ? p.tiles / 2 : ceil_div(p.tiles, 2);
-  const Grid grid = {ceil_div(pairs, rows_of(tokens)), plan.splits, ceil_div(p.m, tokens * kTokenTile)};
-  void (*kernel)(WeightOnly) = tokens == 1   ? &weight_only_kernel<T, Codec, 1>
-                               : tokens == 2 ? &weight_only_kernel<T, Codec, 2>
-                               : tokens == 4 ? &weight_only_kernel<T, Codec, 4>
-                                             : &weight_only_kernel<T, Codec, 8>;
-  const int bytes = stages_of(plan.gpu.arch, Codec::kBits) * stage_bytes(Codec::kBits, tokens);
-  return started(launch(kernel, grid, kThreads, bytes, plan.stream, p));
+// Takes what else they need from the workspace, and makes rows of x ready.
+memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_queue* queue, WeightOnly* p);
+
+template <class Weights, int kTokenTiles>
+memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
+  const int bytes = Weights::stages_of(plan.gpu.arch) * kStageBytes<Weights, kTokenTiles>;
+  return started(launch(&weight_only_kernel<Weights, kTokenTiles>, plan.grid, kThreads, bytes, plan.stream, p));
+}
+
+template <class Weights>
+memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
+  switch (plan.token_tiles) {
+    case 1: return launch_weight_only<Weights, 1>(p, plan);
+    case 2: return launch_weight_only<Weights, 2>(p, plan);
+    case 4: return launch_weight_only<Weights, 4>(p, plan);
+    default: return launch_weight_only<Weights, 8>(p, plan);
+  }
 }
 
 // One codec's launchers, by the type of x.
@@ -418,7 +387,8 @@ struct Launchers {
   memlm_status (*of_bf16)(const WeightOnly&, const Plan&);
 };
 template <template <class> class Codec>
-constexpr Launchers kLaunchers = {&launch_weight_only<f16, Codec<f16>>, &launch_weight_only<bf16, Codec<bf16>>};
+constexpr Launchers kLaunchers = {&launch_weight_only<Dense<f16, Codec<f16>>>,
+                                  &launch_weight_only<Dense<bf16, Codec<bf16>>>};
 
 // memlm_cuda_w<bits>_matmul.
 memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,

@@ -4,8 +4,9 @@
  * A function begins its work on a stream and returns at once.  It allocates nothing and waits for
  * nothing, so that it may be captured in a graph.  What differs from memlm.h:
  *
- *   activations are f16, or from compute capability 8.0 on bf16
+ *   activations are f16, or from compute capability 8.0 on bf16, where nothing else is said
  *   codes lie 16-byte aligned
+ *   of sparse matrices starts and places are not checked: they must be as memlm/sparse_formats.py says
  *   `fast` and `threads` are not looked at: products are exact or rounded once to f32, sums are f32
  */
 #ifndef MEMLM_CUDA_H_
@@ -38,6 +39,30 @@ MEMLM_API memlm_status memlm_cuda_w4_matmul(const memlm_packed* w, const memlm_m
                                             memlm_cuda_queue* queue);
 MEMLM_API memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                             memlm_cuda_queue* queue);
+
+/* f32, f16 and bf16 on all devices.  -128 in int8 x is a number as others are: nobody looks for it. */
+MEMLM_API memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                              const float* x_scales, int64_t x_group,
+                                              memlm_cuda_queue* queue);
+
+/* f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride,
+                                                memlm_dtype dtype, const void* norm, float norm_eps,
+                                                int64_t x_group, int8_t* codes, float* scales,
+                                                memlm_cuda_queue* queue);
+
+MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                                   memlm_cuda_queue* queue);
+/* 16 and 32 bits from compute capability 8.0 on. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
+                                                      memlm_cuda_queue* queue);
+
+/* Gradients, as in memlm.h. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m, const float* grad,
+                                                      float* grad_x, memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
+                                                           const float* x, float* grad_values,
+                                                           memlm_cuda_queue* queue);
 
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may

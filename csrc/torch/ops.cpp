@@ -2,10 +2,8 @@
 // one binary serves torch 2.10 and every later release.
 #include <pthread.h>
 
-#include <tuple>
-
-#include "../formats.h"
-#include "tensors.h"
+#include "cpu.h"
+#include "dense.h"
 
 namespace {
 
@@ -25,190 +23,6 @@ const bool g_run_is_set = (memlm_set_run(run_on_torch_threads), true);
 // A forked child of a process that has used the pool hangs in it (in torch.mm too): OpenMP waits for
 // threads that the child does not have.  memlm's own start anew there.
 const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { memlm_set_run(nullptr); });
-
-// What codes stand for, as memlm/formats.py, CODEBOOKS, numbers it.
-enum Codebook { kNumbers = 0, kNf4 = 1, kTernary = 2 };
-
-void check_format(int64_t bits, int64_t n, int64_t k, int64_t group) {
-  STD_TORCH_CHECK(n >= 1 && n <= INT32_MAX && k >= 1 && k <= INT32_MAX,
-                  "n, k: accepted is 1 to 2^31-1");
-  STD_TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && bits == 8),
-                  "group: accepted are 32, 64, 128, and 0 for 8 bits");
-  STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: accepted are 2, 4, 8");
-}
-
-// The shapes of a packed matrix.
-struct Layout {
-  std::vector<int64_t> codes, scales;
-  Layout(int64_t bits, int64_t n, int64_t k, int64_t group) {
-    const int64_t tiles = memlm::div_up(n, memlm::kTileRows), padded = memlm::padded_k(k, group);
-    const int64_t blocks = memlm::tile_bytes(static_cast<int>(bits), padded) / memlm::kBlock;
-    codes = {tiles, blocks, memlm::kTileRows, memlm::kLaneK};
-    scales = {tiles, group ? padded / group : 1, memlm::kTileRows};
-  }
-};
-
-memlm_packed packed(const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
-  check_format(bits, n, k, group);
-  STD_TORCH_CHECK(codebook == kNumbers || codebook == kNf4, "codebook: accepted are 0, 1");
-  STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),
-                  "codes: expected ", bits == 8 ? "int8 for 8 bits" : "uint8 for 2 and 4 bits");
-  const Layout layout(bits, n, k, group);
-  check_part(codes, "codes", layout.codes);
-  check_part(scales, "scales", layout.scales);
-  if (offsets) {
-    check_part(*offsets, "offsets", layout.scales);
-    STD_TORCH_CHECK(offsets->scalar_type() == scales.scalar_type(),
-                    "offsets: expected the dtype of scales");
-  }
-  return {codes.const_data_ptr(),
-          scales.const_data_ptr(),
-          offsets ? offsets->const_data_ptr() : nullptr,
-          dtype_of(scales.scalar_type(), "scales"),
-          n,
-          k,
-          group,
-          codebook == kNf4 ? memlm_nf4_levels : nullptr,
-          MEMLM_DENSE,
-          nullptr,
-          nullptr};
-}
-
-Tensor w2_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
-                 int64_t k, int64_t group, OptionalTensor bias, bool fast, OptionalTensor norm,
-                 double eps, bool swiglu, OptionalTensor residual) {
-  Around around = {bias, norm, eps, swiglu, residual};
-  const memlm_packed w = packed(codes, scales, offsets, 2, n, k, group);
-  return matmul(x, w, around, fast, x.scalar_type(), memlm_w2_matmul);
-}
-
-Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t codebook,
-                 int64_t n, int64_t k, int64_t group, OptionalTensor bias, bool fast,
-                 OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual) {
-  Around around = {bias, norm, eps, swiglu, residual};
-  const memlm_packed w = packed(codes, scales, offsets, 4, n, k, group, codebook);
-  return matmul(x, w, around, fast, x.scalar_type(), memlm_w4_matmul);
-}
-
-Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, int64_t group,
-                 OptionalTensor bias, bool fast, OptionalTensor norm, double eps, bool swiglu,
-                 OptionalTensor residual) {
-  Around around = {bias, norm, eps, swiglu, residual};
-  const memlm_packed w = packed(codes, scales, {}, 8, n, k, group);
-  return matmul(x, w, around, fast, x.scalar_type(), memlm_w8_matmul);
-}
-
-int64_t scales_per_row(int64_t k, int64_t x_group) {
-  return x_group ? memlm::div_up(k, memlm::kActGroup) : 1;
-}
-
-Tensor w8a8_matmul(Tensor x, OptionalTensor x_scales, Tensor codes, Tensor scales, int64_t n,
-                   int64_t k, int64_t group, OptionalTensor bias, int64_t x_group,
-                   OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual,
-                   std::optional<ScalarType> dtype) {
-  Around around = {bias, norm, eps, swiglu, residual};
-  const memlm_packed w = packed(codes, scales, {}, 8, n, k, group);
-  ScalarType y_type = x.scalar_type();
-  if (x_scales) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x: expected int8 beside x_scales");
-    STD_TORCH_CHECK(x_scales->is_cpu() && x_scales->scalar_type() == ScalarType::Float,
-                    "x_scales: must be float32 on the CPU");
-    const auto sizes = x_scales->sizes();
-    const std::vector<int64_t> shape = with_last(x, true, scales_per_row(k, x_group));
-    STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()),
-                    "x_scales: the shape does not fit x and x_group");
-    make_contiguous(*x_scales);
-    y_type = dtype.value_or(ScalarType::Float);
-  } else {
-    STD_TORCH_CHECK(!dtype || *dtype == y_type, "dtype: the result has that of x");
-  }
-  const auto kernel = [&](const memlm_packed* weights, const memlm_matmul_args* args) {
-    return memlm_w8a8_matmul(weights, args, static_cast<const float*>(data_of(x_scales)), x_group);
-  };
-  return matmul(x, w, around, true, y_type, kernel);
-}
-
-std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets,
-                                       int64_t bits, int64_t codebook, int64_t n, int64_t k,
-                                       int64_t group, OptionalTensor bias, int64_t mode,
-                                       OptionalTensor norm, double eps, int64_t top) {
-  memlm_linear linear = {};
-  linear.w = packed(codes, scales, offsets, bits, n, k, group, codebook);
-  linear.bits = static_cast<int>(bits);
-  STD_TORCH_CHECK(mode >= 0 && mode <= 2, "mode: accepted are 0, 1, 2");
-  linear.mode = static_cast<memlm_mode>(mode);
-  linear.bias = data_of(bias);
-  STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: the last dimension must be ", k);
-  if (bias) check_part(*bias, "bias", {n});
-  if (norm) check_part(*norm, "norm", {k});
-  for (const OptionalTensor* t : {&bias, &norm})
-    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == x.scalar_type(),
-                    "bias, norm: expected the dtype of x");
-  STD_TORCH_CHECK(top >= 1 && top <= n, "top: accepted is 1 to ", n);
-  make_contiguous(x);
-  const std::vector<int64_t> shape = with_last(x, true, top);
-  Tensor values = torch::stable::new_empty(x, shape, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(x, shape, ScalarType::Long);
-  memlm_matmul_args args = {};
-  args.m = x.numel() / k;
-  args.x = x.const_data_ptr();
-  args.x_stride = k;
-  args.dtype = dtype_of(x.scalar_type(), "x");
-  args.threads = threads();
-  args.norm = data_of(norm);
-  args.norm_eps = static_cast<float>(eps);
-  check_status(memlm_matmul_topk(&linear, &args, top, static_cast<float*>(values.mutable_data_ptr()),
-                                 static_cast<int64_t*>(indices.mutable_data_ptr())));
-  return {values, indices};
-}
-
-std::tuple<Tensor, Tensor> quantize_rows(Tensor x, int64_t x_group, OptionalTensor norm, double eps) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
-                  "x: must be on the CPU and have columns");
-  const ScalarType type = x.scalar_type();
-  const memlm_dtype dtype = dtype_of(type, "x");
-  const int64_t k = x.size(x.dim() - 1);
-  if (norm) {
-    check_part(*norm, "norm", {k});
-    STD_TORCH_CHECK(norm->scalar_type() == type, "norm: expected the dtype of x");
-  }
-  make_contiguous(x);
-  Tensor codes = torch::stable::new_empty(x, with_last(x, true, k), ScalarType::Char);
-  const std::vector<int64_t> shape = with_last(x, true, scales_per_row(k, x_group));
-  Tensor scales = torch::stable::new_empty(x, shape, ScalarType::Float);
-  check_status(memlm_quantize_rows(x.numel() / k, k, x.const_data_ptr(), k, dtype, data_of(norm),
-                                   static_cast<float>(eps), x_group,
-                                   static_cast<int8_t*>(codes.mutable_data_ptr()),
-                                   static_cast<float*>(scales.mutable_data_ptr()), threads()));
-  return {codes, scales};
-}
-
-Tensor embedding(Tensor ids, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t bits,
-                 int64_t codebook, int64_t n, int64_t k, int64_t group, ScalarType dtype) {
-  const memlm_packed w = packed(codes, scales, offsets, bits, n, k, group, codebook);
-  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long,
-                  "ids: must be int64 on the CPU");
-  make_contiguous(ids);
-  Tensor out = torch::stable::new_empty(codes, with_last(ids, false, k), dtype);
-  check_status(memlm_embedding(&w, static_cast<int>(bits),
-                               static_cast<const int64_t*>(ids.const_data_ptr()), ids.numel(),
-                               dtype_of(dtype, "dtype"), out.mutable_data_ptr(), threads()));
-  return out;
-}
-
-Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t bits,
-                  int64_t codebook, int64_t n, int64_t k, int64_t group, int64_t row, int64_t rows,
-                  ScalarType dtype) {
-  const memlm_packed w = packed(codes, scales, offsets, bits, n, k, group, codebook);
-  STD_TORCH_CHECK(row >= 0 && rows >= 0 && rows <= n - row, "rows: beyond the ", n, " rows of W");
-  const std::vector<int64_t> shape = {rows, k};
-  Tensor out = torch::stable::new_empty(codes, shape, dtype);
-  check_status(memlm_dequantize(&w, static_cast<int>(bits), row, rows, dtype_of(dtype, "dtype"),
-                                out.mutable_data_ptr(), threads()));
-  return out;
-}
 
 std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor w, int64_t bits, int64_t codebook,
                                                    int64_t group, bool has_offsets,
@@ -305,7 +119,7 @@ struct AttentionInputs {
       a.batch = q_offsets->numel() - 1;
       STD_TORCH_CHECK(a.batch >= 0, "q_offsets: is empty");
       for (const OptionalTensor* t : {&q_offsets, &k_offsets}) {
-        check_part(**t, "q_offsets, k_offsets", {a.batch + 1});
+        check_part(**t, q, "q_offsets, k_offsets", {a.batch + 1});
         STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Long, "q_offsets, k_offsets: expected int64");
       }
       a.q_offsets = static_cast<const int64_t*>(q_offsets->const_data_ptr());
@@ -347,7 +161,7 @@ struct AttentionInputs {
     }
     for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
       if (!*t) continue;
-      check_part(**t, name, {a.heads});
+      check_part(**t, q, name, {a.heads});
       STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Float, name, ": expected float32");
     }
     a.slopes = static_cast<const float*>(data_of(slopes));
@@ -400,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                     name, ": expected q's dtype and the result's shape");
     last_dense(*t);
   }
-  check_part(lse, "lse", lse_shape);
+  check_part(lse, q, "lse", lse_shape);
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: expected float32");
   args.out = const_cast<void*>(out.const_data_ptr());
   args.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
@@ -445,8 +259,8 @@ struct Paged {
     STD_TORCH_CHECK(blocks.size(2) == bytes, "pool: a block of a head has ", blocks.size(2),
                     " bytes, expected ", bytes);
     const int64_t count = lengths.numel();
-    check_part(lengths, "lengths", {count});
-    check_part(rows, "rows", {count + 1});
+    check_part(lengths, blocks, "lengths", {count});
+    check_part(rows, blocks, "rows", {count + 1});
     STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Long && rows.scalar_type() == ScalarType::Long,
                     "rows, lengths: expected int64");
     STD_TORCH_CHECK(tables.is_cpu() && tables.is_contiguous() && tables.dim() == 2 &&
@@ -455,9 +269,9 @@ struct Paged {
     STD_TORCH_CHECK(tails.has_value() == tail_of.has_value(), "tails, tail_of: both or none");
     if (tails) {
       const int64_t of_tail = memlm_kv_tail_bytes(kv_type, block_tokens, head_dim);
-      check_part(*tails, "tails", {blocks.size(0), tails->size(1), of_tail});
+      check_part(*tails, blocks, "tails", {blocks.size(0), tails->size(1), of_tail});
       STD_TORCH_CHECK(tails->scalar_type() == ScalarType::Byte, "tails: expected uint8");
-      check_part(*tail_of, "tail_of", {count});
+      check_part(*tail_of, blocks, "tail_of", {count});
       STD_TORCH_CHECK(tail_of->scalar_type() == ScalarType::Int, "tail_of: expected int32");
     }
     pool = {const_cast<void*>(blocks.const_data_ptr()), blocks.size(1), block_tokens, blocks.size(0),
@@ -505,7 +319,7 @@ Tensor paged_attention(Tensor q, Tensor pool, OptionalTensor tails, Tensor rows,
   const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, dim, tokens);
   for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
     if (!*t) continue;
-    check_part(**t, name, {heads});
+    check_part(**t, q, name, {heads});
     STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Float, name, ": expected float32");
   }
   Tensor out = torch::stable::new_empty(q, {tokens, heads, dim});
@@ -580,14 +394,14 @@ STABLE_TORCH_LIBRARY(memlm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
-  m.impl("w2_matmul", TORCH_BOX(&w2_matmul));
-  m.impl("w4_matmul", TORCH_BOX(&w4_matmul));
-  m.impl("w8_matmul", TORCH_BOX(&w8_matmul));
-  m.impl("w8a8_matmul", TORCH_BOX(&w8a8_matmul));
-  m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
-  m.impl("embedding", TORCH_BOX(&embedding));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("w2_matmul", TORCH_BOX(&w2_matmul<Cpu>));
+  m.impl("w4_matmul", TORCH_BOX(&w4_matmul<Cpu>));
+  m.impl("w8_matmul", TORCH_BOX(&w8_matmul<Cpu>));
+  m.impl("w8a8_matmul", TORCH_BOX(&w8a8_matmul<Cpu>));
+  m.impl("matmul_topk", TORCH_BOX(&matmul_topk<Cpu>));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cpu>));
+  m.impl("embedding", TORCH_BOX(&embedding<Cpu>));
+  m.impl("dequantize", TORCH_BOX(&dequantize<Cpu>));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));

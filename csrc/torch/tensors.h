@@ -25,9 +25,15 @@ inline memlm_dtype dtype_of(ScalarType type, const char* name) {
 
 inline void check_status(memlm_status status) { STD_TORCH_CHECK(status == MEMLM_OK, memlm_last_error()); }
 
-// What the C ABI cannot see: device, contiguity, and that the memory holds what n, k, group claim.
-inline void check_part(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU, like x");
+// Tensors of one call lie on one device.
+inline void check_device(const Tensor& t, const Tensor& at, const char* name) {
+  STD_TORCH_CHECK(t.device() == at.device(), name, ": must be on the device of the other tensors");
+}
+
+// What the C ABI cannot see: the device, that of `at`, contiguity, and that the memory holds what n, k,
+// group claim.
+inline void check_part(const Tensor& t, const Tensor& at, const char* name, const std::vector<int64_t>& shape) {
+  check_device(t, at, name);
   STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
   const auto sizes = t.sizes();
   const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
@@ -57,23 +63,22 @@ struct Around {
   OptionalTensor residual;
 };
 
-// y, of y_type, by kernel(w, args); x has last dimension k.
+// y, of y_type, by kernel(w, args); x has last dimension k, and W lies beside it.
 template <class Kernel>
 Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, ScalarType y_type,
               const Kernel& kernel) {
   auto& [bias, norm, eps, swiglu, residual] = around;
-  STD_TORCH_CHECK(x.is_cpu(), "x: must be on the CPU");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be ", w.k);
-  if (bias) check_part(*bias, "bias", {w.n});
-  if (norm) check_part(*norm, "norm", {w.k});
+  if (bias) check_part(*bias, x, "bias", {w.n});
+  if (norm) check_part(*norm, x, "norm", {w.k});
   const int64_t columns = swiglu ? w.n / 2 : w.n;
   const std::vector<int64_t> shape = with_last(x, true, columns);
   if (residual) {
     make_contiguous(*residual);
     const auto sizes = residual->sizes();
     const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
-    STD_TORCH_CHECK(residual->is_cpu() && same,
-                    "residual: must be on the CPU and have the shape of the result");
+    check_device(*residual, x, "residual");
+    STD_TORCH_CHECK(same, "residual: must have the shape of the result");
   }
   for (const OptionalTensor* t : {&bias, &norm, &residual})
     STD_TORCH_CHECK(!*t || (*t)->scalar_type() == y_type,
@@ -95,7 +100,7 @@ Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, Scalar
   args.swiglu = swiglu;
   args.residual = data_of(residual);
   args.residual_stride = columns;
-  check_status(kernel(&w, &args));
+  kernel(&w, &args);
   return y;
 }
 

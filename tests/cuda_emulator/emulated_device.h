@@ -298,7 +298,14 @@ MEMLM_EMULATED void run_mma_int8(void* const* lanes) {
   multiply<int, 32>(lanes, a, b);
 }
 
-template <class T>
+// The bits of a sparse operand's places that tell of a row's column-th stored element.
+MEMLM_DEVICE uint32_t place_of(void* const* lanes, int selector, Position stored) {
+  const int keeper = stored.row % 8 * 4 + 2 * selector + stored.column / 8;
+  const uint32_t places = static_cast<const Operands<float>*>(lanes[keeper])->places;
+  return places >> (stored.row / 8 * 16 + stored.column % 8 * 2) & 3;
+}
+
+template <class T, int selector>
 MEMLM_EMULATED void run_mma_sparse(void* const* lanes) {
   float a[16][32] = {}, b[32][8];
   for (int l = 0; l < kWarp; l++) {
@@ -306,9 +313,7 @@ MEMLM_EMULATED void run_mma_sparse(void* const* lanes) {
     for (int j = 0; j < 2; j++) {
       for (int i = 0; i < 4; i++) {
         const Position p = a16(l, i, j);  // the column-th of the row's 16 stored ones
-        const int keeper = l / 4 * 4 + p.row / 8;
-        const uint32_t places = static_cast<const Operands<float>*>(lanes[keeper])->places;
-        a[p.row][p.column / 2 * 4 + (places >> 2 * p.column & 3)] = half_of<T>(one->a[i], j);
+        a[p.row][p.column / 2 * 4 + place_of(lanes, selector, p)] = half_of<T>(one->a[i], j);
       }
       for (int i = 0; i < 4; i++) {
         const Position p = b16(l, i, j);
@@ -360,10 +365,10 @@ MEMLM_EMULATED void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t
   emulated::Operands<int> mine = {d, a, b, 0};
   emulator::collective(emulator::Kind::kMmaInt8, MEMLM_HERE, &mine, emulated::run_mma_int8);
 }
-template <class T>
+template <class T, int selector>
 MEMLM_EMULATED void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
   emulated::Operands<float> mine = {d, a, b, places};
-  emulator::collective(emulator::Kind::kMmaSparse, MEMLM_HERE, &mine, emulated::run_mma_sparse<T>);
+  emulator::collective(emulator::Kind::kMmaSparse, MEMLM_HERE, &mine, emulated::run_mma_sparse<T, selector>);
 }
 
 // ---- The host's side ----
@@ -386,6 +391,7 @@ template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void*,
             Arguments... arguments) {
   using Values = std::tuple<void (*)(Parameters...), Parameters...>;
+  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes)) return true;
   const Values values(kernel, static_cast<Parameters>(arguments)...);
   const auto run = [](const void* given) {
     std::apply([](auto kernel, auto... each) { kernel(each...); }, *static_cast<const Values*>(given));

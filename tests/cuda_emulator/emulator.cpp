@@ -9,6 +9,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -74,19 +75,27 @@ std::mt19937_64 random_numbers(0);
 std::string message;
 bool failed, counting;
 emulator_counts counted;
+bool logging = false;
+std::vector<emulator_launch> launches;
 std::unordered_set<uintptr_t> sectors_read, sectors_written;
 Device device = {800, 108, 163 << 10};
 
 // One instruction of one warp, for the counts: the accesses of its lanes, which come one by one.
+struct Touched {
+  int lane;
+  uintptr_t address;
+  int size;
+};
 struct Request {
   bool write, shared;
-  std::vector<std::pair<uintptr_t, int>> lanes;  // address, size
+  std::vector<Touched> lanes;  // as they ran
 };
 struct Instruction {
   const void* where;
   int warp;
+  bool shared;  // cp.async reads one memory, or nothing, and writes the other
   bool operator<(const Instruction& other) const {
-    return where != other.where ? where < other.where : warp < other.warp;
+    return std::tie(where, warp, shared) < std::tie(other.where, other.warp, other.shared);
   }
 };
 struct Executed {
@@ -211,10 +220,11 @@ void check_write(Byte& byte, const Thread& now, const void* where) {
 }
 
 void count(const void* address, size_t size, bool write, bool shared, const void* where) {
-  Executed& instruction = executed[{where, current->thread / kWarp}];
+  Executed& instruction = executed[{where, current->thread / kWarp, shared}];
   const size_t time = instruction.times[current->thread % kWarp]++;
   if (time >= instruction.requests.size()) instruction.requests.push_back({write, shared, {}});
-  instruction.requests[time].lanes.emplace_back(reinterpret_cast<uintptr_t>(address), static_cast<int>(size));
+  instruction.requests[time].lanes.push_back(
+      {current->thread % kWarp, reinterpret_cast<uintptr_t>(address), static_cast<int>(size)});
 }
 
 // Constants of the kernels' own library.
@@ -269,15 +279,17 @@ void add_counts() {
       if (request.shared) {
         // A pass serves 128 bytes: of 16-byte accesses those of 8 lanes, of 8-byte ones those of 16.
         // Within it a bank gives one word of 4 bytes, to all who want it.
-        const int size = request.lanes.front().second;
-        const size_t lanes = std::max(1, std::min(kWarp, 128 / std::max(4, size)));
+        const int size = request.lanes.front().size, lanes = std::max(1, std::min(kWarp, 128 / std::max(4, size)));
         counted.shared_requests++;
-        for (size_t from = 0; from < request.lanes.size(); from += lanes) {
+        for (int from = 0; from < kWarp; from += lanes) {
           std::unordered_set<uintptr_t> words[kBanks];
-          for (size_t i = from; i < std::min(request.lanes.size(), from + lanes); i++) {
-            const auto [address, bytes] = request.lanes[i];
+          bool any = false;
+          for (const auto& [lane, address, bytes] : request.lanes) {
+            if (lane < from || lane >= from + lanes) continue;
+            any = true;
             for (uintptr_t w = address / 4; w <= (address + bytes - 1) / 4; w++) words[w % kBanks].insert(w);
           }
+          if (!any) continue;
           size_t busy = 1;
           for (const auto& bank : words) busy = std::max(busy, bank.size());
           counted.shared_passes += static_cast<int64_t>(busy);
@@ -286,7 +298,7 @@ void add_counts() {
         continue;
       }
       std::unordered_set<uintptr_t> sectors;
-      for (const auto& [address, bytes] : request.lanes) {
+      for (const auto& [lane, address, bytes] : request.lanes) {
         for (uintptr_t s = address / kSector; s <= (address + bytes - 1) / kSector; s++) sectors.insert(s);
       }
       (request.write ? counted.write_requests : counted.read_requests)++;
@@ -471,6 +483,15 @@ void wait_copies(int pending) {
   }
 }
 
+bool logged(const void* kernel, Place blocks, int threads, int shared_bytes) {
+  if (!logging) return false;
+  Dl_info library;
+  dladdr(kernel, &library);
+  const int64_t offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  launches.push_back({offset, blocks.x * blocks.y * blocks.z, threads, shared_bytes});
+  return true;
+}
+
 bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes, Place blocks,
             int threads, int shared_bytes) {
   if (failed) return false;
@@ -525,6 +546,14 @@ void emulator_device(int arch, int processors, int shared_bytes) {
   device = {arch, processors, shared_bytes};
 }
 const char* emulator_error() { return message.c_str(); }
+void emulator_log(int on) {
+  logging = on;
+  if (on) launches.clear();
+}
+int64_t emulator_logged(const emulator_launch** to) {
+  *to = launches.data();
+  return static_cast<int64_t>(launches.size());
+}
 void emulator_count(int on) {
   counting = on;
   counted = {};

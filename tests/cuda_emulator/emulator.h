@@ -63,6 +63,9 @@ struct Device {
 };
 Device current_device();
 
+// While launches are logged they are not run: true.
+bool logged(const void* kernel, Place blocks, int threads, int shared_bytes);
+
 // Runs kernel(parameters) over a grid; false after an error.  Threads may read the parameters.
 bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes, Place blocks,
             int threads, int shared_bytes);
@@ -93,6 +96,15 @@ struct emulator_counts {
   int64_t mmas, barriers, blocks;
 };
 void emulator_count(int on);
+
+// From emulator_log(1) to emulator_log(0) launches are written down instead of run.
+struct emulator_launch {
+  int64_t kernel;  // its offset in the library's file
+  int64_t blocks;
+  int32_t threads, shared_bytes;
+};
+void emulator_log(int on);
+int64_t emulator_logged(const emulator_launch** launches);  // how many
 void emulator_get(emulator_counts* counts);
 #pragma GCC visibility pop
 }

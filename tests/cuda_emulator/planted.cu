@@ -66,11 +66,12 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, Sum* d) {
   for (int i = 0; i < 4; i++) d[lane() * 4 + i] = sums[i];
 }
 
+template <class T, int selector>
 __global__ void mma_sparse_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* places, float* d) {
   uint32_t as[4], bs[4];
   float sums[4] = {};
   for (int i = 0; i < 4; i++) as[i] = a[lane() * 4 + i], bs[i] = b[lane() * 4 + i];
-  mma_sparse<f16>(sums, as, bs, places[lane()]);
+  mma_sparse<T, selector>(sums, as, bs, places[lane()]);
   for (int i = 0; i < 4; i++) d[lane() * 4 + i] = sums[i];
 }
 
@@ -104,8 +105,10 @@ MEMLM_EXPORT int run_mma_bf16(const uint32_t* a, const uint32_t* b, float* d) {
 MEMLM_EXPORT int run_mma_int8(const uint32_t* a, const uint32_t* b, int* d) {
   return launch(&mma_kernel<int, mma_int8>, {1}, kWarp, 0, nullptr, a, b, d);
 }
-MEMLM_EXPORT int run_mma_sparse(const uint32_t* a, const uint32_t* b, const uint32_t* places, float* d) {
-  return launch(&mma_sparse_kernel, {1}, kWarp, 0, nullptr, a, b, places, d);
+MEMLM_EXPORT int run_mma_sparse(int selector, const uint32_t* a, const uint32_t* b, const uint32_t* places,
+                                float* d) {
+  return launch(selector ? &mma_sparse_kernel<bf16, 1> : &mma_sparse_kernel<f16, 0>, {1}, kWarp, 0, nullptr, a, b,
+                places, d);
 }
 MEMLM_EXPORT int run_load_matrices(int transposed, const uint16_t* in, uint32_t* out) {
   return transposed ? launch(&load_matrices_kernel<true>, {1}, kWarp, 512, nullptr, in, out)

@@ -1,0 +1,204 @@
+// What the kernels of y = x W^T share, whatever W's codes are: how tiles, k and tokens are shared out, how
+// the parts of a sum are added up, and the steps behind the product.
+//
+// A block has kWarps warps: rows_of() pairs of tiles beside each other, each by so many warps ("slices") as
+// there are to share out its k; they add up their sums in the end.  Blocks share out k, too, where there
+// would be few of them: each stores its sums, and the last to finish adds them up in the order of k.
+//
+// Of its pair's 32 rows and a tile of 8 tokens, lane (g, c), g = lane / 4, c = lane % 4, holds the rows
+// 4 (g % 4) .. + 3 of tile g / 4, and tokens 2c and 2c + 1: element [r / 2][r % 2 * 2 + j] of its sums is
+// row r, token j, which is where m16n8 products put the rows g and g + 8 of two operands.
+#ifndef MEMLM_CUDA_PRODUCT_H_
+#define MEMLM_CUDA_PRODUCT_H_
+
+#include "host.h"
+
+namespace memlm::cuda {
+
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int kTile = 16, kPair = 2 * kTile;      // rows
+constexpr int kStep = 32, kStageK = 2 * kStep;    // k
+constexpr int kStageSteps = kStageK / kStep;
+constexpr int kTokenTile = 8;
+
+// Pairs of tiles beside each other in a block: for many tokens more, as x is read once by each block.
+constexpr int rows_of(int token_tiles) { return token_tiles <= 2 ? 2 : token_tiles == 4 ? 4 : 8; }
+constexpr int slices_of(int token_tiles) { return kWarps / rows_of(token_tiles); }
+
+struct Product {
+  int n, m;
+  int tiles, steps;  // of W's rows; of its k
+  const void *bias, *residual;
+  void* y;
+  int64_t y_stride, residual_stride;
+  bool swiglu, wide;  // wide: four features of y may be stored at once
+  // Blocks along y share out k: [splits][blocks][sums][kThreads] sums of each thread, and counters.
+  void* partial;
+  int* counters;
+};
+
+// ---- Where a thread works ----
+
+// The tiles that warp pair `at` works on; with swiglu a gate and what it multiplies.
+MEMLM_DEVICE int tile_of(const Product& p, int at, int which) {
+  return p.swiglu ? at + which * (p.tiles / 2) : 2 * at + which;
+}
+
+template <int kTokenTiles>
+struct Place {
+  static constexpr int kRows = rows_of(kTokenTiles), kSlices = slices_of(kTokenTiles);
+  static constexpr int kTokens = kTokenTiles * kTokenTile;
+  int row, slice, g, c;
+  int at, token0;  // the pair, the first token
+  int mine;        // the tile of the lane's rows
+  bool have;       // whether W has it
+  int first, last, count;  // stages first .. last - 1 are the slice's; all slices go through as many
+
+  MEMLM_DEVICE explicit Place(const Product& p) {
+    row = warp() % kRows, slice = warp() / kRows, g = lane() / 4, c = lane() % 4;
+    at = block_x() * kRows + row, token0 = block_z() * kTokens;
+    mine = tile_of(p, at, g / 4);
+    have = mine < p.tiles;
+    const int all = (p.steps + kStageSteps - 1) / kStageSteps, shares = kSlices * blocks_y();
+    count = (all + shares - 1) / shares;
+    first = (block_y() * kSlices + slice) * count;
+    last = first + count < all ? first + count : all;
+  }
+};
+
+// Four numbers of W's scales or offsets, of 2 (f16) or 4 bytes each.
+MEMLM_DEVICE void load_scales(const uint8_t* from, int bytes, float (&to)[4]) {
+  if (bytes == 2) {
+    const Vec2 v = load<Vec2>(from);
+    to[0] = low<f16>(v.x), to[1] = high<f16>(v.x), to[2] = low<f16>(v.y), to[3] = high<f16>(v.y);
+  } else {
+    const Vec4 v = load<Vec4>(from);
+    to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
+  }
+}
+
+// ---- The parts of a sum ----
+
+// What the slices of a block have, of which `kRows` warps are one, and the blocks along y, becomes the sums of
+// the threads for which this is true.  All threads of the block come, behind a barrier.
+template <int kRows, class Sum, int kTiles, int kFirst, int kSecond>
+MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond]) {
+  constexpr int kSums = kTiles * kFirst * kSecond, kSlices = kWarps / kRows, kSlots = kRows * kWarp;
+  const bool first = warp() < kRows;
+  auto mine = [&](int i) -> Sum& { return sums[i / (kFirst * kSecond)][i / kSecond % kFirst][i % kSecond]; };
+  if (kSlices > 1) {
+    Sum* const parts = shared<Sum>();
+#pragma unroll
+    for (int i = 0; i < kSums; i++) parts[i * kThreads + thread()] = mine(i);
+    MEMLM_SYNC_THREADS();
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++) {
+        Sum sum = 0;
+        for (int s = 0; s < kSlices; s++) sum += parts[i * kThreads + thread() + s * kSlots];
+        mine(i) = sum;
+      }
+    }
+  }
+  if (blocks_y() > 1) {
+    Sum* const partial = static_cast<Sum*>(p.partial);
+    const int64_t block = static_cast<int64_t>(block_z()) * blocks_x() + block_x();
+    const int64_t blocks = static_cast<int64_t>(blocks_x()) * blocks_z();
+    auto place = [&](int split, int i) { return ((split * blocks + block) * kSums + i) * kSlots + thread(); };
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++) partial[place(block_y(), i)] = mine(i);
+      fence();
+    }
+    MEMLM_SYNC_THREADS();
+    int* const finished = shared<int>();
+    if (thread() == 0) *finished = atomic_add(p.counters + block, 1);
+    MEMLM_SYNC_THREADS();
+    if (*finished != blocks_y() - 1) return false;
+    fence();
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++) {
+        Sum sum = 0;
+        for (int split = 0; split < blocks_y(); split++) sum += partial[place(split, i)];
+        mine(i) = sum;
+      }
+    }
+  }
+  return first;
+}
+
+// ---- Behind the product ----
+
+MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
+
+template <class T>
+MEMLM_DEVICE void store_four(T* to, const float (&v)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    store(to, Vec4{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
+  } else {
+    store(to, Vec2{pair<T>(v[0], v[1]), pair<T>(v[2], v[3])});
+  }
+}
+
+// y <- the sums + bias, then swiglu, then + residual, rounded to T once.
+template <class T, int kTokenTiles>
+MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place,
+                         const float (&sums)[kTokenTiles][2][4]) {
+  const T* const bias = static_cast<const T*>(p.bias);
+  const T* const residual = static_cast<const T*>(p.residual);
+  const int n0 = place.mine * kTile + place.g % 4 * 4, columns = p.swiglu ? p.n / 2 : p.n;
+#pragma unroll
+  for (int i = 0; i < kTokenTiles * 2; i++) {
+    const int t = i / 2, j = i % 2, token = place.token0 + t * kTokenTile + 2 * place.c + j;
+    float values[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      values[r] = sums[t][r / 2][r % 2 * 2 + j] + (bias && n0 + r < p.n ? to_float(bias[n0 + r]) : 0);
+      if (p.swiglu) {  // the gate is in lanes 0-15, what it multiplies in the others
+        const float other = shuffle_xor(values[r], 16);
+        values[r] = silu(values[r]) * other;
+      }
+    }
+    if (token >= p.m || !place.have || (p.swiglu && place.g >= 4)) continue;
+    for (int r = 0; residual && r < 4 && n0 + r < columns; r++) {
+      values[r] += to_float(residual[token * p.residual_stride + n0 + r]);
+    }
+    T* const y = static_cast<T*>(p.y) + token * p.y_stride + n0;
+    if (p.wide && n0 + 4 <= columns) {
+      store_four(y, values);
+    } else {
+      for (int r = 0; r < 4 && n0 + r < columns; r++) y[r] = from_float<T>(values[r]);
+    }
+  }
+}
+
+// ---- The host's side ----
+
+// How a product is launched.
+struct Plan {
+  int token_tiles;
+  Grid grid;
+  Gpu gpu;
+  void* stream;
+  int64_t counter_bytes, sum_bytes;  // of workspace, multiples of 256
+};
+
+// A product's fields but what lies in the workspace.  For checked arguments.
+void describe_product(const memlm_packed* w, const memlm_matmul_args* args, Product* p);
+
+// Blocks for all rows and all tiles of tokens; they share out k where there would be too few, among at most so
+// many.  sums: of a block.
+memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks, int64_t most_splits,
+                         int64_t sums, const Gpu& gpu, void* stream, Plan* plan);
+
+// describe_product, and the plan for pairs of tiles and stages of kStageK k.
+memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, const Gpu& gpu, void* stream,
+                          Product* p, Plan* plan);
+
+// Gives the product its part of the workspace, the first counter_bytes + sum_bytes of it.
+memlm_status begin_product(char* workspace, const Plan& plan, Product* p);
+
+}  // namespace memlm::cuda
+
+#endif

@@ -1,0 +1,12 @@
+"""``w4_matmul`` in Triton."""
+
+from __future__ import annotations
+
+from memlm.kernels._weight_only import weight_only
+from memlm.ops import _matmul
+
+
+def w4_matmul(x, codes, scales, offsets, codebook, n, k, group, bias, fast, norm, eps, swiglu, residual, config=None):
+    """``torch.ops.memlm.w4_matmul``; ``fast`` makes no difference."""
+    packed = _matmul.packed_of(4, codes, scales, offsets, n, k, group, codebook)
+    return weight_only(x, packed, bias, norm, eps, swiglu, residual, config)

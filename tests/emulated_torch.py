@@ -1,0 +1,191 @@
+"""A process in which memlm believes that there is a GPU: an empty CUDA driver, a torch that says it was
+built with CUDA, and for libmemlm_cuda.so the emulator's library, whose device memory is the CPU's.  The
+ops' C++ code for CUDA then runs on CPU tensors, as ``torch.ops.memlm_emulated.*``.
+
+``start`` runs a function of this module there; each raises what it finds wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(function: str, folder: Path) -> None:
+    """Runs ``function`` in such a process; raises AssertionError with what it says where it fails."""
+    from .emulator import emulator
+
+    driver = folder / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", driver], check=True)
+    env = os.environ | {
+        "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        "MEMLM_CUDA_LIBRARY": str(emulator().path),
+    }
+    command = [sys.executable, "-c", f"from tests.emulated_torch import *; set_up(); {function}()"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def set_up() -> None:
+    """Before memlm.ops is imported."""
+    import torch
+
+    torch.version.cuda = "13.0"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors hold NaN
+    kernels = types.ModuleType("memlm.kernels")
+    kernels.OPERATIONS, kernels.available = ("w4_matmul", "quantize_weight"), lambda: True
+    sys.modules["memlm.kernels"] = kernels
+    import memlm
+    memlm.kernels = kernels
+    import memlm.ops
+    from memlm.ops import _cuda, _registry
+
+    from .emulator import emulator
+
+    assert _cuda.unavailable() == ""
+    for name, kernels in _registry._cuda_kernels.items():
+        if "cuda" not in kernels:
+            continue
+        schema = str(getattr(torch.ops.memlm, name).default._schema).removeprefix(f"memlm::{name}")
+        torch.library.define(f"memlm_emulated::{name}", schema)
+        assert _cuda.register("memlm_emulated", "CPU", name, or_reference=True)
+    emulator().lib.emulator_seed(1)
+    emulator().lib.emulator_register(0x1000, 1 << 62, 1)  # the ops' own tensors cannot be named here
+    memlm.ops.emulated = lambda name: getattr(torch.ops.memlm_emulated, name)
+
+
+def ran_well() -> None:
+    from .emulator import emulator
+
+    error = emulator().lib.emulator_error().decode()
+    assert not error, emulator().located(error)
+
+
+def weight_only() -> None:
+    """Arguments reach the kernels as they should: each of them matters, in every type."""
+    import torch
+
+    from memlm import ops
+
+    from . import numerics
+    from .cuda_matmul_checks import DTYPES, in_range
+    from .matmul_checks import arguments, around_cases, random_case
+
+    formats = {"w2_matmul": "int2a-g64", "w4_matmul": "int4a-g32", "w8_matmul": "int8-row"}
+    for name, format in formats.items():
+        for dtype in DTYPES:
+            x, packed, bias = random_case(format, 40, 96, 9, torch.float32)
+            x, bias = in_range(x, dtype).view(3, 3, 96), bias.to(dtype)
+            y = ops.emulated(name)(*arguments(x, packed, bias, False))
+            numerics.assert_within(y, *numerics.exact_matmul(x, packed, bias, "mma"))
+            apart = torch.empty(3, 3, 99, dtype=dtype)[:, :, 1:97].copy_(x)
+            assert torch.equal(ops.emulated(name)(*arguments(apart, packed, bias, True)), y)
+            empty = ops.emulated(name)(*arguments(x[:0], packed, bias, False))
+            assert empty.shape == (0, 3, 40) and empty.dtype == dtype
+        for x, packed, around in around_cases(format, 64, 96, 9, torch.float16):
+            y = ops.emulated(name)(*arguments(x, packed, None, False, **around))
+            numerics.assert_within(y, *numerics.exact_around(x, packed, "mma", **around))
+    # Levels, and k that blocks share out: a workspace.
+    x, packed, bias = random_case("nf4-g64", 40, 2112, 3, torch.float32)
+    x, bias = in_range(x, torch.float16), bias.half()
+    y = ops.emulated("w4_matmul")(*arguments(x, packed, bias, False))
+    numerics.assert_within(y, *numerics.exact_matmul(x, packed, bias, "mma"))
+    ran_well()
+
+
+def unsupported() -> None:
+    """f32 goes to the reference, with one warning that says why; the kernel alone refuses it."""
+    import pytest
+    import torch
+
+    from memlm import ops
+
+    from .matmul_checks import arguments, random_case
+
+    x, packed, bias = random_case("int4-g32", 40, 96, 9, torch.float32)
+    given = arguments(x, packed, bias, False)
+    with pytest.warns(UserWarning, match="memlm.w4_matmul has no kernel for this call .dtype: got f32 on compute capability 8.0; accepted are f16 from"):
+        y = ops.emulated("w4_matmul")(*given)
+    assert torch.equal(y, ops.implementations("w4_matmul")["reference"](*given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.emulated("w4_matmul")(*given)
+    # Bad input is not passed on: it is named.
+    with pytest.raises(RuntimeError, match="x: the last dimension must be 96"):
+        ops.emulated("w4_matmul")(*arguments(x[:, :90].half(), packed, None, False))
+    with pytest.raises(RuntimeError, match="codes: the shape does not fit n, k and group"):
+        ops.emulated("w4_matmul")(*(a[:1] if a is packed.codes else a for a in given))
+
+
+def registered() -> None:
+    """The kernels stand at the CUDA key; selection, and what explain says."""
+    import torch
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import memlm
+    from memlm import ops
+    from memlm.ops import _registry
+
+    from .matmul_checks import arguments, random_case
+
+    for name in ("w2_matmul", "w4_matmul", "w8_matmul"):
+        for namespace in ("memlm", "memlm_cuda"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
+        assert "CUDA: registered at csrc/torch/cuda.cpp" in torch._C._dispatch_dump(f"memlm::{name}")
+        triton = ["triton"] if name == "w4_matmul" else []
+        assert list(ops.implementations(name, "cuda")) == ["reference", "cuda", *triton]
+        assert list(ops.implementations(name, "cpu")) == ["reference", "cpp"]
+    assert _registry.selected("w4_matmul", "cuda") == ("cuda", "")
+    assert _registry.selected("quantize_weight", "cuda") == ("triton", "")  # there is none in C++
+    for name, kernels in _registry._cuda_kernels.items():
+        if not kernels:
+            assert _registry.selected(name, "cuda") == ("reference", f"{name} has no CUDA kernel")
+    x, packed, bias = random_case("int4-g32", 40, 96, 9, torch.float16)
+    with FakeTensorMode():
+
+        def fake(tensor):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
+
+        given = [fake(a) if isinstance(a, torch.Tensor) else a for a in arguments(x, packed, bias, False)]
+        y = torch.ops.memlm.w4_matmul(*given)
+        assert (y.shape, y.dtype, y.device) == ((9, 40), torch.float16, torch.device("cuda:0"))
+    memlm.quantize_(model := nn.Sequential(nn.Linear(96, 64)), "int4")
+    with FakeTensorMode():
+        for parameter in ("codes", "scales"):
+            old = getattr(model[0], parameter)
+            new = torch.empty(old.shape, dtype=old.dtype, device="cuda:0")
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            setattr(model[0], parameter, new)
+        (row,) = memlm.explain(model).rows
+    assert (row.op, row.isa, row.reason) == ("w4_matmul", "cuda cuda", ""), row
+
+
+def device_runner() -> None:
+    """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
+    import pytest
+    import torch
+
+    from . import device, emulator
+    from .cuda_matmul_checks import in_range
+    from .matmul_checks import random_case
+
+    x, packed, bias = random_case("nf4-g64", 40, 2112, 3, torch.float32)
+    x, bias = in_range(x, torch.float16), bias.half()
+    real = emulator.emulator
+    there = device.Device(real().path, "cpu")
+    emulator.emulator = lambda arch: there
+    y = emulator.matmul("w4_matmul", x, packed, bias)
+    emulator.emulator = real
+    given = (packed.codes, packed.scales, None, 1, 40, 2112, 64, bias, False, None, 0.0, False, None)
+    assert torch.equal(y, torch.ops.memlm_emulated.w4_matmul(x, *given))
+    ran_well()
+    copy = device.Copy(x, "cpu")
+    copy.whole[copy.place - 1] = 0
+    with pytest.raises(AssertionError, match="written out of bounds"):
+        copy.back()

@@ -1,0 +1,175 @@
+"""Writes the account of the compiled CUDA kernels into docs/gpu.md, between its marks:
+``python -m tests.gpu_code_table``.  Takes minutes: every kernel is compiled for every architecture."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from . import build, cubin, emulator, gpu_calls, gpu_limits
+
+FILE = build.ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- begin: tests/gpu_code_table.py -->\n", "<!-- end: tests/gpu_code_table.py -->\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel for one architecture, as its launcher starts it."""
+
+    kernel: cubin.Kernel
+    source: str
+    launch: emulator.Launch
+
+    @property
+    def warps(self) -> int:
+        """That a multiprocessor holds at once."""
+        arch, launch = self.kernel.arch, self.launch
+        shared = launch.shared_bytes + self.kernel.shared
+        return gpu_limits.resident_warps(arch, self.kernel.registers, launch.threads, shared)
+
+    @property
+    def wide_loads(self) -> int:
+        """Instructions that bring 16 bytes from global memory."""
+        return self.kernel.count(r"(LDG|LDGSTS)\.E\..*128.*")
+
+
+def launches(arch: int) -> dict[str, emulator.Launch]:
+    """By kernel: how the launchers start it on a device of an architecture."""
+    device = gpu_limits.ARCHS[arch]
+
+    def run():
+        for call in gpu_calls.all_calls(arch):
+            call()
+
+    found = emulator.emulator().launches(run, 10 * arch, device.processors, device.block_shared)
+    names = subprocess.run(["c++filt", "-p", *found], check=True, capture_output=True, text=True)
+    return dict(zip(map(cubin.short, names.stdout.splitlines()), found.values()))
+
+
+def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
+    """Every kernel of the sources that can be launched on an architecture.  (bf16 on sm_75 cannot.)"""
+    started = launches(arch)
+    found = []
+    for source in sources or cubin.sources():
+        for kernel in cubin.kernels(source, arch):
+            if kernel.name in started:
+                found.append(Row(kernel, source, started[kernel.name]))
+            elif not (arch < 80 and "bf16" in kernel.name):
+                raise LookupError(f"{kernel.name}: tests/gpu_calls.py has no call that launches it")
+    return sorted(found, key=lambda row: (row.source, row.kernel.name))
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    out = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in out)
+
+
+def code_table(of_arch: dict[int, list[Row]]) -> str:
+    """One line for each kernel: what each architecture's code needs."""
+    head = ["kernel", "threads", "shared KB", "tensor core", "16-byte loads"]
+    head += [f"sm_{arch}" for arch in of_arch]
+    by_name = {arch: {r.kernel.name: r for r in found} for arch, found in of_arch.items()}
+    first = of_arch[80]
+    lines = []
+    for row in first:
+        cells = []
+        for arch in of_arch:
+            here = by_name[arch].get(row.kernel.name)
+            cells.append("–" if here is None else _cell(here))
+        shared = (row.launch.shared_bytes + row.kernel.shared) / 1024
+        unit = ", ".join(row.kernel.tensor_core()) or "–"
+        code = f"`{row.kernel.name}`"
+        lines.append([code, str(row.launch.threads), f"{shared:.1f}", unit, str(row.wide_loads), *cells])
+    return table(head, lines)
+
+
+def _cell(row: Row) -> str:
+    spilled = f", **{row.kernel.spilled} B spilled**" if row.kernel.spilled else ""
+    stack = f", {row.kernel.stack} B stack" if row.kernel.stack and not row.kernel.spilled else ""
+    return f"{row.kernel.registers} r, {row.warps} w{spilled}{stack}"
+
+
+def mix_table() -> str:
+    """The instructions of w4_matmul's main loop, per product of 16 x 8 x 16, and what the schedulers take
+    to begin all of one tile of tokens: were they the only limit."""
+    lines = []
+    for kernel in cubin.kernels("w4_matmul.cu", 80):
+        if "<f16, Integers" not in kernel.name:
+            continue
+        loop = kernel.loop("HMMA")
+        found = cubin.classes(loop)
+        units = found["tensor core"]
+        kinds = [f"{found[kind] / units:.2f}" for kind in (*cubin.CLASSES, "integers, moves")]
+        # A step of 32 rows and 32 k has 4 of a tile of 8 tokens, and 2 more where there are offsets.
+        steps = units // (6 * int(kernel.name.split(", ")[-1].rstrip(">")))
+        begun = N // 32 * (K // 32) // steps * len(loop)
+        times = [f"{1e6 * device.issue_seconds(begun):.1f}" for device in gpu_limits.DEVICES]
+        lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *kinds, *times])
+    lines.sort()
+    head = ["kernel", "HMMA in the loop", "instructions per HMMA", *cubin.CLASSES, "integers, moves"]
+    return table([*head, *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], lines)
+
+
+N = K = 4096
+SHAPES = ((1, "decode"), (512, "prefill"))
+COUNTED_N, COUNTED_K = 256, 2048  # what the emulator runs; bytes grow with n as they do there
+
+
+def traffic_table() -> str:
+    """Bytes moved, counted, against the least; what memory and tensor cores allow."""
+    lines = []
+    for op, names in gpu_calls.WEIGHT_ONLY.items():
+        for name in names:
+            for m, kind in SHAPES:
+                moved, least = traffic(op, name, m)
+                w = gpu_calls.packed(name, N, K)
+                bytes = w.nbytes + 2 * m * (N + K)
+                times = [f"{1e6 * d.seconds(bytes, m * N * K):.1f}" for d in gpu_limits.DEVICES]
+                line = [f"{op} {name}", f"{kind}, m = {m}", f"{100 * moved / least - 100:+.1f} %"]
+                lines.append([*line, f"{bytes / 1e6:.2f}", *times])
+    head = ["operation", f"n = k = {N}", "moved beyond the least", "MB, the least"]
+    return table([*head, *(f"{d.name}, µs" for d in gpu_limits.DEVICES)], lines)
+
+
+def traffic(op: str, format: str, m: int) -> tuple[int, int]:
+    """Bytes that the kernels of a product move between chip and L2, and those it cannot do without:
+    every weight, x and y once.  Of a smaller W, which the emulator can run."""
+    rows = min(m, 64)  # more are blocks of 64, each of which reads W again, from L2
+    w = gpu_calls.packed(format, COUNTED_N, COUNTED_K)
+    x = torch.zeros(rows, COUNTED_K, dtype=torch.float16)
+    counts = emulator.emulator().counts(lambda: emulator.matmul(op, x, w, None))
+    moved = 32 * (counts.read_sectors + counts.write_sectors)
+    return moved, w.nbytes + 2 * rows * (COUNTED_N + COUNTED_K)
+
+
+def account() -> str:
+    version = cubin.nvcc._version(cubin.nvcc.find()).split("release ")[1].split(",")[0]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: cubin.kernels(*job), [(s, a) for a in cubin.ARCHS for s in cubin.sources()]))
+    of_arch = {arch: rows(arch) for arch in cubin.ARCHS}
+    return f"""\
+Compiled by nvcc {version}.  **r**: registers of a thread; **w**: warps that a multiprocessor holds at
+once, of {", ".join(f"{gpu_limits.ARCHS[a].warps} (sm_{a})" for a in cubin.ARCHS)}; shared
+memory as the launcher asks for it on sm_80; tensor-core instructions and loads of 16 bytes from global
+memory in the code for sm_80.
+
+{code_table(of_arch)}
+The main loop of `w4_matmul` on sm_80, instructions for each product of 16 x 16 by 16 x 8, those of
+branches not taken included (offsets, f32 scales), and how long four schedulers for each multiprocessor
+take to begin all of them for n = k = {N} and one tile of 8, 16, 32 or 64 tokens.  (With 64 the loop is
+over steps and does not hold the copies.)
+
+{mix_table()}
+Bytes that the emulator counts (sectors of 32 bytes, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64
+rows), and the time that bandwidth and tensor cores leave on paper, whichever is longer:
+
+{traffic_table()}"""
+
+
+if __name__ == "__main__":
+    text = FILE.read_text()
+    before, rest = text.split(BEGIN)
+    FILE.write_text(before + BEGIN + account() + END + rest.split(END)[1])

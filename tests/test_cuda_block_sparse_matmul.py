@@ -1,0 +1,116 @@
+"""block_sparse_matmul on the emulated GPU: csrc/cuda/block_sparse_matmul.cu."""
+
+import ctypes
+from ctypes import byref
+
+import pytest
+import torch
+
+from memlm import sparse_formats
+from memlm.sparse_formats import SparsePacked
+
+from . import emulator, numerics
+from .cuda_matmul_checks import in_range
+from .cuda_sparse_checks import Sparse
+from .matmul_checks import random_case
+
+
+class TestBlockSparseMatmul(Sparse):
+    OP = "block_sparse_matmul"
+    FORMATS = [
+        "block/int4a-g32", "block/int8-g32", "block/int2a-g32", "block/nf4-g32", "block/f32",
+        "block/bf16",
+    ]  # fmt: skip
+    SOME = ["block/int4-g32", "block/int8-g32", "block/int2-g32", "block/nf4-g32"]
+    ANOTHER = "2:4/int4-g32"
+
+    def test_not_finite(self, dtype):
+        """What is not finite stays in its own row, and in what is stored at its k."""
+        for name in ("block/int4a-g32", "block/f32"):
+            x, packed, bias = random_case(name, 64, 70, 9, torch.float32)
+            x, bias = in_range(x, dtype), bias.to(dtype)
+            clean = emulator.matmul(self.OP, x, packed, bias)
+            tiles, places = sparse_formats.positions(packed)
+            reached = torch.zeros(4, 16, dtype=torch.bool)
+            reached[tiles[places == 2]] = True  # k 69
+            reached = reached.flatten()
+            assert reached.any() and not reached.all()
+            for value in (float("nan"), float("inf")):
+                bad = x.clone()
+                bad[1, 69] = value
+                y = emulator.matmul(self.OP, bad, packed, bias)
+                others = [row for row in range(9) if row != 1]
+                assert torch.equal(y[others], clean[others])
+                assert torch.equal(y[1, ~reached], clean[1, ~reached])
+                assert not y[1, reached].isfinite().any()
+
+    @pytest.mark.parametrize("name, bits", [("block/f32", 32), ("block/bf16", 16)])
+    def test_floats_on_turing(self, name, bits):
+        x, packed, _ = random_case(name, 20, 96, 6, torch.float16)
+        with pytest.raises(RuntimeError, match=f"bits: got {bits} on compute capability 7.5"):
+            emulator.matmul(self.OP, x, packed, None, arch=750)
+
+
+GRADIENT_SHAPES = [(1, 1, 1), (17, 33, 5), (100, 300, 70), (48, 64, 0)]
+
+
+def run_gradient(name: str, packed, *arguments, out: torch.Tensor, arch: int) -> torch.Tensor:
+    """memlm_cuda_block_sparse_``name`` of W and further arguments, tensors and numbers."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    w = emulator.packed_struct(packed)
+    out.fill_(float("nan"))
+    emulator.emulator(arch).run(
+        f"memlm_cuda_block_sparse_{name}", byref(w), *given, ctypes.c_void_p(out.data_ptr()),
+        read=[*tensors, *packed.tensors().values()], written=[out],
+    )  # fmt: skip
+    return out
+
+
+def check_gradient_of_x(name: str, n: int, k: int, m: int, arch: int = 800):
+    """grad W in f32, over the stored blocks."""
+    packed = random_case(name, n, k, 1, torch.float32)[1]
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
+    rows = ctypes.c_int64(m)
+    got = run_gradient("grad_x", packed, packed.format.bits, rows, grad, out=torch.empty(m, k), arch=arch)
+    bound = numerics.product_bound(grad.double().abs(), numerics.magnitudes(packed))
+    numerics.assert_within(got, grad.double() @ numerics.dequantize(packed), bound)
+
+
+def check_gradient_of_values(n: int, k: int, m: int, arch: int = 800):
+    """grad^T x, at the stored places alone; zeros beyond n and k."""
+    packed = random_case("block/f32", n, k, 1, torch.float32)[1]
+    generator = torch.Generator().manual_seed(5)
+    grad, x = (torch.randn(m, size, generator=generator) for size in (n, k))
+    rows, out = ctypes.c_int64(m), torch.empty_like(packed.codes)
+    got = run_gradient("grad_values", packed, rows, grad, x, out=out, arch=arch)
+    stored = sparse_formats.unpack(packed)[1]
+    assert not got.isnan().any()
+    whole = SparsePacked(packed.format, n, k, got, starts=packed.starts, places=packed.places)
+    exact = (grad.double().T @ x.double()).where(stored, torch.zeros(()))
+    bound = numerics.product_bound(grad.double().abs().T, x.double().abs())
+    numerics.assert_within(sparse_formats.dequantize(whole), exact, bound)
+
+
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_gradient_of_x(name):
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_x(name, n, k, m)
+
+
+def test_gradient_of_values():
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_values(n, k, m)
+
+
+def test_gradients_on_turing():
+    check_gradient_of_x("block/int4-g32", 40, 100, 9, arch=750)
+    check_gradient_of_values(40, 100, 9, arch=750)
+
+
+@pytest.mark.gpu_proof
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_every_gradient(name):
+    for n, k, m in [(700, 130, 65), (33, 1057, 129)]:
+        check_gradient_of_x(name, n, k, m)
+        check_gradient_of_values(n, k, m)
