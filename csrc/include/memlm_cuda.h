@@ -113,6 +113,10 @@ MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
                                                   const memlm_cuda_bounds* bounds,
                                                   memlm_cuda_queue* queue);
 
+/* head_dim and v_dim up to 256; q_len and k_len below 2^30.  Probabilities are rounded to dtype before they are
+ * multiplied with v.  Offsets lie in device memory and are not checked. */
+MEMLM_API memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_queue* queue);
+
 #ifdef __cplusplus
 }
 #endif
