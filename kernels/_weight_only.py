@@ -84,7 +84,7 @@ def _finish(sums, up, at, column, bias, residual, y, m, n, BIAS: tl.constexpr, S
 @triton.jit
 def weight_only_kernel(
     x, words, scales, offsets, levels, bias, residual, y, partial,
-    m, n, k, x_stride, blocks, groups, group_steps, steps,
+    m, n, k, x_stride, blocks, groups, group_steps, steps, rows_about,
     BITS: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, OFFSETS: tl.constexpr,
     BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -147,6 +147,11 @@ MOST_SPLITS = max(config.kwargs["SPLITS"] for config in SPACE)
 SPLIT_ROWS = 32  # beyond them there are programs enough, and sums would be a lot to store
 
 
+def about(m: int) -> int:
+    """The number of rows that a configuration is tried for once: a power of 2."""
+    return min(256, triton.next_power_of_2(m))
+
+
 def pruned(target: Target, m: int, step: int, bits: int, swiglu: bool) -> list[triton.Config]:
     """The configurations that a target has room for and that waste no more than half of their rows."""
     found = []
@@ -186,7 +191,8 @@ def _prune(_, named, **constants):
 
 # BITS: what fits depends on them, and packed words of all formats are int32.
 tuned_kernel = triton.autotune(
-    SPACE, key=["m", "n", "k", "BITS", "LEVELS", "OFFSETS", "STEP", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
+    SPACE, key=["rows_about", "n", "k", "BITS", "LEVELS", "OFFSETS", "STEP", "SWIGLU"],
+    prune_configs_by={"early_config_prune": _prune},
 )(weight_only_kernel)
 
 
@@ -227,7 +233,7 @@ def weight_only(
         chosen(
             rows, packed.codes.view(torch.int32), packed.scales, *given, y, partial,
             m, n, k, rows.stride(0), padded * format.bits // 32, format.groups(k),
-            triton.cdiv(format.group or padded, step), triton.cdiv(padded, step),
+            triton.cdiv(format.group or padded, step), triton.cdiv(padded, step), about(m),
             BITS=format.bits, ZERO=ZEROS[format.bits] if format.symmetric else 0,
             LEVELS=levels is not None, OFFSETS=packed.offsets is not None, STEP=step, **flags, **settings,
         )  # fmt: skip

@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from memlm.kernels._weight_only import MOST_SPLITS, SPACE, SPLIT_ROWS, _finish, pruned, target_of
+from memlm.kernels._weight_only import (
+    MOST_SPLITS, SPACE, SPLIT_ROWS, _finish, about, pruned, target_of,
+)  # fmt: skip
 from memlm.kernels.quantize_rows import quantize_rows
 from memlm.ops import _matmul
 from memlm.ops.w8a8_matmul import ARGUMENTS, _checked
@@ -60,7 +62,7 @@ def _scaled(sums, x_scales, at, m, scales, column, n):
 def w8a8_kernel(
     x, x_scales, words, scales, bias, residual, y, partial,
     m, n, k, x_stride, blocks, groups, x_groups, group_steps, x_group_steps, steps,
-    WHOLE: tl.constexpr, INTEGERS: tl.constexpr,
+    rows_about, WHOLE: tl.constexpr, INTEGERS: tl.constexpr,
     BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +130,8 @@ def _prune(_, named, **constants):
 
 
 tuned_kernel = triton.autotune(
-    SPACE, key=["m", "n", "k", "STEP", "WHOLE", "SWIGLU"], prune_configs_by={"early_config_prune": _prune}
+    SPACE, key=["rows_about", "n", "k", "STEP", "WHOLE", "SWIGLU"],
+    prune_configs_by={"early_config_prune": _prune},
 )(w8a8_kernel)
 
 
@@ -170,7 +173,7 @@ def w8a8_matmul(
         chosen(
             rows, x_scales, codes.view(torch.int32), scales, *given, y, partial,
             m, n, k, rows.stride(0), padded // 4, packed.format.groups(k), x_groups,
-            group // step or steps, x_group // step or steps, steps,
+            group // step or steps, x_group // step or steps, steps, about(m),
             INTEGERS=integers, STEP=step, **flags, **settings,
         )  # fmt: skip
         return partial

@@ -1,4 +1,4 @@
-"""The paged cache's CUDA functions, called through the emulator: the arguments of the ops in tests/paged.py."""
+"""The paged cache's CUDA functions, called through the emulator with what the ops in tests/paged.py take."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ def test_rope(type, dtype):
         turned = q.clone()
         rope = {"cos": angles.cos(), "sin": angles.sin(), "q": turned, "positions": at}
         cuda_kv.kv_append(pool, tails, k, v, *made.step(new), rope=rope)
-        cos, sin = (x[torch.arange(21) if at is None else at][:, None].double() for x in (rope["cos"], rope["sin"]))
+        rows = torch.arange(21) if at is None else at
+        cos, sin = (rope[name][rows][:, None].double() for name in ("cos", "sin"))
 
         def by_definition(x):
             a, b = x.double().chunk(2, dim=-1)
@@ -138,12 +139,10 @@ def test_rope(type, dtype):
         assert ((turned.double() - expected).abs() <= bound).all()
         # As if another operation had turned the keys: its result is what the kernel makes of them as queries.
         keys = k.clone()
-        other = made.pool.clone(), None if made.tails is None else made.tails.clone()
-        cuda_kv.kv_append(*other, k, v, *made.step(new), rope=rope | {"q": keys})
-        for path in ("reference",):
-            wanted = made.pool.clone(), None if made.tails is None else made.tails.clone()
-            implementations("kv_append")[path](*wanted, keys, v, *made.step(new))
-            assert torch.equal(pool, wanted[0]) and (tails is None or torch.equal(tails, wanted[1]))
+        cuda_kv.kv_append(pool, tails, k, v, *made.step(new), rope=rope | {"q": keys})
+        wanted = made.pool.clone(), None if made.tails is None else made.tails.clone()
+        implementations("kv_append")["reference"](*wanted, keys, v, *made.step(new))
+        assert torch.equal(pool, wanted[0]) and (tails is None or torch.equal(tails, wanted[1]))
 
 
 def test_traffic():
@@ -181,4 +180,5 @@ def test_bad_input():
     refused("pool: int4 has tails", type=3)
     refused("pool: got type 4", type=4)
     refused("pool: got head_dim = 513", k=torch.zeros(2, 2, 513).half())
-    refused("must be 16-byte aligned", pool=torch.zeros(pool.numel() + 1, dtype=torch.uint8)[1:].view(pool.shape))
+    unaligned = torch.zeros(pool.numel() + 1, dtype=torch.uint8)[1:].view(pool.shape)
+    refused("must be 16-byte aligned", pool=unaligned)

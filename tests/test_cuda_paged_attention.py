@@ -1,4 +1,5 @@
-"""paged_attention on the emulated GPU, csrc/cuda/paged_attention.cu, against f64 over what the blocks hold."""
+"""paged_attention on the emulated GPU, csrc/cuda/paged_attention.cu, against f64 over what the blocks
+hold."""
 
 import pytest
 import torch
@@ -98,8 +99,11 @@ def test_heads_and_sizes(type):
 @pytest.mark.gpu_proof
 def test_every_head_and_size(type, dtype):
     for turn, (dim, kv_heads, group) in enumerate(
-        [(64, 2, 1), (80, 1, 4), (96, 3, 3), (128, 2, 8), (33, 1, 2), (256, 1, 5), (1, 2, 7), (32, 1, 6), (64, 1, 40)]
-    ):
+        [
+            (64, 2, 1), (80, 1, 4), (96, 3, 3), (128, 2, 8), (33, 1, 2), (256, 1, 5), (1, 2, 7), (32, 1, 6),
+            (64, 1, 40),
+        ]
+    ):  # fmt: skip
         made = paged(type, dim, LENGTHS, kv_heads, (32, 64, 96)[turn % 3], dtype)
         q = random_queries(NEW, kv_heads * group, dim, dtype)
         assert check(made, q, NEW, spare=turn) > 0.8

@@ -1,6 +1,6 @@
 // Which probabilities attention drops: a hash of the seed and of the element's place says, so that no
 // mask is stored and the result depends on neither tiles nor threads.  memlm/ops/attention.py specifies
-// it.
+// it.  What is constexpr serves csrc/cuda too.
 #pragma once
 #include <stdint.h>
 
@@ -9,7 +9,7 @@ namespace memlm {
 constexpr uint32_t kGoldenRatio = 0x9E3779B9;  // 2^32 times its fraction
 
 // lowbias32 of Chris Wellons' hash prospector: a permutation of 32 bits.
-static inline uint32_t mix32(uint32_t x) {
+constexpr uint32_t mix32(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352d;
   x ^= x >> 15;
@@ -18,7 +18,7 @@ static inline uint32_t mix32(uint32_t x) {
 }
 
 // The key of a row of probabilities: batch entry (or sequence) b, query head h, query i of it.
-static inline uint32_t dropout_row(uint64_t seed, int64_t b, int64_t h, int64_t i) {
+constexpr uint32_t dropout_row(uint64_t seed, int64_t b, int64_t h, int64_t i) {
   const uint32_t words[] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
                             static_cast<uint32_t>(b), static_cast<uint32_t>(h),
                             static_cast<uint32_t>(i)};

@@ -51,7 +51,9 @@ struct Deal {
 MEMLM_DEVICE int64_t first_item(const int64_t* rows, int s, const Deal& d) {
   return rows[s] * d.times / d.per + static_cast<int64_t>(s) * d.more;
 }
-inline int64_t items(int64_t rows, int64_t sequences, const Deal& d) { return rows * d.times / d.per + sequences * d.more; }
+inline int64_t items(int64_t rows, int64_t sequences, const Deal& d) {
+  return rows * d.times / d.per + sequences * d.more;
+}
 
 // The sequence that has an item; the last one for items beyond all.  For whole warps: each step looks at
 // 32 sequences.
@@ -73,7 +75,9 @@ MEMLM_DEVICE void hadamard(const float* from, float* to, int width, int piece, f
   for (int i = lane(); i < width; i += kWarp) {
     const float* const sixteen = from + i / 16 * 16;
     float sum = 0;
-    for (int j = 0; j < 16; j++) sum += count_bits(static_cast<uint32_t>(i & j & 15)) % 2 ? -sixteen[j] : sixteen[j];
+    for (int j = 0; j < 16; j++) {
+      sum += count_bits(static_cast<uint32_t>(i & j)) % 2 ? -sixteen[j] : sixteen[j];
+    }
     to[i] = piece == 16 ? sum * root : sum;
   }
   for (int step = 16; step < piece; step *= 2) {

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 // Items are tiles of places: a sequence may begin and end inside one.
-constexpr Deal kTiles = {1, kKvTile, 2};
+constexpr Deal deal() { return {1, kKvTile, 2}; }
 
 struct Append {
   KvCache cache;
@@ -96,13 +96,15 @@ MEMLM_DEVICE f16 round_group(const float* numbers, int group, int bits, uint8_t*
 
 // Numbers as N to a block of floats.
 template <class N>
-MEMLM_DEVICE void store_numbers(uint8_t* block, const KvLayout& f, bool is_value, const Slots& slots, const Shared& s) {
+MEMLM_DEVICE void store_numbers(uint8_t* block, const KvLayout& f, bool is_value, const Slots& slots,
+                                const Shared& s) {
   if (is_value) {
     for (int i = thread(); i < kKvTile * f.width; i += kThreads) {
       const int channel = i % kKvTile, slot = i / kKvTile % kKvTile, tile = i / (kKvTile * kKvTile);
       N* const to = reinterpret_cast<N*>(block + f.values + tile * f.value_tile);
       if (!slots.has(slot)) continue;
-      to[(slots.place + slot) * kKvTile + channel] = from_float<N>(s.numbers[slot * s.pitch + tile * kKvTile + channel]);
+      const float number = s.numbers[slot * s.pitch + tile * kKvTile + channel];
+      to[(slots.place + slot) * kKvTile + channel] = from_float<N>(number);
     }
     return;
   }
@@ -121,7 +123,9 @@ MEMLM_DEVICE void put(uint8_t* at, uint32_t mask, uint32_t bits) {
 }
 
 // The codes of channels k .. k + 3 of a token.
-MEMLM_DEVICE uint32_t four(const Shared& s, int slot, int k) { return load<uint32_t>(s.codes + slot * s.code_pitch + k); }
+MEMLM_DEVICE uint32_t four(const Shared& s, int slot, int k) {
+  return load<uint32_t>(s.codes + slot * s.code_pitch + k);
+}
 
 MEMLM_DEVICE void store_key_codes(uint8_t* block, const KvLayout& f, const Slots& slots, const Shared& s) {
   uint8_t* const tile = block + slots.place / kKvTile * f.key_tile;
@@ -151,7 +155,8 @@ MEMLM_DEVICE void store_key_codes(uint8_t* block, const KvLayout& f, const Slots
   }
 }
 
-MEMLM_DEVICE void store_value_codes(uint8_t* block, const KvLayout& f, const Slots& slots, const Shared& s) {
+MEMLM_DEVICE void store_value_codes(uint8_t* block, const KvLayout& f, const Slots& slots,
+                                    const Shared& s) {
   const int of_word = f.value_bits == 8 ? 4 : 8, words = kKvTile / of_word;
   for (int i = thread(); i < words * f.width; i += kThreads) {
     const int channel = i % kKvTile, word = i / kKvTile % words, tile = i / kKvTile / words;
@@ -163,11 +168,13 @@ MEMLM_DEVICE void store_value_codes(uint8_t* block, const KvLayout& f, const Slo
       mask |= (f.value_bits == 8 ? 0xffu : 15u) << shift;
       bits |= static_cast<uint32_t>(s.codes[slot * s.code_pitch + tile * kKvTile + channel]) << shift;
     }
-    put(block + f.values + tile * f.value_tile + ((slots.place / of_word + word) * kKvTile + channel) * 4, mask, bits);
+    const int at = tile * f.value_tile + ((slots.place / of_word + word) * kKvTile + channel) * 4;
+    put(block + f.values + at, mask, bits);
   }
 }
 
-MEMLM_DEVICE void store_scales(uint8_t* block, const KvLayout& f, bool is_value, const Slots& slots, const Shared& s) {
+MEMLM_DEVICE void store_scales(uint8_t* block, const KvLayout& f, bool is_value, const Slots& slots,
+                               const Shared& s) {
   uint16_t* const to = reinterpret_cast<uint16_t*>(block + (is_value ? f.value_scales : f.key_scales));
   for (int i = thread(); i < kKvTile * f.groups; i += kThreads) {
     const int slot = i % kKvTile, g = i / kKvTile;
@@ -181,9 +188,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) kv_append_kernel(const Append a) {
   const KvCache& c = a.cache;
   const KvLayout& f = c.layout;
-  const int sequence = sequence_of(c.rows, c.sequences, kTiles, block_x()), head = block_y();
-  const int64_t row = c.rows[sequence], length = c.lengths[sequence], before = length - (c.rows[sequence + 1] - row);
-  const int64_t tile = before / kKvTile + block_x() - first_item(c.rows, sequence, kTiles);
+  const int sequence = sequence_of(c.rows, c.sequences, deal(), block_x()), head = block_y();
+  const int64_t row = c.rows[sequence], length = c.lengths[sequence];
+  const int64_t before = length - (c.rows[sequence + 1] - row);
+  const int64_t tile = before / kKvTile + block_x() - first_item(c.rows, sequence, deal());
   const int64_t start = tile * kKvTile;
   if (start >= length || before == length) return;
   const Slots slots = {static_cast<int>(before > start ? before - start : 0),
@@ -209,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const Append a) {
   const Shared s = shared_of(f);
   for (int slot = slots.from + warp(); slot < slots.to; slot += kWarps) {
     const int64_t r = row_of_slot_0 + slot;
-    const T* const x = static_cast<const T*>(is_value ? a.v : a.k) + r * a.stride + static_cast<int64_t>(head) * f.dim;
+    const T* const x = static_cast<const T*>(is_value ? a.v : a.k) + r * a.stride + head * f.dim;
     float* const numbers = s.numbers + slot * s.pitch;
     float* const raw = quantized ? s.scratch : numbers;
     if (a.cos && !is_value) {
@@ -227,7 +235,8 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const Append a) {
     MEMLM_SYNC_WARP();
     hadamard(raw, numbers, f.width, c.piece, c.root);
     for (int g = 0; g < f.groups; g++) {
-      const f16 scale = round_group(numbers + g * f.group, f.group, bits, s.codes + slot * s.code_pitch + g * f.group);
+      uint8_t* const codes = s.codes + slot * s.code_pitch + g * f.group;
+      const f16 scale = round_group(numbers + g * f.group, f.group, bits, codes);
       if (lane() == 0) s.scales[slot * f.groups + g] = scale.bits;
     }
   }
@@ -275,7 +284,7 @@ memlm_status append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
     a.group = static_cast<int>(rope->heads / pool->kv_heads);
     a.cos = rope->cos, a.sin = rope->sin, a.angle_stride = rope->angle_stride, a.positions = rope->positions;
   }
-  const Grid grid = {items(bounds->rows, sequences->count, kTiles), pool->kv_heads, 2 + a.group};
+  const Grid grid = {items(bounds->rows, sequences->count, deal()), pool->kv_heads, 2 + a.group};
   const auto kernel = dtype == MEMLM_F16 ? &kv_append_kernel<f16> : &kv_append_kernel<bf16>;
   return started(launch(kernel, grid, kThreads, shared_bytes(f), queue->stream, a));
 }

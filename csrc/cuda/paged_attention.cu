@@ -40,7 +40,7 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kMostDim = 256;
 constexpr int kSplitRows = 16;                       // of a sequence whose length is shared out
 constexpr int kLeastChunk = 256, kMostChunks = 32;   // tokens; blocks of a sequence
-constexpr int kWeightsPitch = 64 + 4;  // of the longest stage: rows spread over the banks
+constexpr int kWeightsPitch = 64 + 16;  // for the longest stage
 constexpr float kLog2E = 1.44269504f;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -113,7 +113,8 @@ struct Codes8 {
 // 4 bits, or 5.
 template <int bits>
 struct Nibbles {
-  static constexpr int kBits = bits, kStage = 64, kParts = 1;
+  static constexpr int kBits = bits, kParts = 1;
+  [[maybe_unused]] static constexpr int kStage = 64;
   static constexpr bool kCoded = true;
   MEMLM_DEVICE static int place(int piece) { return piece; }
   MEMLM_DEVICE static void load16(const uint8_t* tile, int k0, int, uint32_t (&a)[4]) {
@@ -170,6 +171,9 @@ struct Floats32 {
 
 // ---- The work of a block ----
 
+// Where a row's weight of a token of the stage lies: on other banks than what is read or written with it.
+MEMLM_DEVICE int place_of(int row, int token) { return row * kWeightsPitch + (token ^ (row >> 1 & 3) * 8); }
+
 template <int columns, int tiles>  // tiles of 8 query rows; of 16 channels, for each warp
 struct State {
   float sums[tiles][columns][4];
@@ -187,15 +191,15 @@ struct Room {
   uint8_t *keys, *values;
   uint16_t *key_scales, *value_scales;
   M* queries;      // [parts][rows][query_pitch]
-  float* weights;  // [rows][kPitch]: scores first
+  float* weights;  // of each row and token, where place_of says: scores first
   float* factors;  // [rows]
 };
 
 // All tokens from lo to hi - 1: into `state`.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles>
-MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvLayout& f, const uint8_t* tail,
-                         int64_t lo, int64_t hi, State<columns, tiles>& state) {
-  constexpr int kStage = K::kStage, kPitch = kWeightsPitch, kRows = 8 * columns, kOfRow = kThreads / kRows;
+MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvLayout& f,
+                         const uint8_t* tail, int64_t lo, int64_t hi, State<columns, tiles>& state) {
+  constexpr int kStage = K::kStage, kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kRun = kActGroup;  // tokens that lie in one block
   const int key_pitch = (f.channels + 15) / 16 * 2 * kKvTile * K::kBits, value_pitch = kStage * 2 * V::kBits;
   const int group = K::kCoded ? f.group : (f.channels + 15) / 16 * 16, g = lane() / 4, c = lane() % 4;
@@ -218,7 +222,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
     const int place = static_cast<int>(t % f.tokens) / kKvTile;
     uint8_t* const to = room.keys + warp() * key_pitch;
     for (int i = lane(); i < f.key_tile / 16; i += kWarp) {
-      copy_async(to + K::place(i) * 16, valid ? from + static_cast<int64_t>(place) * f.key_tile + i * 16 : from, valid);
+      copy_async(to + K::place(i) * 16, valid ? from + place * f.key_tile + i * 16 : from, valid);
     }
     for (int i = lane(); K::kCoded && i < 2 * f.groups; i += kWarp) {
       copy_async(room.key_scales + (warp() * 2 * f.groups + i) * 8,
@@ -234,12 +238,12 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
       const uint8_t* const from = valid ? block(t) : a.cache.blocks;
       const int place = static_cast<int>(t % f.tokens);
       for (int tile = warp(); tile < f.width / kKvTile; tile += kWarps) {
-        const uint8_t* const at = from + f.values + static_cast<int64_t>(tile) * f.value_tile + place * 2 * V::kBits;
+        const uint8_t* const at = from + f.values + tile * f.value_tile + place * 2 * V::kBits;
         for (int i = lane(); i < kPieces; i += kWarp) {
           const int64_t token = t + i / kOfToken;
           const bool copied = V::kCoded ? valid : valid && token < hi;
-          copy_async(room.values + tile * value_pitch + V::place(run * kPieces + i) * 16, valid ? at + i * 16 : from,
-                     copied);
+          copy_async(room.values + tile * value_pitch + V::place(run * kPieces + i) * 16,
+                     valid ? at + i * 16 : from, copied);
         }
       }
       for (int i = thread(); V::kCoded && i < 4 * f.groups; i += kThreads) {
@@ -284,7 +288,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
             for (int n = 0; n < columns; n++) {
 #pragma unroll
               for (int q = 0; q < query_parts; q++) {
-                const Vec2 x = load<Vec2>(room.queries + (q * kRows + n * 8 + g) * a.query_pitch + k0 + 4 * c);
+                const int at = (q * kRows + n * 8 + g) * a.query_pitch + k0 + 4 * c;
+                const Vec2 x = load<Vec2>(room.queries + at);
                 const uint32_t b[2] = {x.x, x.y};
                 mma<M>(sums[n], keys, b);
               }
@@ -304,7 +309,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
 #pragma unroll
       for (int n = 0; n < columns; n++) {
         for (int j = 0; j < 4; j++) {
-          room.weights[(n * 8 + 2 * c + j % 2) * kPitch + warp() * kKvTile + g + j / 2 * 8] = scores[n][j];
+          room.weights[place_of(n * 8 + 2 * c + j % 2, warp() * kKvTile + g + j / 2 * 8)] = scores[n][j];
         }
       }
     }
@@ -313,12 +318,12 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
     commit_copies();
 
     {
-      float* const scores = room.weights + row * kPitch;
       float mine[kStage / kOfRow], best = state.maximum;
 #pragma unroll
       for (int j = 0; j < kStage / kOfRow; j++) {
-        const int64_t t = start + thread() % kOfRow + j * kOfRow;
-        float s = scores[t - start] * w.factor;
+        const int of_stage = thread() % kOfRow + j * kOfRow;
+        const int64_t t = start + of_stage;
+        float s = room.weights[place_of(row, of_stage)] * w.factor;
         // tanh x = 1 - 2 / (e^2x + 1)
         if (a.softcap > 0) s = a.softcap * (1 - 2 / (exp2_approx(s / a.softcap * (2 * kLog2E)) + 1));
         if (a.slopes) s = fma_f32(slope, static_cast<float>(t - position), s);
@@ -331,7 +336,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
 #pragma unroll
       for (int j = 0; j < kStage / kOfRow; j++) {
         const float p = exp2_approx((mine[j] - base) * kLog2E);
-        scores[thread() % kOfRow + j * kOfRow] = p;
+        room.weights[place_of(row, thread() % kOfRow + j * kOfRow)] = p;
         sum += p;
       }
       for (int mask = kOfRow / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
@@ -362,10 +367,12 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
           scales[2] = low<f16>(four.y), scales[3] = high<f16>(four.y);
         }
         uint32_t values[V::kParts][4];
-        for (int part = 0; part < V::kParts; part++) V::load16(room.values + tile * value_pitch, k0, part, values[part]);
+        for (int part = 0; part < V::kParts; part++) {
+          V::load16(room.values + tile * value_pitch, k0, part, values[part]);
+        }
 #pragma unroll
         for (int n = 0; n < columns; n++) {
-          const Vec4 four = load<Vec4>(room.weights + (n * 8 + g) * kPitch + k0 + 4 * c);
+          const Vec4 four = load<Vec4>(room.weights + place_of(n * 8 + g, k0 + 4 * c));
           float p[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
           // The scales of tokens that are not there may be NaN.
           for (int r = 0; V::kCoded && r < 4; r++) p[r] = p[r] != 0 ? p[r] * scales[r] : 0;
@@ -436,7 +443,8 @@ MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch
 }
 
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : 3) paged_attention_kernel(const Attention a) {
+__global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 2)
+    paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
   const KvCache& cache = a.cache;
@@ -476,10 +484,12 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : 3) paged_attentio
     attend<Codes8, Codes8, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state);
   } else {
     const int64_t newest = (length - 1) / f.tokens * f.tokens;
-    if (lo < newest) attend<Nibbles<5>, Nibbles<4>, kParts, kWeightParts>(a, w, room, f, nullptr, lo, least(hi, newest), state);
+    if (lo < newest) {
+      attend<Nibbles<5>, Nibbles<4>, kParts, kWeightParts>(a, w, room, f, nullptr, lo, least(hi, newest), state);
+    }
     if (hi > newest) {
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail_of(cache, sequence, w.kv_head),
-                                                       most(lo, newest), hi, state);
+      const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
+      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, most(lo, newest), hi, state);
     }
   }
 
@@ -491,7 +501,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : 3) paged_attentio
     if (tile >= f.width / kKvTile) continue;
 #pragma unroll
     for (int n = 0; n < columns; n++) {
-      for (int r = 0; r < 4; r++) sums[(n * 8 + 2 * c + r % 2) * pitch + tile * kKvTile + g + r / 2 * 8] = state.sums[j][n][r];
+      for (int r = 0; r < 4; r++) {
+        sums[(n * 8 + 2 * c + r % 2) * pitch + tile * kKvTile + g + r / 2 * 8] = state.sums[j][n][r];
+      }
     }
   }
   const int row = thread() / kOfRow, token = (w.first + row) / a.group;
@@ -507,7 +519,8 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : 3) paged_attentio
   MEMLM_SYNC_THREADS();
   float* const scratch = reinterpret_cast<float*>(room.queries) + warp() * f.width;
   for (int one = warp(); one < w.rows; one += kWarps) {
-    const int its_token = (w.first + one) / a.group, its_head = w.kv_head * a.group + (w.first + one) % a.group;
+    const int its_token = (w.first + one) / a.group;
+    const int its_head = w.kv_head * a.group + (w.first + one) % a.group;
     const int64_t its_row = first_row + its_token;
     if (is_split) {
       float* const to = a.sums + part_of(a, sequence, its_row, its_token, its_head, block_z()) * f.width;
@@ -522,7 +535,8 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : 3) paged_attentio
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a, int rows) {
   const KvCache& cache = a.cache;
-  const int width = cache.layout.width, item = block_x() * kWarps + warp(), row = item / a.heads, head = item % a.heads;
+  const int width = cache.layout.width, item = block_x() * kWarps + warp();
+  const int row = item / a.heads, head = item % a.heads;
   if (row >= rows || row >= cache.rows[cache.sequences]) return;
   const int sequence = sequence_of(cache.rows, cache.sequences, {1, 1, 0}, row);
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
@@ -581,7 +595,9 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
     case MEMLM_KV_F32: return stage_bytes<Floats32, Floats32>(c.layout);
     case MEMLM_KV_BF16: return stage_bytes<Floats16, Floats16>(c.layout);
     case MEMLM_KV_INT8: return stage_bytes<Codes8, Codes8>(c.layout);
-    default: return static_cast<int>(most(stage_bytes<Nibbles<5>, Nibbles<4>>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
+    default:
+      return static_cast<int>(
+          most(stage_bytes<Nibbles<5>, Nibbles<4>>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
   }
 }
 
@@ -626,13 +642,16 @@ memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_s
               "heads: got %lld, expected a multiple of the pool's %lld", static_cast<long long>(args->heads),
               static_cast<long long>(pool->kv_heads));
   MEMLM_CHECK(isfinite(args->scale), "scale: got %g, expected a finite number", args->scale);
-  MEMLM_CHECK(args->window >= 0, "window: got %lld, accepted is 0 (none) or above", static_cast<long long>(args->window));
-  MEMLM_CHECK(args->softcap >= 0 && isfinite(args->softcap), "softcap: got %g, accepted is 0 (none) or above", args->softcap);
+  MEMLM_CHECK(args->window >= 0, "window: got %lld, accepted is 0 (none) or above",
+              static_cast<long long>(args->window));
+  MEMLM_CHECK(args->softcap >= 0 && isfinite(args->softcap), "softcap: got %g, accepted is 0 (none) or above",
+              args->softcap);
   if (!sequences->count || !bounds->rows) return MEMLM_OK;
   MEMLM_CHECK(args->q && args->out && is_aligned(args->q, 2) && is_aligned(args->out, 2),
               "q, out: NULL, or not aligned to an element");
   MEMLM_CHECK(args->q_stride >= args->heads * f.dim && args->out_stride >= args->heads * f.dim,
-              "q_stride, out_stride: at least heads * head_dim = %lld are needed", static_cast<long long>(args->heads * f.dim));
+              "q_stride, out_stride: at least heads * head_dim = %lld are needed",
+              static_cast<long long>(args->heads * f.dim));
   a.q = args->q, a.out = args->out, a.q_stride = args->q_stride, a.out_stride = args->out_stride;
   a.window = args->window, a.scale = args->scale, a.softcap = args->softcap;
   a.slopes = args->slopes, a.sinks = args->sinks;

@@ -11,6 +11,7 @@
 #ifndef MEMLM_CUDA_PRODUCT_H_
 #define MEMLM_CUDA_PRODUCT_H_
 
+#include "elements.h"
 #include "host.h"
 
 namespace memlm::cuda {
@@ -65,17 +66,6 @@ struct Place {
     last = first + count < all ? first + count : all;
   }
 };
-
-// Four numbers of W's scales or offsets, of 2 (f16) or 4 bytes each.
-MEMLM_DEVICE void load_scales(const uint8_t* from, int bytes, float (&to)[4]) {
-  if (bytes == 2) {
-    const Vec2 v = load<Vec2>(from);
-    to[0] = low<f16>(v.x), to[1] = high<f16>(v.x), to[2] = low<f16>(v.y), to[3] = high<f16>(v.y);
-  } else {
-    const Vec4 v = load<Vec4>(from);
-    to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
-  }
-}
 
 // ---- The parts of a sum ----
 
@@ -132,21 +122,10 @@ MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond])
 
 MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
 
-template <class T>
-MEMLM_DEVICE void store_four(T* to, const float (&v)[4]) {
-  if constexpr (sizeof(T) == 4) {
-    store(to, Vec4{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
-  } else {
-    store(to, Vec2{pair<T>(v[0], v[1]), pair<T>(v[2], v[3])});
-  }
-}
-
-// y <- the sums + bias, then swiglu, then + residual, rounded to T once.
-template <class T, int kTokenTiles>
-MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place,
-                         const float (&sums)[kTokenTiles][2][4]) {
-  const T* const bias = static_cast<const T*>(p.bias);
-  const T* const residual = static_cast<const T*>(p.residual);
+// Rounds value(t, r, j), row r and token j of token tile t, once: y <- it + bias, then swiglu, then + residual.
+template <int kTokenTiles, class Elements, class Value>
+MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place, const Elements& elements,
+                         const Value& value) {
   const int n0 = place.mine * kTile + place.g % 4 * 4, columns = p.swiglu ? p.n / 2 : p.n;
 #pragma unroll
   for (int i = 0; i < kTokenTiles * 2; i++) {
@@ -154,21 +133,21 @@ MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place,
     float values[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      values[r] = sums[t][r / 2][r % 2 * 2 + j] + (bias && n0 + r < p.n ? to_float(bias[n0 + r]) : 0);
+      values[r] = value(t, r, j) + (p.bias && n0 + r < p.n ? elements.read(p.bias, n0 + r) : 0);
       if (p.swiglu) {  // the gate is in lanes 0-15, what it multiplies in the others
         const float other = shuffle_xor(values[r], 16);
         values[r] = silu(values[r]) * other;
       }
     }
     if (token >= p.m || !place.have || (p.swiglu && place.g >= 4)) continue;
-    for (int r = 0; residual && r < 4 && n0 + r < columns; r++) {
-      values[r] += to_float(residual[token * p.residual_stride + n0 + r]);
+    for (int r = 0; p.residual && r < 4 && n0 + r < columns; r++) {
+      values[r] += elements.read(p.residual, token * p.residual_stride + n0 + r);
     }
-    T* const y = static_cast<T*>(p.y) + token * p.y_stride + n0;
+    const int64_t at = token * p.y_stride + n0;
     if (p.wide && n0 + 4 <= columns) {
-      store_four(y, values);
+      elements.write_four(p.y, at, values);
     } else {
-      for (int r = 0; r < 4 && n0 + r < columns; r++) y[r] = from_float<T>(values[r]);
+      for (int r = 0; r < 4 && n0 + r < columns; r++) elements.write(p.y, at + r, values[r]);
     }
   }
 }
@@ -183,6 +162,9 @@ struct Plan {
   void* stream;
   int64_t counter_bytes, sum_bytes;  // of workspace, multiples of 256
 };
+
+// A group of 32, 64 or 128 k has 2^this steps.
+inline int shift_of_group(int64_t group) { return group == kStep ? 0 : group == 2 * kStep ? 1 : 2; }
 
 // A product's fields but what lies in the workspace.  For checked arguments.
 void describe_product(const memlm_packed* w, const memlm_matmul_args* args, Product* p);

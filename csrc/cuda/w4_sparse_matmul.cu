@@ -87,6 +87,7 @@ struct TwoOfFour {
   using T = Element;
   using Parameters = Compressed;
   static constexpr bool kOffsets = false;
+  static constexpr int kUnrolledTiles = 2;
   static constexpr int kCodesBytes = 2 * kStageFours * kTile, kBytes = kCodesBytes + kPlacesBytes;
 
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : 4; }
@@ -183,6 +184,7 @@ struct Unstructured {
   using T = Element;
   using Parameters = Compressed;
   static constexpr bool kOffsets = false;
+  static constexpr int kUnrolledTiles = 2;
   // From anywhere among 16 bytes on; and 8 that are loaded behind the last, but not used.
   static constexpr int kTileCodes = round_up(15 + kStageK * kTile / 2 + 8, 16);
   static constexpr int kCodesBytes = 2 * kTileCodes;

@@ -40,7 +40,7 @@ constexpr int stage_bytes(int token_tiles) {
 struct W8A8 : Product {
   const uint8_t *codes, *scales;
   int scale_bytes;          // of one
-  int groups, group_steps;  // of W; group_steps 0: a scale for each row, and groups 1
+  int groups, group_shift;  // of W: 2^group_shift steps of k in a group; negative: a scale for each row
   const int8_t* x;
   int k, x_steps;          // of x
   int64_t x_stride;        // a multiple of 16, as x is aligned
@@ -63,47 +63,58 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
   uint8_t* const memory = shared<uint8_t>();
   const Here here(p);
   const int row = here.row, g = here.g, c = here.c, token0 = here.token0;
-  const int x_begin = kWarps * kWarpBytes + here.slice * x_bytes(kTokenTiles);  // in a stage
+  const int x_place = kWarps * kWarpBytes + here.slice * x_bytes(kTokenTiles);
+
+  // Where the lane's pieces of 16 bytes lie in the first stage.  Codes: 4 rows of a block of 64 bytes, of
+  // which a step of a tile has 8.
+  const int64_t codes_begin =
+      here.have ? static_cast<int64_t>(here.mine) * p.steps * (kBits * 64) + 2 * c * 64 + g % 4 * 16 : 0;
+  // Scales: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so that a lane
+  // brings at most one piece.
+  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift < 0 ? 0 : p.group_shift ? 1 : kStageSteps;
+  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
+  const int64_t scales_begin =
+      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+  // x: 4 pieces a token, halves exchanged for two tokens of four, so that 16 lanes that read 8 bytes each, of
+  // four tokens, meet all banks.  A thread brings at most one, and one of the scales: those of 4 tokens.
+  constexpr int kQuarters = kTokens / 4;
+  static_assert(kTokens * 4 <= kRows * kWarp && kStageSteps * kQuarters <= kRows * kWarp);
+  const int in_slice = row * kWarp + lane(), x_token = in_slice / 4, x_piece = in_slice % 4;
+  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 16;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStageBytes;
     uint8_t* const weights = to + warp() * kWarpBytes;
     const int step0 = (here.first + stage) * kStageSteps;
     const bool valid = here.first + stage < here.last;
-    for (int i = 0; i < kStageSteps * kPieces; i++) {
-      const int step = step0 + i / kPieces;
-      const bool there = valid && here.have && step < p.steps;
-      const int64_t block = (static_cast<int64_t>(here.mine) * p.steps + step) * kBits + 2 * c + i % kPieces;
-      copy_async(weights + (i * kWarp + lane()) * 16, p.codes + (there ? block * 64 + g % 4 * 16 : 0), there);
-    }
-    if (!whole && p.group_steps) {
-      // Of the groups that begin in the stage or go on in it; a tile has 16 scales for a group.
-      const int pieces = p.scale_bytes, groups = p.group_steps == 1 ? 2 : 1;
-      for (int i = lane(); i < groups * 2 * pieces; i += kWarp) {
-        const int group = step0 / p.group_steps + i / (2 * pieces);
-        const int tile = tile_of(p, here.at, i / pieces % 2);
-        const bool there = valid && tile < p.tiles && group < p.groups;
-        const int64_t piece = (static_cast<int64_t>(tile) * p.groups + group) * pieces + i % pieces;
-        copy_async(weights + kCodesBytes + i * 16, p.scales + (there ? piece * 16 : 0), there);
+#pragma unroll
+    for (int s = 0; s < kStageSteps; s++) {
+      const bool there = valid && here.have && step0 + s < p.steps;
+      const uint8_t* const from =
+          p.codes + (there ? codes_begin + static_cast<int64_t>(step0 + s) * (kBits * 64) : 0);
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) {
+        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
       }
     }
-    // x: 4 pieces of 16 bytes a token, halves exchanged for two tokens of four, so that 16 lanes that read
-    // 8 bytes each, of four tokens, meet all banks.
-    uint8_t* const x = to + x_begin;
-    for (int i = row * kWarp + lane(); i < kTokens * 4; i += kRows * kWarp) {
-      const int token = i / 4, piece = i % 4, k = step0 * kStep + piece * 16;
-      const bool there = valid && token0 + token < p.m && k < p.k;
-      const int64_t offset = there ? (token0 + token) * p.x_stride + k : 0;
-      copy_async(x + token * kXRow + (piece ^ token / 2 % 2 * 2) * 16, p.x + offset, there);
+    if (!whole && later_group < stage_groups) {
+      const int group = (step0 >> p.group_shift) + later_group;
+      const bool there = valid && brings_scales && group < p.groups;
+      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      copy_async(weights + kCodesBytes + lane() * 16, p.scales + offset, there);
     }
-    if (!whole && p.x_scale_stride) {
-      constexpr int kQuarters = kTokens / 4;
-      for (int i = row * kWarp + lane(); i < kStageSteps * kQuarters; i += kRows * kWarp) {
-        const int step = step0 + i / kQuarters, token = token0 + i % kQuarters * 4;
-        const bool there = valid && step < p.x_steps && token < p.m;
-        const int64_t offset = there ? step * p.x_scale_stride + token : 0;
-        copy_async(x + kTokens * kXRow + i * 16, p.x_scales + offset, there);
-      }
+    uint8_t* const x = to + x_place;
+    if (in_slice < kTokens * 4) {
+      const int k = step0 * kStep;
+      const bool there = valid && token0 + x_token < p.m && k + x_piece * 16 < p.k;
+      copy_async(x + x_token * kXRow + (x_piece ^ x_token / 2 % 2 * 2) * 16, p.x + (there ? x_begin + k : 0), there);
+    }
+    if (!whole && p.x_scale_stride && in_slice < kStageSteps * kQuarters) {
+      const int step = step0 + in_slice / kQuarters, token = token0 + in_slice % kQuarters * 4;
+      const bool there = valid && step < p.x_steps && token < p.m;
+      copy_async(x + kTokens * kXRow + in_slice * 16, p.x_scales + (there ? step * p.x_scale_stride + token : 0),
+                 there);
     }
     commit_copies();
   };
@@ -118,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     begin_copies(stage + kStages - 1);
     const uint8_t* const from = memory + stage % kStages * kStageBytes;
     const uint8_t* const weights = from + warp() * kWarpBytes;
-    const uint8_t* const x = from + x_begin;
+    const uint8_t* const x = from + x_place;
     // Both steps at once would need more registers than there are where tokens are many.
 #pragma unroll(kTokenTiles == 8 && !whole ? 1 : kStageSteps)
     for (int s = 0; s < kStageSteps; s++) {
@@ -126,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
       const Vec4 two = load<Vec4>(weights + ((s * kPieces + 1) * kWarp + lane()) * 16);
       const uint32_t a[2][4] = {{one.x, one.y, two.x, two.y}, {one.z, one.w, two.z, two.w}};
       float scales[4] = {1, 1, 1, 1};
-      if (!whole && p.group_steps) {
-        const int slot = p.group_steps == 1 ? s : 0;
+      if (!whole && p.group_shift >= 0) {
+        const int slot = p.group_shift ? 0 : s;
         load_scales(weights + kCodesBytes + (slot * kPair + g * 4) * p.scale_bytes, p.scale_bytes, scales);
       }
 #pragma unroll
@@ -163,25 +174,15 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
 
   if (!add_up<rows_of(kTokenTiles)>(p, sums)) return;
 
-  // The scales of whole rows.
-  float scales[4] = {1, 1, 1, 1}, scaled[kTokenTiles][2][4];
-  if (!p.group_steps && here.have) {
+  float scales[4] = {1, 1, 1, 1};  // of whole rows
+  if (p.group_shift < 0 && here.have) {
     load_scales(p.scales + (here.mine * int64_t{kTile} + g % 4 * 4) * p.scale_bytes, p.scale_bytes, scales);
   }
-#pragma unroll
-  for (int i = 0; i < kTokenTiles * 8; i++) {
-    const int t = i / 8, token = token0 + t * kTokenTile + 2 * c + i % 2;
+  finish(p, here, AnyElements{p.dtype}, [&](int t, int r, int j) {
+    const int token = token0 + t * kTokenTile + 2 * c + j;
     const float x_scale = !p.x_scale_stride && token < p.m ? p.x_scales[token] : 1;
-    scaled[t][i / 4 % 2][i % 4] =
-        static_cast<float>(sums[t][i / 4 % 2][i % 4]) * (scales[i / 2 % 4] * x_scale);
-  }
-  if (p.dtype == MEMLM_F32) {
-    finish<float>(p, here, scaled);
-  } else if (p.dtype == MEMLM_F16) {
-    finish<f16>(p, here, scaled);
-  } else {
-    finish<bf16>(p, here, scaled);
-  }
+    return static_cast<float>(sums[t][r / 2][r % 2 * 2 + j]) * (scales[r] * x_scale);
+  });
 }
 
 // ---- int8 x made ready: rows a multiple of 16 bytes apart, scales of a step beside each other ----
@@ -239,7 +240,7 @@ memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_ar
   p.scales = static_cast<const uint8_t*>(w->scales);
   p.scale_bytes = w->scale_dtype == MEMLM_F16 ? 2 : 4;
   p.groups = w->group ? static_cast<int>(padded_k(w) / w->group) : 1;
-  p.group_steps = static_cast<int>(w->group / kStep);
+  p.group_shift = w->group ? shift_of_group(w->group) : -1;
   p.dtype = args->dtype;
   p.k = static_cast<int>(w->k);
   p.x_steps = static_cast<int>(ceil_div(w->k, kStep));

@@ -49,10 +49,7 @@ memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* 
   p->zero = w->offsets || bits == 8 ? 0 : bits == 4 ? 8 : 1;
   p->k = static_cast<int>(w->k);
   p->groups = static_cast<int>(k / group);
-  p->group_shift = 31;  // one group
-  for (int shift = 0; shift < 3 && w->group; shift++) {
-    if (group == kStep << shift) p->group_shift = shift;
-  }
+  p->group_shift = w->group ? shift_of_group(w->group) : 31;  // 31: one group
   p->code_stride = int64_t{p->steps} * bits * 64;
   p->x = args->x;
   p->x_stride = args->x_stride;

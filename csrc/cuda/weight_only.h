@@ -200,6 +200,8 @@ struct Dense {
   using Parameters = WeightOnly;
   static constexpr int kBits = Codec::kBits;
   static constexpr bool kOffsets = kBits < 8;  // may be there
+  // Up to so many tiles of tokens, sums leave registers for both steps of a stage at once.
+  static constexpr int kUnrolledTiles = 4;
   static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
   static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
 
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     const uint8_t* const from = memory + stage % kStages * kStage;
     const uint8_t* const of_warp = from + warp() * kWarpBytes<Weights>;
     const uint8_t* const x = from + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
-#pragma unroll(kTokenTiles == 8 ? 1 : kStageSteps)  // 64 sums leave no registers for two steps at once
+#pragma unroll(kTokenTiles <= Weights::kUnrolledTiles ? kStageSteps : 1)
     for (int s = 0; s < kStageSteps; s++) {
       weights.unpack(of_warp, s);
       // Four scales, and offsets, of the lane's rows.
@@ -354,7 +356,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
   wait_copies<0>();
   MEMLM_SYNC_THREADS();
 
-  if (add_up<kRows>(p, sums)) finish<T>(p, here, sums);
+  if (!add_up<kRows>(p, sums)) return;
+  finish(p, here, Elements<T>(), [&](int t, int r, int j) { return sums[t][r / 2][r % 2 * 2 + j]; });
 }
 
 // ---- The launcher ----

@@ -7,7 +7,8 @@
  *   activations are f16, or from compute capability 8.0 on bf16, where nothing else is said
  *   codes lie 16-byte aligned
  *   of sparse matrices starts and places are not checked: they must be as memlm/sparse_formats.py says
- *   `fast` and `threads` are not looked at: products are exact or rounded once to f32, sums are f32
+ *   `fast` and `threads` are not looked at, and as an argument `threads` is left out; products are exact
+ *   or rounded once to f32, sums are f32 or exact integers
  */
 #ifndef MEMLM_CUDA_H_
 #define MEMLM_CUDA_H_
@@ -50,6 +51,15 @@ MEMLM_API memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void
                                                 memlm_dtype dtype, const void* norm, float norm_eps,
                                                 int64_t x_group, int8_t* codes, float* scales,
                                                 memlm_cuda_queue* queue);
+
+/* Dense matrices; f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
+                                             memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
+
+/* The same.  Nobody waits to see whether an id is in 0..n-1: the row of one that is not is NaN. */
+MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, const int64_t* ids,
+                                            int64_t count, memlm_dtype dtype, void* out,
+                                            memlm_cuda_queue* queue);
 
 MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                                    memlm_cuda_queue* queue);
@@ -102,6 +112,10 @@ MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
                                                   const memlm_paged_attention_args* args,
                                                   const memlm_cuda_bounds* bounds,
                                                   memlm_cuda_queue* queue);
+
+/* head_dim and v_dim up to 256; q_len and k_len below 2^30.  Probabilities are rounded to dtype before they are
+ * multiplied with v.  Offsets lie in device memory and are not checked. */
+MEMLM_API memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_queue* queue);
 
 #ifdef __cplusplus
 }

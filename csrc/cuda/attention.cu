@@ -1,0 +1,269 @@
+// softmax(scale q k^T + bias) v in one pass over the keys (FlashAttention-2, arXiv:2307.08691).
+//
+// A thread block takes 64 queries of a head, a warp 16.  Keys and values come to shared memory some at a time,
+// the next while these are multiplied.  The scores of a warp are sums of m16n8k16 and stay in registers: as
+// probabilities, rounded to 16 bits, they are the A operand of the product with the values, in the very lanes
+// that hold them.
+//
+//   shared memory:  queries [64][kDim] | stage 0: keys, values [kKeys][kDim] | stage 1 | ...
+//
+// Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights relative
+// to the largest score so far, rounded to T, their sum taken of those unrounded; results rounded once.
+#include "attention.h"
+
+namespace memlm::cuda {
+namespace {
+
+using ll = long long;
+
+template <int kDim>
+constexpr int kKeys = kDim == 256 ? 32 : 64;  // at a time
+constexpr int stages_of(int arch) { return arch < 800 ? 1 : 2; }
+template <int kDim>
+constexpr int shared_bytes(int arch) {
+  return 2 * kDim * (kRowTile + 2 * stages_of(arch) * kKeys<kDim>);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 3 : kDim == 128 ? 2 : 1)
+    attention_kernel(const Attention a, int rows, bool plain) {
+  constexpr int keys = kKeys<kDim>, stages = stages_of(kArch), tile_bytes = 2 * kDim * keys;
+  const Place place(a, true, rows, a.heads);
+  if (place.first >= place.q_len) return;
+  const int kv_head = place.head / a.group;
+  uint8_t* const queries = shared<uint8_t>();
+  uint8_t* const ring = queries + kRowTile * kDim * 2;
+  const Scores<T> scores(a, place, place.head);
+
+  const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
+  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
+                            [&](int r) { return r < rows_here; });
+  // What the block's queries see: keys begin to end - 1.
+  const int position = place.first + scores.shift, last = position + rows_here - 1;
+  int begin = position - a.left, end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
+  begin = begin > 0 ? begin / keys * keys : 0;
+
+  const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
+  const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
+  // Of each part of kMaskUnit keys from j on, whether it is seen.
+  const auto shown = [&](int j) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int u = 0; u < keys / kMaskUnit; u++) {
+      const int at = j + u * kMaskUnit;
+      if (at < end && scores.shown(place.first, at)) bits |= 1u << u;
+    }
+    return bits;
+  };
+  const auto next_shown = [&](int j) {
+    while (j < end && !shown(j)) j += keys;
+    return j;
+  };
+  const auto copy = [&](int j, int stage) {
+    if (j < end) {
+      const uint32_t bits = shown(j);
+      const auto there = [&](int r) { return j + r < end && bits >> r / kMaskUnit & 1; };
+      uint8_t* const to = ring + stage * 2 * tile_bytes;
+      copy_rows<kDim, keys>(a.k, k, j, to, there);
+      copy_rows<kDim, keys>(a.v, v, j, to + tile_bytes, there);
+    }
+    commit_copies();
+  };
+
+  const int row0 = warp() * 16, i0 = place.first + row0 + lane() / 4;  // the lane's rows: i0, i0 + 8
+  uint32_t hashes[2] = {0, 0};
+  for (int r = 0; a.dropped && r < 2; r++) hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
+  float sums[kDim / 8][4] = {};
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+  int j = next_shown(begin), stage = 0;
+  copy(j, 0);
+  while (j < end) {
+    const int next = next_shown(j + keys);
+    if (stages == 2) {
+      copy(next, stage ^ 1);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    MEMLM_SYNC_THREADS();
+    uint8_t* const tile = ring + stage * 2 * tile_bytes;
+    float p[keys / 8][4] = {};
+    multiply_rows<T, kDim, keys / 8>(queries, row0, tile, 0, p);
+
+    const uint32_t bits = shown(j);
+    const int first_row = place.first + row0;
+    if (plain && bits == (1u << keys / kMaskUnit) - 1 && scores.all_seen(first_row, first_row + 15, j, j + keys - 1)) {
+#pragma unroll
+      for (int t = 0; t < keys / 8; t++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) p[t][e] *= a.scale;
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < keys / 8; t++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float factor;
+          const bool visible = bits >> t * 8 / kMaskUnit & 1;
+          const int key = j + t * 8 + lane() % 4 * 2 + e % 2;
+          p[t][e] = visible ? scores.score(i0 + e / 2 * 8, key, p[t][e], &factor) : -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float now = most[r];
+#pragma unroll
+      for (int t = 0; t < keys / 8; t++) {
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; e++) now = p[t][e] > now ? p[t][e] : now;
+      }
+      for (int mask = 1; mask < 4; mask *= 2) {
+        const float other = shuffle_xor(now, mask);
+        now = other > now ? other : now;
+      }
+      // NaN is not the largest, but stays in the weights.
+      const float base = now == -INFINITY ? 0 : now, factor = exp2_approx(most[r] - base);
+      most[r] = now;
+      total[r] *= factor;
+#pragma unroll
+      for (int t = 0; t < kDim / 8; t++) sums[t][2 * r] *= factor, sums[t][2 * r + 1] *= factor;
+#pragma unroll
+      for (int t = 0; t < keys / 8; t++) {
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; e++) {
+          p[t][e] = exp2_approx(p[t][e] - base);
+          total[r] += p[t][e];
+          if (a.dropped && scores.dropped(hashes[r], j + t * 8 + lane() % 4 * 2 + e % 2)) p[t][e] = 0;
+        }
+      }
+    }
+    multiply_weights<T, kDim, keys / 8>(p, tile + tile_bytes, sums);
+    MEMLM_SYNC_THREADS();
+    if (stages == 1) copy(next, 0);
+    else stage ^= 1;
+    j = next;
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    for (int mask = 1; mask < 4; mask *= 2) total[r] += shuffle_xor(total[r], mask);
+    float factor = 1;
+    if (a.sinks) {
+      const float sink = a.sinks[place.head] * kLog2E, now = sink > most[r] ? sink : most[r];
+      const float base = now == -INFINITY ? 0 : now;
+      factor = exp2_approx(most[r] - base);
+      total[r] = total[r] * factor + exp2_approx(sink - base);
+      most[r] = now;
+    }
+    const int i = i0 + 8 * r;
+    if (row0 + lane() / 4 + 8 * r >= rows_here) continue;
+    const bool empty = total[r] == 0;
+    factor = empty ? 0 : factor / total[r] * a.kept;
+    if (lane() % 4 == 0) {
+      const int64_t at = (static_cast<int64_t>(place.batch) * a.heads + place.head) * a.q_len + place.q_first + i;
+      a.lse[at] = empty ? -INFINITY : (most[r] + log2_approx(total[r])) * kLn2;
+    }
+    T* const out = reinterpret_cast<T*>(a.out.row(place.batch, place.head, place.q_first + i));
+#pragma unroll
+    for (int t = 0; t < kDim / 8; t++) {
+      const int d = t * 8 + lane() % 4 * 2;
+      const float x0 = sums[t][2 * r] * factor, x1 = sums[t][2 * r + 1] * factor;
+      if (a.out.wide) {
+        if (d < a.out.dim) store(out + d, pair<T>(x0, x1));
+      } else {
+        if (d < a.out.dim) out[d] = from_float<T>(x0);
+        if (d + 1 < a.out.dim) out[d + 1] = from_float<T>(x1);
+      }
+    }
+  }
+  wait_copies<0>();
+}
+
+template <class T, int kDim>
+memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
+  // Rows of a thread block are of one row of the block mask.
+  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile;
+  const int64_t blocks = Place::count(a, true, rows) * a.heads * (a.q_offsets ? 1 : a.batch);
+  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1", static_cast<ll>(blocks));
+  return started(launch(&attention_kernel<T, kDim>, {blocks}, kAttentionThreads, shared_bytes<kDim>(gpu.arch), stream, a,
+                        rows, a.plain()));
+}
+
+template <class T>
+memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
+  const int dim = a.q.dim > a.v.dim ? a.q.dim : a.v.dim;
+  if (dim <= 64) return launch_attention<T, 64>(a, gpu, stream);
+  if (dim <= 128) return launch_attention<T, 128>(a, gpu, stream);
+  return launch_attention<T, 256>(a, gpu, stream);
+}
+
+}  // namespace
+
+Rows4 rows4(const void* p, const int64_t* strides, int64_t dim) {
+  const auto fits = [](int64_t elements) { return elements % 8 == 0; };
+  return {static_cast<uint16_t*>(const_cast<void*>(p)), {strides[0], strides[1], strides[2]}, static_cast<int>(dim),
+          is_aligned(p, 16) && fits(strides[0]) && fits(strides[1]) && fits(strides[2]) && fits(dim)};
+}
+
+memlm_status prepare_attention(const memlm_attention_args* args, Gpu* gpu, Attention* attention) {
+  MEMLM_CHECK(args, "args: NULL");
+  const memlm_attention_args& a = *args;
+  MEMLM_PASS(check_arrays(a.dtype, "q, k, v, out", {a.q, a.k, a.v, a.out}));
+  MEMLM_PASS(find_gpu(a.dtype, gpu));
+  const struct {
+    const char* name;
+    int64_t value, least, most;
+  } sizes[] = {{"batch", a.batch, 0, INT32_MAX},      {"heads", a.heads, 1, INT32_MAX},
+               {"kv_heads", a.kv_heads, 1, INT32_MAX}, {"q_len", a.q_len, 0, kFar - 1},
+               {"k_len", a.k_len, 0, kFar - 1},        {"head_dim", a.head_dim, 1, kMostDim},
+               {"v_dim", a.v_dim, 1, kMostDim}};
+  for (const auto& size : sizes) {
+    MEMLM_CHECK(size.value >= size.least && size.value <= size.most, "%s: got %lld, accepted are %lld to %lld",
+                size.name, static_cast<ll>(size.value), static_cast<ll>(size.least), static_cast<ll>(size.most));
+  }
+  MEMLM_CHECK(a.heads % a.kv_heads == 0, "heads: %lld are no multiple of %lld kv_heads", static_cast<ll>(a.heads),
+              static_cast<ll>(a.kv_heads));
+  MEMLM_CHECK(!a.batch || !a.q_len || (a.q && a.out && a.lse), "q, out, lse: NULL");
+  MEMLM_CHECK(!a.batch || !a.k_len || (a.k && a.v), "k, v: NULL");
+  MEMLM_CHECK(!a.q_offsets == !a.k_offsets, "q_offsets, k_offsets: one is NULL, the other is not");
+  MEMLM_CHECK(!a.q_offsets || (!a.mask && !a.block_mask), "mask, block_mask: are not for sequences with offsets");
+  MEMLM_CHECK(!a.block_mask || (a.mask_block >= kMaskUnit && a.mask_block <= kFar && a.mask_block % kMaskUnit == 0),
+              "mask_block: got %lld, accepted are multiples of 32 up to 2^30", static_cast<ll>(a.mask_block));
+  MEMLM_CHECK(a.scale - a.scale == 0, "scale: got %g, accepted is a finite one", a.scale);
+  MEMLM_CHECK(a.softcap >= 0 && a.softcap - a.softcap == 0, "softcap: got %g, accepted is 0 or above", a.softcap);
+  MEMLM_CHECK(a.dropout >= 0 && a.dropout < 1, "dropout: got %g, accepted is 0 to below 1", a.dropout);
+
+  const auto limit = [](int64_t keys) { return static_cast<int>(keys < 0 || keys > kFar ? kFar : keys); };
+  Attention& to = *attention;
+  to = {};
+  to.q = rows4(a.q, a.q_strides, a.head_dim), to.k = rows4(a.k, a.k_strides, a.head_dim);
+  to.v = rows4(a.v, a.v_strides, a.v_dim), to.out = rows4(a.out, a.out_strides, a.v_dim);
+  to.lse = a.lse, to.q_offsets = a.q_offsets, to.k_offsets = a.k_offsets;
+  to.batch = static_cast<int>(a.batch), to.heads = static_cast<int>(a.heads);
+  to.group = static_cast<int>(a.heads / a.kv_heads);
+  to.q_len = static_cast<int>(a.q_len), to.k_len = static_cast<int>(a.k_len);
+  to.left = limit(a.left), to.right = limit(a.right) - (limit(a.right) == kFar), to.to_end = a.to_end;
+  to.scale = a.scale * kLog2E;
+  to.mask = a.mask, to.mask_is_bool = a.mask_is_bool;
+  to.block_mask = a.block_mask, to.mask_block = static_cast<int>(a.mask_block);
+  for (int i = 0; i < 4; i++) to.mask_strides[i] = a.mask_strides[i], to.block_mask_strides[i] = a.block_mask_strides[i];
+  to.softcap = a.softcap, to.slopes = a.slopes, to.sinks = a.sinks;
+  to.dropped = dropout_threshold(a.dropout), to.kept = 1 / (1 - a.dropout), to.seed = a.seed;
+  return MEMLM_OK;
+}
+
+}  // namespace memlm::cuda
+
+using namespace memlm;
+using namespace memlm::cuda;
+
+memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_queue* queue) {
+  Gpu gpu;
+  Attention a;
+  MEMLM_PASS(prepare_attention(args, &gpu, &a));
+  if (!args->batch || !args->q_len) return MEMLM_OK;
+  return args->dtype == MEMLM_F16 ? launch_attention<f16>(a, gpu, queue->stream)
+                                  : launch_attention<bf16>(a, gpu, queue->stream);
+}
