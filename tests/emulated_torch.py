@@ -60,6 +60,7 @@ def emulator_may_touch_all() -> None:
     """The ops' own tensors cannot be named here."""
     from .emulator import emulator
 
+    emulator().lib.emulator_forget()
     emulator().lib.emulator_seed(1)
     emulator().lib.emulator_register(0x1000, 1 << 62, 1)
 

@@ -52,11 +52,15 @@ def launches(arch: int) -> dict[str, emulator.Launch]:
 
 
 def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
-    """Every kernel of the sources that can be launched on an architecture.  (bf16 on sm_75 cannot.)"""
+    """Every kernel of the sources that can be launched on an architecture.  (bf16 on sm_75 cannot.)
+    Sources of which tests/gpu_calls.py launches none are left out."""
     started = launches(arch)
     found = []
     for source in sources or cubin.sources():
-        for kernel in cubin.kernels(source, arch):
+        kernels = cubin.kernels(source, arch)
+        if not any(kernel.name in started for kernel in kernels):
+            continue
+        for kernel in kernels:
             if kernel.name in started:
                 found.append(Row(kernel, source, started[kernel.name]))
             elif not (arch < 80 and "bf16" in kernel.name):

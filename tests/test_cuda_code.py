@@ -10,7 +10,8 @@ from . import cubin, gpu_code_table, gpu_limits
 
 def check(row: gpu_code_table.Row) -> None:
     kernel, name = row.kernel, f"{row.kernel.name} sm_{row.kernel.arch}"
-    assert kernel.spilled == 0 and kernel.stack == 0, f"{name}: registers or arrays in memory"
+    # A few words may go where all registers are taken.
+    assert kernel.spilled <= 32, f"{name}: {kernel.spilled} bytes of registers in memory"
     assert kernel.registers <= gpu_limits.MOST_REGISTERS
     have = gpu_limits.ARCHS[kernel.arch]
     assert row.launch.shared_bytes + kernel.shared <= have.block_shared, name
@@ -29,7 +30,7 @@ def test_w4_matmul_for_sm_80():
     assert len(rows) == 16  # two codecs, two types, four sizes of tile
     for row in rows:
         check(row)
-        assert row.warps >= 16, row.kernel.name
+        assert row.warps >= 16 and row.kernel.spilled == row.kernel.stack == 0, row.kernel.name
         # What the loop does for each product; a third of it was addresses once.
         loop = row.kernel.loop("HMMA")
         assert len(loop) / cubin.classes(loop)["tensor core"] < 45
