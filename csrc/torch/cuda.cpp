@@ -70,6 +70,8 @@ const Operation kOperations[] = {
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
     operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
     operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
+    operation<&embedding<Gpu>>("embedding", Gpu::embedding),
+    operation<&dequantize<Gpu>>("dequantize", Gpu::dequantize),
     operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
     operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
