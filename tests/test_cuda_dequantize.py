@@ -1,6 +1,5 @@
 """dequantize and embedding on the emulated GPU: csrc/cuda/dequantize.cu, csrc/cuda/embedding.cu."""
 
-import ctypes
 from ctypes import byref, c_int64, c_void_p
 
 import pytest
