@@ -58,3 +58,36 @@ def forward(
     read = [q, k, v, mask, *offsets, slopes, sinks, block_mask]
     emulator(arch).run("memlm_cuda_attention", byref(args), read=read, written=[out, lse])
     return out, lse, (args, read)
+
+
+class AttentionGrads(Structure):
+    """memlm_attention_grads"""
+
+    _fields_ = [
+        *((name, c_void_p) for name in "grad_out grad_q grad_k grad_v".split()),
+        *((f"{name}_strides", Three) for name in "grad_out grad_q grad_k grad_v".split()),
+        ("grad_mask", c_void_p), ("grad_sinks", c_void_p),
+    ]  # fmt: skip
+
+
+def backward(grad, q, k, v, mask=None, offsets=(None, None), arch=800, **options) -> dict[str, torch.Tensor]:
+    """The gradients of q, k, v, and of mask and sinks where they have some, by name."""
+    out, lse, (args, read) = forward(q, k, v, mask, offsets, arch=arch, **options)
+    sinks = options.get("sinks")
+    results = {name: torch.full_like(x, float("nan")) for name, x in (("q", q), ("k", k), ("v", v))}
+    if mask is not None and mask.is_floating_point():
+        results["mask"] = torch.full((*q.shape[:3], k.shape[2]), float("nan"))
+    if sinks is not None:
+        results["sinks"] = torch.full_like(sinks, float("nan"))
+    grads = AttentionGrads(
+        grad_out=pointer(grad), **{f"grad_{name}": pointer(x) for name, x in results.items()}
+    )
+    for name, x in (("out", grad), *((name, results[name]) for name in "qkv")):
+        setattr(grads, f"grad_{name}_strides", Three(*x.stride()[:3]))
+    emulator(arch).run(
+        "memlm_cuda_attention_backward", byref(args), byref(grads), read=[*read, out, lse, grad],
+        written=list(results.values()),
+    )  # fmt: skip
+    if "mask" in results:
+        results["mask"] = results["mask"].sum_to_size(mask.shape)
+    return results

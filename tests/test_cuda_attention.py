@@ -22,7 +22,7 @@ DTYPES = [F16, BF16]
 def reach(q, k, mask, slopes, scale) -> float:
     """No score is larger."""
     wide = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double().abs()
-    most = abs(scale) * (q.double().abs() @ wide.mT).max().item()
+    most = abs(scale) * max((q.double().abs() @ wide.mT).flatten().tolist(), default=0)
     if mask is not None and mask.is_floating_point():
         most += mask.double().nan_to_num(neginf=0).abs().max().item()
     if slopes is not None:

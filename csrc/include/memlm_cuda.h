@@ -116,6 +116,9 @@ MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
 /* head_dim and v_dim up to 256; q_len and k_len below 2^30.  Probabilities are rounded to dtype before they are
  * multiplied with v.  Offsets lie in device memory and are not checked. */
 MEMLM_API memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_queue* queue);
+/* So are gradients of scores.  head_dim and v_dim up to 128 where a block has less than 97 KB of shared memory. */
+MEMLM_API memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args,
+                                                     const memlm_attention_grads* grads, memlm_cuda_queue* queue);
 
 #ifdef __cplusplus
 }
