@@ -1,7 +1,7 @@
-"""memlm_cuda_attention on the emulated GPU against f64, with the cases of the CPU's tests.
+"""memlm_cuda_attention and its gradients on the emulated GPU against f64, with the cases of the CPU's tests.
 
 Beside what attention_numerics allows, probabilities are rounded to q's dtype, which adds a unit roundoff of
-sum p |v| (and a smallest number for each key), and scores are kept in units of log2, whose constants and
+sum p |v| (and a smallest number for each key), as does rounding the scores' gradients, and scores are kept in units of log2, whose constants and
 roundings add some of f32's roundoff of the largest score."""
 
 import math
@@ -9,8 +9,10 @@ import math
 import pytest
 import torch
 
-from .attention_numerics import U, exact
-from .cuda_attention import forward
+from memlm.ops.attention import dropout_factors
+
+from .attention_numerics import U, exact, scores
+from .cuda_attention import backward, forward
 from .emulator import emulator
 from .numerics import ROUNDOFF, SMALLEST, assert_within
 from .test_attention import BF16, F16, bool_mask, float_mask, random_case, slopes_of
@@ -30,21 +32,108 @@ def reach(q, k, mask, slopes, scale) -> float:
     return most
 
 
+def forward_allowance(q, k, v, mask, options) -> tuple[torch.Tensor, float]:
+    """What out may be off by beside attention_numerics' bound, and scores, relative to a probability."""
+    size = exact(q, k, v.abs(), mask, **options).value["out"]
+    off = 8 * U * reach(q, k, mask, options.get("slopes"), options["scale"])
+    kept = 1 / (1 - options.get("dropout", 0.0))
+    tiny = SMALLEST[q.dtype] * kept * v.double().abs().sum(-2).max() if k.shape[2] else 0
+    return (2 * ROUNDOFF[q.dtype] + off) * size + tiny, off
+
+
 def check(q, k, v, _grad=None, mask=None, arch=800, **options):
     options = {"scale": q.shape[-1] ** -0.5} | options
     out, lse, _ = forward(q, k, v, mask, arch=arch, **options)
     wanted = exact(q, k, v, mask, **options)
-    size = exact(q, k, v.abs(), mask, **options).value["out"]
-    scores = 8 * U * reach(q, k, mask, options.get("slopes"), options["scale"])
-    dtype, kept = q.dtype, 1 / (1 - options.get("dropout", 0.0))
-    bound = wanted.bound["out"] + (2 * ROUNDOFF[dtype] + scores) * size
-    bound += SMALLEST[dtype] * kept * v.double().abs().sum(-2).max()
+    more, off = forward_allowance(q, k, v, mask, options)
+    bound = wanted.bound["out"] + more
     assert_within(out, wanted.value["out"], bound)
     nothing = wanted.value["lse"] == -INF
     assert torch.equal(lse == -INF, nothing)
     got, expected = (x.masked_fill(nothing, 0) for x in (lse, wanted.value["lse"]))
-    assert_within(got, expected, wanted.bound["lse"] + scores + 2.0**-22)
+    assert_within(got, expected, wanted.bound["lse"] + off + 2.0**-22)
     assert torch.equal(out[nothing], torch.zeros_like(out[nothing]))
+
+
+def check_backward(q, k, v, grad, mask=None, arch=800, **options):
+    options = {"scale": q.shape[-1] ** -0.5} | options
+    got = backward(grad, q, k, v, mask, arch=arch, **options)
+    wanted = exact(q, k, v, mask, grad, **options)
+    more_out, off = forward_allowance(q, k, v, mask, options)
+    rules = {name: x for name, x in options.items() if name not in ("sinks", "dropout", "seed")}
+    g, group = grad.double(), q.shape[1] // k.shape[1]
+    wide_k, wide_v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    double_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    s = scores(q.double(), wide_k, double_mask, **rules)[0]
+    lse = wanted.value["lse"]
+    p = (s - lse.masked_fill(lse == -INF, 0)[..., None]).exp()
+    kept = torch.ones(())
+    if dropout := options.get("dropout"):
+        numbers = torch.arange(q.shape[0])
+        kept = dropout_factors(torch.tensor(options["seed"]), numbers, *p.shape[1:], dropout)
+    delta = (g * wanted.value["out"]).sum(-1, keepdim=True).abs()
+    more_delta = (g.abs() * more_out).sum(-1, keepdim=True)
+    sizes = p * ((g @ wide_v.mT).abs() * kept + delta)
+    u, tiny = 2 * ROUNDOFF[q.dtype], SMALLEST[q.dtype]
+    exact_ds = 2 * off * sizes + p * more_delta
+    ds = exact_ds + u * sizes + tiny
+
+    def shared(x):  # by the heads of a group
+        return x.unflatten(1, (-1, group)).sum(2)
+
+    scale = abs(options["scale"])
+    more = {
+        "q": scale * ds @ wide_k.abs(),
+        "k": scale * shared(ds.mT @ q.double().abs()),
+        "v": shared(((u + 2 * off) * p * kept + tiny / (1 - options.get("dropout", 0.0))).mT @ g.abs()),
+    }
+    if "mask" in got:
+        more["mask"] = exact_ds.sum_to_size(mask.shape)
+    if "sinks" in got:
+        share = (options["sinks"].double()[:, None] - lse).exp()[..., None]
+        more["sinks"] = (share * (more_delta + 2 * off * delta)).sum((0, 2, 3))
+    assert set(got) == set(more)
+    for name, result in got.items():
+        assert_within(result, wanted.value[name], wanted.bound[name] + more[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype):
+    for dims, heads in (((64, 64), (2, 1)), ((40, 24), (3, 3)), ((100, 128), (2, 1)), ((7, 200), (1, 1))):
+        check_backward(*random_case(1, heads, 35, 75, *dims, dtype=dtype), right=0, to_end=heads[0] == 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_with_options(dtype):
+    case = random_case(2, (4, 2), 33, 40, 24, dtype=dtype)
+    slopes, sinks = slopes_of(4), torch.linspace(-2, 3, 4)
+    check_backward(*case, softcap=0.5, left=7)
+    check_backward(*case, float_mask((2, 4, 33, 40), dtype), slopes=slopes, sinks=sinks)
+    mask = bool_mask((2, 4, 33, 40))
+    mask[0, 1, 3:9] = False
+    check_backward(*case, mask, dropout=0.3, seed=2**62 - 7, scale=-0.5)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_gradients_with_a_block_mask(size):
+    case = random_case(1, (2, 1), 100, 130, 24, dtype=F16)
+    blocks = bool_mask((1, 2, -(-100 // size), -(-130 // size)))
+    check_backward(*case, block_mask=blocks, mask_block=size)
+
+
+def test_gradients_of_packed_sequences():
+    """Those of each sequence alone, exactly: the sums are the same."""
+    q_ends, k_ends = torch.tensor([0, 20, 20, 90, 91]), torch.tensor([0, 50, 55, 55, 130])
+    q, k, v, grad = random_case(1, (4, 2), 91, 130, 24, dtype=F16)
+    options = {"left": 40, "right": 3, "to_end": True, "scale": 0.3}
+    got = backward(grad, q, k, v, offsets=(q_ends, k_ends), **options)
+    for s in range(4):
+        rows, keys = slice(*q_ends[s : s + 2].tolist()), slice(*k_ends[s : s + 2].tolist())
+        case = (grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        alone = backward(*case, **options)
+        assert torch.equal(got["q"][:, :, rows], alone["q"])
+        assert torch.equal(got["k"][:, :, keys], alone["k"])
+        assert torch.equal(got["v"][:, :, keys], alone["v"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,6 +212,13 @@ def test_turing():
     check(*random_case(1, (2, 1), 70, 150, 64, dtype=F16), right=0, to_end=True, arch=750)
     with pytest.raises(RuntimeError, match="dtype: got bf16 on compute capability 7.5"):
         forward(*random_case(1, (1, 1), 2, 2, 8, dtype=BF16)[:3], arch=750)
+
+
+def test_gradients_on_turing():
+    check_backward(*random_case(1, (2, 1), 35, 75, 64, dtype=F16), right=0, arch=750)
+    with pytest.raises(RuntimeError, match="head_dim, v_dim: gradients of more than 128 need"):
+        case = random_case(1, (1, 1), 2, 2, 200, dtype=F16)
+        backward(case[3], *case[:3], arch=750)
 
 
 def test_memory():
