@@ -25,7 +25,7 @@ constexpr int shared_bytes(int arch) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 3 : kDim == 128 ? 2 : 1)
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     attention_kernel(const Attention a, int rows, bool plain) {
   constexpr int keys = kKeys<kDim>, stages = stages_of(kArch), tile_bytes = 2 * kDim * keys;
   const Place place(a, true, rows, a.heads);
