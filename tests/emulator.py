@@ -108,7 +108,7 @@ def _object(source: Path, flags: list[str], cache: Path) -> Path:
     kernels = source.suffix == ".cu"
     command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
                "-w", *flags, *(["-fsanitize=thread"] if kernels else [])]  # fmt: skip
-    headers = [*HERE.glob("*.h"), *KERNELS.glob("*.h"), *(ROOT / "csrc" / "include").glob("*.h")]
+    headers = [*HERE.glob("*.h"), *(h for f in (".", "..", "../include", "../cpu") for h in (KERNELS / f).glob("*.h"))]
     digest = hashlib.sha256(repr(command).encode())
     for part in (source, *sorted(headers)):
         digest.update(part.read_bytes())

@@ -82,7 +82,7 @@ def compiled(source: Path, archs: tuple[int, ...], cubin: bool = False, threads:
         for arch in archs:
             also = f",compute_{arch}" if arch == archs[-1] else ""
             command.append(f"-gencode=arch=compute_{arch},code=[sm_{arch}{also}]")
-    headers = [*HERE.glob("*.h"), *(HERE.parent / "include").glob("*.h")]
+    headers = [h for f in (".", "..", "../include", "../cpu") for h in (HERE / f).glob("*.h")]
     digest = hashlib.sha256(repr(command).encode() + _version(find()).encode())
     for part in (source, *sorted(headers)):
         digest.update(part.read_bytes())
