@@ -200,8 +200,9 @@ struct Dense {
   using Parameters = WeightOnly;
   static constexpr int kBits = Codec::kBits;
   static constexpr bool kOffsets = kBits < 8;  // may be there
-  // Up to so many tiles of tokens, sums leave registers for both steps of a stage at once.
-  static constexpr int kUnrolledTiles = 4;
+  // Up to so many tiles of tokens, sums leave registers for both steps of a stage at once; 8-bit codes of a
+  // step are twice as many registers.
+  static constexpr int kUnrolledTiles = kBits == 8 ? 2 : 4;
   static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
   static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
 
