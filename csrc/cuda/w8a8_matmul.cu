@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
   constexpr int kQuarters = kTokens / 4;
   static_assert(kTokens * 4 <= kRows * kWarp && kStageSteps * kQuarters <= kRows * kWarp);
   const int in_slice = row * kWarp + lane(), x_token = in_slice / 4, x_piece = in_slice % 4;
-  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 16;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStageBytes;
@@ -106,9 +105,11 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     }
     uint8_t* const x = to + x_place;
     if (in_slice < kTokens * 4) {
+      // The address is computed each time: kept, its registers are too many where tokens are.
       const int k = step0 * kStep;
       const bool there = valid && token0 + x_token < p.m && k + x_piece * 16 < p.k;
-      copy_async(x + x_token * kXRow + (x_piece ^ x_token / 2 % 2 * 2) * 16, p.x + (there ? x_begin + k : 0), there);
+      copy_async(x + x_token * kXRow + (x_piece ^ x_token / 2 % 2 * 2) * 16,
+                 p.x + (there ? (token0 + x_token) * p.x_stride + k + x_piece * 16 : 0), there);
     }
     if (!whole && p.x_scale_stride && in_slice < kStageSteps * kQuarters) {
       const int step = step0 + in_slice / kQuarters, token = token0 + in_slice % kQuarters * 4;
