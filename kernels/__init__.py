@@ -14,6 +14,10 @@ from importlib.util import find_spec
 OPERATIONS = ("dequantize", "embedding", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
 
 
+class UnsupportedError(TypeError):
+    """A kernel does not take arguments that the operation allows."""
+
+
 def available() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None

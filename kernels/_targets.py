@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Target:
     """``shared``: bytes that one block may have; ``registers``: of 32 bits, for a thread at most;
     ``need``: registers for each accumulator of the packed matmuls, as the compiler takes them
-    (docs/triton.md): operands are copied for products without matrix instructions (sm_75), and held
+    (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75), and held
     twice by RDNA's."""
 
     backend: str

@@ -14,11 +14,14 @@ Where there are few programs, SPLITS of them share out k, and a second kernel ad
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from memlm.formats import ZEROS, Packed
+from memlm.formats import NF4_LEVELS, ZEROS, Packed
+from memlm.kernels import UnsupportedError
 from memlm.kernels._rows import rms_norm
 from memlm.kernels._targets import TARGETS, Target, fits
 from memlm.ops import _matmul
@@ -89,8 +92,8 @@ def weight_only_kernel(
     BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # the grid's one dimension without limit
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     share = tl.cdiv(steps, SPLITS)
     x_row = x + at[:, None].to(tl.int64) * x_stride
@@ -120,8 +123,8 @@ def add_splits_kernel(
     BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (at < m)[:, None] & (column < (n // 2 if SWIGLU else n))[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -145,6 +148,12 @@ SPACE = [
 ]  # fmt: skip
 MOST_SPLITS = max(config.kwargs["SPLITS"] for config in SPACE)
 SPLIT_ROWS = 32  # beyond them there are programs enough, and sums would be a lot to store
+
+
+@functools.cache
+def levels_on(device: torch.device) -> torch.Tensor:
+    """NF4_LEVELS, f32, copied there once: a captured graph may not copy from the host."""
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
 
 
 def about(m: int) -> int:
@@ -204,11 +213,11 @@ def weight_only(
 
     ``config``: this one instead of the one that is found fastest.
 
-    Raises TypeError for an x of another dtype.
+    Raises UnsupportedError for an x of another dtype.
     """
     shape = _matmul.check(x, packed, bias, norm, swiglu, residual)
     if x.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"x: got {x.dtype}, Triton kernels take f16 and bf16")
+        raise UnsupportedError(f"x: got {x.dtype}, Triton kernels take f16 and bf16")
     format, n, k = packed.format, packed.n, packed.k
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -221,7 +230,7 @@ def weight_only(
     padded = format.padded_k(k)
     levels = None
     if format.codebook == "nf":
-        levels = torch.tensor(format.levels, dtype=torch.float32, device=x.device)
+        levels = levels_on(x.device)
     m, other = len(rows), y  # what is not there is not read
     residual = None if residual is None else residual.reshape(y.shape).contiguous()
     flags = {"BIAS": bias is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None}
@@ -240,7 +249,7 @@ def weight_only(
         return partial
 
     def grid(meta):
-        return triton.cdiv(y.shape[1], meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), meta["SPLITS"]
+        return triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(y.shape[1], meta["BLOCK_N"]), meta["SPLITS"]
 
     if config is None:
         partial = run(tuned_kernel[grid], MOST_SPLITS if m <= SPLIT_ROWS else 1)
@@ -250,7 +259,7 @@ def weight_only(
         settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
         partial = run(weight_only_kernel[grid], splits, **settings)
     if splits > 1:
-        tiles = triton.cdiv(y.shape[1], 64), triton.cdiv(m, 16)
+        tiles = triton.cdiv(m, 16), triton.cdiv(y.shape[1], 64)
         add_splits_kernel[tiles](
             partial, given[2], given[3], y, m, n, SPLITS=splits, BLOCK_M=16, BLOCK_N=64, **flags
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from memlm.formats import ZEROS, Packed
+from memlm.kernels._weight_only import levels_on
 from memlm.ops import _matmul
 
 
@@ -59,7 +60,7 @@ def rows_of(packed: Packed, row: int, rows: int, dtype: torch.dtype, ids=None) -
         return y
     levels = None
     if format.codebook == "nf":
-        levels = torch.tensor(format.levels, dtype=torch.float32, device=y.device)
+        levels = levels_on(y.device)
     padded = format.padded_k(packed.k)
     # 16 rows of a tile lie side by side; ids are anywhere.
     block_r = 16 if ids is None else 1

@@ -66,8 +66,8 @@ def w8a8_kernel(
     BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # the grid's one dimension without limit
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     share = tl.cdiv(steps, SPLITS)
     x_row = x + at[:, None].to(tl.int64) * x_stride
@@ -102,8 +102,8 @@ def add_splits_kernel(
     WHOLE: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (at < m)[:, None] & (column < (n // 2 if SWIGLU else n))[None, :]
     SUMS: tl.constexpr = tl.int32 if WHOLE else tl.float32
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
@@ -179,7 +179,7 @@ def w8a8_matmul(
         return partial
 
     def grid(meta):
-        return triton.cdiv(y.shape[1], meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), meta["SPLITS"]
+        return triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(y.shape[1], meta["BLOCK_N"]), meta["SPLITS"]
 
     if config is None:
         partial = run(tuned_kernel[grid], MOST_SPLITS if m <= SPLIT_ROWS else 1)
@@ -189,7 +189,7 @@ def w8a8_matmul(
         settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
         partial = run(w8a8_kernel[grid], splits, **settings)
     if splits > 1:
-        tiles = triton.cdiv(y.shape[1], 64), triton.cdiv(m, 16)
+        tiles = triton.cdiv(m, 16), triton.cdiv(y.shape[1], 64)
         add_splits_kernel[tiles](
             partial, x_scales, scales, *given, y, m, n, SPLITS=splits, BLOCK_M=16, BLOCK_N=64, **flags
         )

@@ -74,7 +74,7 @@ def _define_triton(name: str) -> None:
     def run(*args):
         try:
             return alone(*args)
-        except TypeError as error:  # a dtype that the kernel does not take
+        except kernels.UnsupportedError as error:
             _warn_once(name, "this call", str(error))
             return _references[name](*args)
 
