@@ -205,6 +205,28 @@ tuned_kernel = triton.autotune(
 )(weight_only_kernel)
 
 
+SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 64}  # of the kernels that add up splits
+
+
+def tiles_of_sums(m: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(m, SUM_TILE["BLOCK_M"]), triton.cdiv(columns, SUM_TILE["BLOCK_N"])
+
+
+def in_best(run, kernel, tuned, config: triton.Config | None, m: int, columns: int):
+    """``run(kernel on its grid, most splits, **settings)`` in ``config``, or as ``tuned`` in the one
+    that is found fastest.  Returns what it does, and how many splits there were."""
+
+    def grid(meta):
+        return triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(columns, meta["BLOCK_N"]), meta["SPLITS"]
+
+    if config is None:
+        result = run(tuned[grid], MOST_SPLITS if m <= SPLIT_ROWS else 1)
+        return result, tuned.best_config.kwargs["SPLITS"]
+    settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    splits = config.kwargs["SPLITS"]
+    return run(kernel[grid], splits, **settings), splits
+
+
 def weight_only(
     x: torch.Tensor, packed: Packed, bias, norm, eps: float, swiglu: bool, residual,
     config: triton.Config | None = None,
@@ -248,19 +270,9 @@ def weight_only(
         )  # fmt: skip
         return partial
 
-    def grid(meta):
-        return triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(y.shape[1], meta["BLOCK_N"]), meta["SPLITS"]
-
-    if config is None:
-        partial = run(tuned_kernel[grid], MOST_SPLITS if m <= SPLIT_ROWS else 1)
-        splits = tuned_kernel.best_config.kwargs["SPLITS"]
-    else:
-        splits = config.kwargs["SPLITS"]
-        settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        partial = run(weight_only_kernel[grid], splits, **settings)
+    partial, splits = in_best(run, weight_only_kernel, tuned_kernel, config, m, y.shape[1])
     if splits > 1:
-        tiles = triton.cdiv(m, 16), triton.cdiv(y.shape[1], 64)
-        add_splits_kernel[tiles](
-            partial, given[2], given[3], y, m, n, SPLITS=splits, BLOCK_M=16, BLOCK_N=64, **flags
+        add_splits_kernel[tiles_of_sums(m, y.shape[1])](
+            partial, given[2], given[3], y, m, n, SPLITS=splits, **SUM_TILE, **flags
         )
     return y.view(shape)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._weight_only import (
-    MOST_SPLITS, SPACE, SPLIT_ROWS, _finish, about, pruned, target_of,
+    SPACE, SUM_TILE, _finish, about, in_best, pruned, target_of, tiles_of_sums,
 )  # fmt: skip
 from memlm.kernels.quantize_rows import quantize_rows
 from memlm.ops import _matmul
@@ -178,19 +178,9 @@ def w8a8_matmul(
         )  # fmt: skip
         return partial
 
-    def grid(meta):
-        return triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(y.shape[1], meta["BLOCK_N"]), meta["SPLITS"]
-
-    if config is None:
-        partial = run(tuned_kernel[grid], MOST_SPLITS if m <= SPLIT_ROWS else 1)
-        splits = tuned_kernel.best_config.kwargs["SPLITS"]
-    else:
-        splits = config.kwargs["SPLITS"]
-        settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        partial = run(w8a8_kernel[grid], splits, **settings)
+    partial, splits = in_best(run, w8a8_kernel, tuned_kernel, config, m, y.shape[1])
     if splits > 1:
-        tiles = triton.cdiv(m, 16), triton.cdiv(y.shape[1], 64)
-        add_splits_kernel[tiles](
-            partial, x_scales, scales, *given, y, m, n, SPLITS=splits, BLOCK_M=16, BLOCK_N=64, **flags
+        add_splits_kernel[tiles_of_sums(m, y.shape[1])](
+            partial, x_scales, scales, *given, y, m, n, SPLITS=splits, **SUM_TILE, **flags
         )
     return y.view(shape)
