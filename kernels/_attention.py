@@ -240,12 +240,15 @@ def _mix(x):
 
 @triton.jit
 def dropout_rows(a, at, head, i):
-    """What the hashes of queries i begin with."""
-    row = _mix(a.seed_low.to(tl.uint32) + GOLDEN_RATIO)
-    row = _mix((row ^ a.seed_high.to(tl.uint32)) + GOLDEN_RATIO)
-    row = _mix((row ^ at.sequence.to(tl.uint32)) + GOLDEN_RATIO)
-    row = _mix((row ^ head.to(tl.uint32)) + GOLDEN_RATIO)
-    return _mix((row ^ i.to(tl.uint32)) + GOLDEN_RATIO)
+    """What the hashes of queries i begin with; None without dropout."""
+    if a.dropped is None:
+        return None
+    else:
+        row = _mix(a.seed_low.to(tl.uint32) + GOLDEN_RATIO)
+        row = _mix((row ^ a.seed_high.to(tl.uint32)) + GOLDEN_RATIO)
+        row = _mix((row ^ at.sequence.to(tl.uint32)) + GOLDEN_RATIO)
+        row = _mix((row ^ head.to(tl.uint32)) + GOLDEN_RATIO)
+        return _mix((row ^ i.to(tl.uint32)) + GOLDEN_RATIO)
 
 
 @triton.jit
@@ -259,7 +262,7 @@ def is_dropped(a, rows, j):
 SPACE = [
     triton.Config({"OWN": own, "STEP": step}, num_warps=warps, num_stages=stages)
     for own, step, warps, stages in (
-        (16, 32, 1, 2), (32, 32, 2, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2),
+        (16, 64, 4, 3), (32, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3),
     )
 ]  # fmt: skip
 

@@ -26,8 +26,7 @@ def _through(
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
-    if a.dropped is not None:
-        hashes = dropout_rows(a, at, at.head, i)
+    hashes = dropout_rows(a, at, at.head, i)
     for step in range(steps):
         first = begin + step * STEP
         if CHECKED:
