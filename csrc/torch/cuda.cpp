@@ -6,6 +6,7 @@
 #include <list>
 #include <string>
 
+#include "attention.h"
 #include "dense.h"
 #include "gpu.h"
 #include "paged.h"
@@ -72,6 +73,8 @@ const Operation kOperations[] = {
     operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
     operation<&embedding<Gpu>>("embedding", Gpu::embedding),
     operation<&dequantize<Gpu>>("dequantize", Gpu::dequantize),
+    operation<&attention<Gpu>>("attention", Gpu::attention),
+    operation<&attention_backward<Gpu>>("attention_backward", Gpu::attention_backward),
     operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
     operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
