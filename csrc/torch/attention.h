@@ -107,7 +107,8 @@ struct AttentionInputs {
       a.block_mask = static_cast<const uint8_t*>(block_mask->const_data_ptr());
       a.mask_block = mask_block;
     }
-    for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
+    for (const auto& [t, name] :
+         {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
       if (!*t) continue;
       check_part(**t, q, name, {a.heads});
       STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Float, name, ": expected float32");
