@@ -120,6 +120,8 @@ def parse(listing: str, report: str, arch: int) -> list[Kernel]:
     """The kernels in what ``nvdisasm -c`` prints, and ``ptxas -v``."""
     sections = re.split(r"\n\t\.section\t\.text\.", listing)[1:]
     mangled = [section.split(",")[0] for section in sections]
+    if not mangled:
+        return []
     names = subprocess.run(["c++filt", "-p", *mangled], check=True, capture_output=True, text=True)
     found = []
     for symbol, name, section in zip(mangled, names.stdout.splitlines(), sections):

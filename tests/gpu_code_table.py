@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,18 +53,14 @@ def launches(arch: int) -> dict[str, emulator.Launch]:
 
 
 def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
-    """Every kernel of the sources that can be launched on an architecture.  (bf16 on sm_75 cannot.)
-    Sources of which tests/gpu_calls.py launches none are left out."""
+    """Every kernel of the sources that can be launched on an architecture."""
     started = launches(arch)
     found = []
     for source in sources or cubin.sources():
-        kernels = cubin.kernels(source, arch)
-        if not any(kernel.name in started for kernel in kernels):
-            continue
-        for kernel in kernels:
+        for kernel in cubin.kernels(source, arch):
             if kernel.name in started:
                 found.append(Row(kernel, source, started[kernel.name]))
-            elif not (arch < 80 and "bf16" in kernel.name):
+            elif arch >= 80 or not re.search(gpu_calls.NOT_ON_75, kernel.name):
                 raise LookupError(f"{kernel.name}: tests/gpu_calls.py has no call that launches it")
     return sorted(found, key=lambda row: (row.source, row.kernel.name))
 

@@ -4,9 +4,9 @@
 //     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 //
 // Three kernels after another, so that each sum has one order: delta; dK and dV by thread blocks that take 64
-// keys and go through the queries of all heads that share them; dQ by thread blocks that take 64 queries and go
-// through the keys.  Both compute S and dP, or what is turned of them, with their own rows as A, so that P and
-// dS lie in the lanes that the next product needs them in.
+// keys and go through the queries of all heads that share them; dQ by thread blocks that take 64 queries and
+// go through the keys.  Both compute S and dP, or what is turned of them, with their own rows as A, so that P
+// and dS lie in the lanes that the next product needs them in.
 //
 //   shared memory:  two operands of own rows [64][kDim] | stage: two of others [32][kDim] | ... | statistics
 //
@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kAttentionThreads) delta_kernel(const Backward
 }
 
 // A thread block takes a head: each thread's rows in order, then those of lanes, then those of warps.
-__global__ void __launch_bounds__(kAttentionThreads) sinks_kernel(const Backward p, int batch, float* grad_sinks) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    sinks_kernel(const Backward p, int batch, float* grad_sinks) {
   const int head = block_x();
   const float sink = p.a.sinks[head] * kLog2E;
   float sum = 0;
@@ -81,10 +82,11 @@ __global__ void __launch_bounds__(kAttentionThreads) sinks_kernel(const Backward
   grad_sinks[head] = sum;
 }
 
-// p of a score relative to its row, and dp, become what is multiplied: P with dropout, without its factor, and dS.
+// p of a score relative to its row, and dp, become what is multiplied: P with dropout, without its factor,
+// and dS.
 template <class T>
-MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, float base, float delta, uint32_t hash,
-                         float& p, float& dp, float* grad_mask) {
+MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, float base, float delta,
+                         uint32_t hash, float& p, float& dp, float* grad_mask) {
   const Attention& a = scores.a;
   float factor = 1;
   const float s = visible ? scores.score(i, j, p, &factor) : -INFINITY;
@@ -118,7 +120,8 @@ MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int6
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q_kernel(const Backward p, int rows) {
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
+    grad_q_kernel(const Backward p, int rows) {
   constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
   const Attention& a = p.a;
   const Place place(a, true, rows, a.heads);
@@ -130,9 +133,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
   uint8_t* const ring = grads + kRowTile * kDim * 2;
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
   const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries, exists);
-  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first, grads,
+  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
                             exists);
+  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first,
+                            grads, exists);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
@@ -184,9 +188,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = row0 + lane() / 4 + e / 2 * 8, i = place.first + row;
-        float* const mask = p.grad_mask && row < rows_here ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len : nullptr;
-        soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2], hashes[e / 2],
-               s[t][e], ds[t][e], mask);
+        float* const mask = p.grad_mask && row < rows_here
+                                ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len
+                                : nullptr;
+        soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2],
+               hashes[e / 2], s[t][e], ds[t][e], mask);
       }
     }
     multiply_weights<T, kDim, kOthers / 8>(ds, tile, sums);
@@ -196,11 +202,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
     j = next;
   }
   wait_copies<0>();
-  store_rows<T, kDim>(p.grad_q, place, place.head, place.q_first + place.first, row0, rows_here, sums, p.scale);
+  store_rows<T, kDim>(p.grad_q, place, place.head, place.q_first + place.first, row0, rows_here, sums,
+                      p.scale);
 }
 
 template <class T, int kDim, int wanted>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv_kernel(const Backward p, int rows) {
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
+    grad_kv_kernel(const Backward p, int rows) {
   constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
   const Attention& a = p.a;
   const Place place(a, false, rows, a.heads / a.group);
@@ -212,7 +220,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
   const int rows_here = rows < place.k_len - place.first ? rows : place.k_len - place.first;
   const auto exists = [&](int r) { return r < rows_here; };
   copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, keys, exists);
-  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values, exists);
+  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values,
+                            exists);
   // The queries that see any of the block's keys: begin to end - 1.
   const int shift = place.shift(a);
   int begin = place.first - a.right - shift;
@@ -242,7 +251,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
           const bool valid = there(thread());
           of[thread()] = valid ? base_of(a.lse[at]) : INFINITY;
           of[kOthers + thread()] = valid ? p.delta[at] : 0;
-          of[2 * kOthers + thread()] = as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
+          of[2 * kOthers + thread()] =
+              as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
         }
       }
       commit_copies();
@@ -272,7 +282,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
                  as_bits(of[2 * kOthers + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
         }
       }
-      if constexpr ((wanted & kGradV) != 0) multiply_weights<T, kDim, kOthers / 8>(s, tile + tile_bytes, grad_v);
+      if constexpr ((wanted & kGradV) != 0)
+        multiply_weights<T, kDim, kOthers / 8>(s, tile + tile_bytes, grad_v);
       if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, kOthers / 8>(ds, tile, grad_k);
       MEMLM_SYNC_THREADS();
       if (stages == 1) copy(next, 0);
@@ -283,32 +294,43 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
   }
   wait_copies<0>();
   const int64_t first = place.k_first + place.first;
-  if constexpr ((wanted & kGradV) != 0) store_rows<T, kDim>(p.grad_v, place, place.head, first, row0, rows_here, grad_v, a.kept);
-  if constexpr ((wanted & kGradK) != 0) store_rows<T, kDim>(p.grad_k, place, place.head, first, row0, rows_here, grad_k, p.scale);
+  if constexpr ((wanted & kGradV) != 0)
+    store_rows<T, kDim>(p.grad_v, place, place.head, first, row0, rows_here, grad_v, a.kept);
+  if constexpr ((wanted & kGradK) != 0)
+    store_rows<T, kDim>(p.grad_k, place, place.head, first, row0, rows_here, grad_k, p.scale);
 }
 
 template <class T, int kDim>
 memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   const Attention& a = p.a;
-  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile, batch = a.q_offsets ? 1 : a.batch;
+  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile,
+            batch = a.q_offsets ? 1 : a.batch;
   const int64_t q_blocks = Place::count(a, true, rows) * a.heads * batch;
   const int64_t k_blocks = Place::count(a, false, rows) * (a.heads / a.group) * batch;
-  MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX, "batch, heads, q_len, k_len: %lld and %lld tiles, accepted are up to 2^31 - 1",
+  MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX,
+              "batch, heads, q_len, k_len: %lld and %lld tiles, accepted are up to 2^31 - 1",
               static_cast<ll>(q_blocks), static_cast<ll>(k_blocks));
   const int bytes = shared_bytes<kDim>(gpu.arch);
   if (bytes > gpu.shared_bytes) {
-    return fail(MEMLM_UNSUPPORTED, "head_dim, v_dim: gradients of more than 128 need %d bytes of shared memory, the device has %d",
-                bytes, gpu.shared_bytes);
+    return fail(
+        MEMLM_UNSUPPORTED,
+        "head_dim, v_dim: gradients of more than 128 need %d bytes of shared memory, the device has %d",
+        bytes, gpu.shared_bytes);
   }
   if (k_blocks) {
     if constexpr (kDim == 256) {  // whose sums do not fit the registers together
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(
+          launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(
+          launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
     } else {
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads,
+                                bytes, stream, p, rows)));
     }
   }
-  return q_blocks ? started(launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows)) : MEMLM_OK;
+  return q_blocks
+             ? started(launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows))
+             : MEMLM_OK;
 }
 
 template <class T>
@@ -316,10 +338,12 @@ memlm_status launch_backward(const Backward& p, float* grad_sinks, const Gpu& gp
   const int batch = p.a.q_offsets ? 1 : p.a.batch;
   const int64_t rows = static_cast<int64_t>(batch) * p.a.heads * p.a.q_len;
   const int64_t blocks = ceil_div(rows, kAttentionThreads / kWarp);
-  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld rows, accepted are up to 2^33", static_cast<ll>(rows));
+  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld rows, accepted are up to 2^33",
+              static_cast<ll>(rows));
   if (rows) MEMLM_PASS(started(launch(&delta_kernel<T>, {blocks}, kAttentionThreads, 0, stream, p, rows)));
   if (grad_sinks) {
-    MEMLM_PASS(started(launch(&sinks_kernel, {p.a.heads}, kAttentionThreads, kAttentionThreads / kWarp * 4, stream, p, batch, grad_sinks)));
+    MEMLM_PASS(started(launch(&sinks_kernel, {p.a.heads}, kAttentionThreads, kAttentionThreads / kWarp * 4,
+                              stream, p, batch, grad_sinks)));
   }
   const int dim = p.a.q.dim > p.a.v.dim ? p.a.q.dim : p.a.v.dim;
   if (dim <= 64) return launch_kernels<T, 64>(p, gpu, stream);
@@ -333,22 +357,25 @@ memlm_status launch_backward(const Backward& p, float* grad_sinks, const Gpu& gp
 using namespace memlm;
 using namespace memlm::cuda;
 
-memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args, const memlm_attention_grads* grads,
-                                           memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args,
+                                           const memlm_attention_grads* grads, memlm_cuda_queue* queue) {
   Gpu gpu;
   Backward p = {};
   MEMLM_PASS(prepare_attention(args, &gpu, &p.a));
   MEMLM_CHECK(grads, "grads: NULL");
   const memlm_attention_grads& g = *grads;
-  MEMLM_PASS(check_arrays(args->dtype, "grad_out, grad_q, grad_k, grad_v", {g.grad_out, g.grad_q, g.grad_k, g.grad_v}));
+  MEMLM_PASS(check_arrays(args->dtype, "grad_out, grad_q, grad_k, grad_v",
+                          {g.grad_out, g.grad_q, g.grad_k, g.grad_v}));
   MEMLM_CHECK(!args->batch || !args->q_len || (g.grad_out && g.grad_q), "grad_out, grad_q: NULL");
   MEMLM_CHECK(!args->batch || !args->k_len || (g.grad_k && g.grad_v), "grad_k, grad_v: NULL");
   MEMLM_CHECK(!g.grad_mask || !args->q_offsets, "grad_mask: is not for sequences with offsets");
   MEMLM_CHECK(!g.grad_sinks || args->sinks, "grad_sinks: there are no sinks");
   const int64_t rows = (args->q_offsets ? 1 : args->batch) * args->heads * args->q_len;
   MEMLM_PASS(need(queue, rows * 4));
-  p.grad_out = rows4(g.grad_out, g.grad_out_strides, args->v_dim), p.grad_v = rows4(g.grad_v, g.grad_v_strides, args->v_dim);
-  p.grad_q = rows4(g.grad_q, g.grad_q_strides, args->head_dim), p.grad_k = rows4(g.grad_k, g.grad_k_strides, args->head_dim);
+  p.grad_out = rows4(g.grad_out, g.grad_out_strides, args->v_dim),
+  p.grad_v = rows4(g.grad_v, g.grad_v_strides, args->v_dim);
+  p.grad_q = rows4(g.grad_q, g.grad_q_strides, args->head_dim),
+  p.grad_k = rows4(g.grad_k, g.grad_k_strides, args->head_dim);
   p.grad_mask = g.grad_mask, p.delta = static_cast<float*>(queue->workspace), p.scale = args->scale;
   if (g.grad_mask) MEMLM_PASS(started(clear(g.grad_mask, rows * args->k_len * 4, queue->stream)));
   return args->dtype == MEMLM_F16 ? launch_backward<f16>(p, g.grad_sinks, gpu, queue->stream)
