@@ -7,6 +7,7 @@ nothing is compared; these steps come first, those at the edges after them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -258,27 +259,35 @@ def is_dropped(a, rows, j):
 
 # ---- How kernels are started ----
 
-# Many rows of its own read the other side seldom; few suit few queries, and masks of small blocks.
+# Many rows of its own read the other side seldom; few suit few queries, masks of small blocks, large heads, and
+# products without matrix instructions.
 SPACE = [
     triton.Config({"OWN": own, "STEP": step}, num_warps=warps, num_stages=stages)
     for own, step, warps, stages in (
-        (16, 64, 4, 3), (32, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3),
+        (16, 64, 4, 3), (32, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2),
+        (64, 64, 4, 2), (128, 64, 8, 2),
     )
 ]  # fmt: skip
+# Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
+NEED = {75: 7, "gfx1100": 7}
 
 
-def pruned(target: Target, room, size: int, mask_block: int, dim: int, v_dim: int) -> list[triton.Config]:
+def pruned(
+    target: Target, room, size: int, options: bool, mask_block: int, dim: int, v_dim: int
+) -> list[triton.Config]:
     """The configurations that a target has room for and whose steps lie within blocks of the mask.
 
     ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared memory,
-    and how many in registers, of 32 bits.
+    and how many in registers, of 32 bits; ``options`` take some more.
     """
-    found = []
+    found, target = [], replace(target, need=NEED.get(target.arch, 3))
     for config in SPACE:
-        tile = config.kwargs["OWN"], config.kwargs["STEP"]
-        shared, registers = room(*tile, config.num_stages, dim, v_dim)
-        room_there = fits(target, size * shared, registers, config.num_warps * target.warp)
-        if room_there and not (mask_block and any(mask_block % n for n in tile)):
+        own, step = config.kwargs["OWN"], config.kwargs["STEP"]
+        shared, registers = room(own, step, config.num_stages, dim, v_dim)
+        if options:
+            registers += 2 * own * step
+        whole = not mask_block or mask_block % own == mask_block % step == 0
+        if whole and fits(target, size * shared, registers, config.num_warps * target.warp):
             found.append(config)
     return found
 
@@ -288,15 +297,22 @@ def tuned(kernel, room):
 
     def prune(_, named, **constants):
         sizes = (constants[name] for name in ("MASK_BLOCK", "DIM", "V_DIM"))
-        return pruned(target_of(named["q"].device), room, named["q"].element_size(), *sizes)
+        q, options = named["q"], named["about"][2]
+        found = pruned(target_of(q.device), room, q.element_size(), options, *sizes)
+        if not found:
+            raise UnsupportedError(f"query: {q.dtype}, heads of {q.shape[3]}: the device has no room for a tile")
+        return found
 
-    key = ["q_about", "k_about", "MASK_BLOCK", "DIM", "V_DIM"]
+    key = ["about", "MASK_BLOCK", "DIM", "V_DIM"]
     return triton.autotune(SPACE, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
 
 
-def about(length: int) -> int:
-    """The length that a configuration is tried for once: a power of 2."""
-    return min(4096, triton.next_power_of_2(length))
+def about(a: Rules) -> tuple[int, int, int]:
+    """What a configuration is tried for once: numbers of queries and keys, as powers of 2, and whether there are
+    options."""
+    lengths = (min(4096, triton.next_power_of_2(n)) for n in (a.q_len, a.k_len))
+    options = any(x is not None for x in (a.softcap, a.slopes, a.mask, a.block_mask, a.dropped))
+    return *lengths, int(options)
 
 
 def in_best(kernel, tuned, config: triton.Config | None, a: Rules, batch: int, heads: int, length: int, *args, **constants):

@@ -51,7 +51,7 @@ def _through(
 
 @triton.jit
 def attention_kernel(
-    q, k, v, out, lse, sinks, q_strides, k_strides, v_strides, out_strides, a, q_about, k_about,
+    q, k, v, out, lse, sinks, q_strides, k_strides, v_strides, out_strides, a, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     in_best(
         attention_kernel, tuned_kernel, config, a, q.shape[0], a.heads, a.q_len,
-        q, k, v, out, lse, sinks, q.stride(), k.stride(), v.stride(), out.stride(), a, about(a.q_len), about(a.k_len),
+        q, k, v, out, lse, sinks, q.stride(), k.stride(), v.stride(), out.stride(), a, about(a),
         dim=dim, v_dim=v_dim, DIM=padded(dim), V_DIM=padded(v_dim),
         MASK_BLOCK=0 if block_mask is None else mask_block,
     )  # fmt: skip

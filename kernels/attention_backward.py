@@ -105,7 +105,7 @@ def _through_keys(
 @triton.jit
 def grad_q_kernel(
     grad, q, k, v, lse, delta, grad_q, grad_mask, grad_strides, q_strides, k_strides, v_strides, grad_q_strides,
-    a, scale, q_about, k_about,
+    a, scale, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
     OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def _through_queries(
 @triton.jit
 def grad_kv_kernel(
     grad, q, k, v, lse, delta, grad_k, grad_v, grad_strides, q_strides, k_strides, v_strides, grad_k_strides,
-    grad_v_strides, a, scale, q_about, k_about,
+    grad_v_strides, a, scale, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
     OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +242,7 @@ def attention_backward(
         )  # fmt: skip
     if sinks is not None:
         grad_sinks_kernel[(heads,)](sinks, lse, delta, grad_sinks, batch, q_len, BLOCK=SINKS_BLOCK)
-    rest = a, scale, about(q_len), about(a.k_len)
+    rest = a, scale, about(a)
     constants = {
         "dim": dim, "v_dim": v_dim, "DIM": padded(dim), "V_DIM": padded(v_dim),
         "MASK_BLOCK": 0 if block_mask is None else mask_block,
