@@ -195,6 +195,22 @@ def paged() -> None:
         emulator_may_touch_all()
 
 
+def others() -> None:
+    """w4_sparse_dequantize of both patterns, in every type, of some rows."""
+    import torch
+
+    from memlm import ops, sparse_formats
+
+    from .test_w4_sparse_dequantize import FORMATS, arguments, packed_of
+
+    for name in FORMATS:
+        packed = packed_of(name, 40, 300)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            rows = ops.emulated("w4_sparse_dequantize")(*arguments(packed, 7, 20, dtype))
+            assert torch.equal(rows, sparse_formats.dequantize(packed, dtype)[7:27])
+    ran_well()
+
+
 def device_runner() -> None:
     """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
     import pytest

@@ -15,6 +15,7 @@ from . import emulator
 from .matmul_checks import random_case
 from .test_cuda_block_sparse_matmul import run_gradient
 from .test_cuda_quantize_rows import quantize_rows
+from .test_cuda_w4_sparse_dequantize import dequantize as sparse_rows
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 WEIGHT_ONLY = {
@@ -76,6 +77,15 @@ def all_calls(arch: int):
     w = random_case("block/f32", 64, 128, 1, torch.float32)[1]
     given = ("grad_values", w, rows, grad, torch.zeros(4, 128))
     yield partial(run_gradient, *given, out=torch.empty_like(w.codes), arch=800)
+    yield from other_calls()
+
+
+def other_calls():
+    """Of w4_sparse_dequantize."""
+    for name in ("2:4/int4-g32", "unstructured/int4-g32"):
+        w = random_case(name, 64, 128, 1, torch.float32)[1]
+        for dtype in (torch.float32, *DTYPES.values()):
+            yield partial(sparse_rows, w, 0, 64, dtype)
 
 
 def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:

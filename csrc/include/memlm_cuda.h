@@ -61,6 +61,10 @@ MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, con
                                             int64_t count, memlm_dtype dtype, void* out,
                                             memlm_cuda_queue* queue);
 
+/* Rows of a W of MEMLM_TWO_OF_FOUR or MEMLM_UNSTRUCTURED, as memlm_dequantize; f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
+                                                       memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
+
 MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                                    memlm_cuda_queue* queue);
 /* 16 and 32 bits from compute capability 8.0 on. */

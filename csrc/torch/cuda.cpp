@@ -75,6 +75,7 @@ const Operation kOperations[] = {
     operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
     operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
+    operation<&w4_sparse_dequantize<Gpu>>("w4_sparse_dequantize", Gpu::w4_sparse_dequantize),
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
     operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
