@@ -14,7 +14,9 @@ from memlm.sparse_formats import SparseFormat
 from . import emulator
 from .matmul_checks import random_case
 from .test_cuda_block_sparse_matmul import run_gradient
+from .test_cuda_matmul_topk import topk
 from .test_cuda_quantize_rows import quantize_rows
+from .test_cuda_quantize_weight import quantize
 from .test_cuda_w4_sparse_dequantize import dequantize as sparse_rows
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -81,11 +83,14 @@ def all_calls(arch: int):
 
 
 def other_calls():
-    """Of w4_sparse_dequantize."""
+    """Of w4_sparse_dequantize, quantize_weight and matmul_topk."""
     for name in ("2:4/int4-g32", "unstructured/int4-g32"):
         w = random_case(name, 64, 128, 1, torch.float32)[1]
         for dtype in (torch.float32, *DTYPES.values()):
             yield partial(sparse_rows, w, 0, 64, dtype)
+    for name in ("int8-row", "int4-g128", "int4a-g128", "nf4-g128"):
+        yield partial(quantize, torch.zeros(64, 128), name)
+    yield partial(topk, torch.zeros(4, 4096, dtype=torch.float16), packed("int4-g64", 4096, 4096), top=50)
 
 
 def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:

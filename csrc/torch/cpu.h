@@ -11,6 +11,7 @@ struct Cpu {
   static constexpr auto quantize_rows = memlm_quantize_rows;
   static constexpr auto embedding = memlm_embedding;
   static constexpr auto dequantize = memlm_dequantize;
+  static constexpr auto quantize_weight = memlm_quantize_weight;
   static constexpr auto block_sparse_matmul = memlm_block_sparse_matmul;
   static constexpr auto w4_sparse_matmul = memlm_w4_sparse_matmul;
   static constexpr auto kv_append = memlm_kv_append;
