@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from memlm import _rounding, formats
+from memlm import _rounding
 from memlm.formats import ACT_GROUP, TILE_ROWS, Format
 from memlm.kernels.quantize_rows import ROUNDER
 from memlm.ops.quantize_weight import _check

@@ -229,6 +229,48 @@ def others() -> None:
     ran_well()
 
 
+def attention() -> None:
+    """Arguments reach the kernels as a C call gives them, forward and backward; each of them matters."""
+    import torch
+
+    from memlm import ops
+
+    from . import cuda_attention
+
+    random = torch.Generator().manual_seed(3)
+
+    def normal(*shape, dtype=torch.float16):
+        return torch.randn(shape, generator=random).to(dtype)
+
+    def compared(q, k, v, mask=None, offsets=(None, None), block_mask=None, seed=None, **options):
+        rules = {"scale": 0.2, "left": -1, "right": -1, "to_end": False, "softcap": 0.0, "slopes": None}
+        rules = rules | {"sinks": None, "dropout": 0.0} | options
+        given = (mask, block_mask, 32, *offsets, *rules.values(), None if seed is None else torch.tensor(seed))
+        out, lse = ops.emulated("attention")(q, k, v, *given)
+        grad = normal(*q.shape[:3], v.shape[3], dtype=q.dtype)
+        want_mask = mask is not None and mask.is_floating_point()
+        found = ops.emulated("attention_backward")(grad, q, k, v, out, lse, *given, want_mask)
+        ran_well()
+        rules = rules | {"seed": seed, "block_mask": block_mask, "mask_block": 32}
+        of_c = cuda_attention.forward(q, k, v, mask, offsets, **rules)
+        assert torch.equal(out, of_c[0]) and torch.equal(lse, of_c[1])
+        of_c = cuda_attention.backward(grad, q, k, v, mask, offsets, **rules)
+        for name, x in zip(("q", "k", "v"), found):
+            assert torch.equal(x, of_c[name]), name
+        assert not want_mask or torch.equal(found[3].sum_to_size(mask.shape), of_c["mask"])
+        assert rules["sinks"] is None or torch.equal(found[4], of_c["sinks"])
+        emulator_may_touch_all()
+
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (normal(2, 9, heads, dim, dtype=dtype).transpose(1, 2) for heads, dim in ((4, 40), (2, 40), (2, 24)))
+        heads = {"slopes": torch.rand(4, generator=random), "sinks": torch.randn(4, generator=random)}
+        compared(q, k, v, normal(2, 1, 9, 9, dtype=dtype), right=0, softcap=5.0, **heads)
+        compared(q, k, v, torch.rand(9, 9, generator=random).lt(0.8)[None, None], left=4, dropout=0.3, seed=7)
+        compared(q[:1], k[:1], v[:1], offsets=(torch.tensor([0, 4, 9]),) * 2, right=0, to_end=True)
+    q, k, v = (normal(1, 2, 70, 16) for _ in range(3))
+    compared(q, k, v, block_mask=torch.rand(1, 2, 3, 3, generator=random).lt(0.6))
+
+
 def device_runner() -> None:
     """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
     import pytest

@@ -4,7 +4,8 @@ import pytest
 
 from memlm.kernels._targets import TARGETS
 
-from .triton_code import account
+from .triton_code import Code, account
+from .triton_code_table import table
 
 # What multiplies matrices on each; Triton uses mma.sync on sm_90 and sm_100 for fewer than 64 rows.
 UNITS = {
@@ -42,3 +43,13 @@ def test_some(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_all(operation, target):
     check(account(f"^{operation} ", [target]), target)
+
+
+def test_table():
+    def code(config, target, registers, spills=0):
+        return Code("w4_matmul f16", target, config, 4, registers, spills, 2048, {"mma.sync": 8}, 2)
+
+    written = table([code("a", "sm_80", 90), code("b", "sm_80", 120, 8), code("a", "sm_90", 80)])
+    assert written.splitlines()[2:] == [
+        "| `w4_matmul f16` | 1–2 | 90–120 r, 2 KB, mma.sync, **8 spilled** | 80 r, 2 KB, mma.sync |"
+    ]

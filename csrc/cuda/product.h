@@ -121,7 +121,7 @@ MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond])
 
 // ---- Behind the product ----
 
-using Floats = Elements<float>;
+using FloatElements = Elements<float>;
 
 MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
 
@@ -148,10 +148,10 @@ MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place, cons
     }
     const int64_t at = token * p.y_stride + n0;
     if (p.wide && n0 + 4 <= columns) {
-      p.f32_y ? Floats::write_four(p.y, at, values) : elements.write_four(p.y, at, values);
+      p.f32_y ? FloatElements::write_four(p.y, at, values) : elements.write_four(p.y, at, values);
     } else {
       for (int r = 0; r < 4 && n0 + r < columns; r++) {
-        p.f32_y ? Floats::write(p.y, at + r, values[r]) : elements.write(p.y, at + r, values[r]);
+        p.f32_y ? FloatElements::write(p.y, at + r, values[r]) : elements.write(p.y, at + r, values[r]);
       }
     }
   }

@@ -14,6 +14,7 @@ struct Cpu {
   static constexpr auto quantize_weight = memlm_quantize_weight;
   static constexpr auto block_sparse_matmul = memlm_block_sparse_matmul;
   static constexpr auto w4_sparse_matmul = memlm_w4_sparse_matmul;
+  static constexpr auto attention = memlm_attention, attention_backward = memlm_attention_backward;
   static constexpr auto kv_append = memlm_kv_append;
   static constexpr auto paged_attention = memlm_paged_attention;
   static constexpr auto block_sparse_grad_x = memlm_block_sparse_grad_x;

@@ -30,8 +30,9 @@ struct Layout {
 };
 
 // W, which lies where `at` does.
-inline memlm_packed packed(const Tensor& at, const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
+inline memlm_packed packed(const Tensor& at, const Tensor& codes, const Tensor& scales,
+                           const OptionalTensor& offsets, int64_t bits, int64_t n, int64_t k, int64_t group,
+                           int64_t codebook = kNumbers) {
   check_format(bits, n, k, group);
   STD_TORCH_CHECK(codebook == kNumbers || codebook == kNf4, "codebook: accepted are 0, 1");
   STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),

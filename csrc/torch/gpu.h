@@ -42,6 +42,8 @@ struct Gpu {
   static inline decltype(&memlm_cuda_embedding) embedding;
   static inline decltype(&memlm_cuda_dequantize) dequantize;
   static inline decltype(&memlm_cuda_quantize_weight) quantize_weight;
+  static inline decltype(&memlm_cuda_attention) attention;
+  static inline decltype(&memlm_cuda_attention_backward) attention_backward;
   static inline decltype(&memlm_cuda_kv_append) kv_append;
   static inline decltype(&memlm_cuda_paged_attention) paged_attention;
   static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
