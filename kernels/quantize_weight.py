@@ -197,16 +197,20 @@ def quantize_kernel(
         tl.store(words + (tile * row_words + group * (span // FIELDS) + i) * 16 + in_tile, word, have)
 
 
+def _levels(format: Format) -> tuple[float, ...]:
+    """What may be rounded to, of 8 bits the first and the last."""
+    return (-127.0, 127.0) if format.bits == 8 else format.levels[: len(format.codes)]
+
+
 @functools.cache
 def _tables(format: Format, device: torch.device) -> torch.Tensor:
     """What the kernel looks up, f32 [48], copied there once."""
-    levels = format.levels[: len(format.codes)] if format.bits < 8 else (-127.0, 127.0)
-    reach = max(levels, key=abs) if format.symmetric else levels[-1] / 2
-    table = torch.zeros(48)
+    levels, table = _levels(format), torch.zeros(48)
     if format.codebook == "nf":
         table[:16] = torch.tensor(levels)
         table[16:31] = (table[1:16] + table[:15]) / 2
     if format.bits < 8:
+        reach = max(levels, key=abs) if format.symmetric else levels[-1] / 2
         shrinks = _rounding._SHRINK[len(levels)]
         table[32:39] = torch.tensor([shrink / reach for shrink in shrinks])
         table[40:47] = -torch.tensor(shrinks)
@@ -225,11 +229,9 @@ def quantize_weight(w, bits, codebook, group, has_offsets, scale_dtype, lanes: i
     whole = group == 0
     span = group or ACT_GROUP
     groups = format.padded_k(k) // span
-    symmetric_first = {8: -127.0, 4: -8.0, 2: -1.0}[bits]
-    first = 0.0 if has_offsets else symmetric_first
-    last = 127.0 if bits == 8 else first + len(format.codes) - 1
-    tables = _tables(format, w.device)
-    levels = format.codebook == "nf"
+    first, *_, last = _levels(format)
+    tables, nf = _tables(format, w.device), format.codebook == "nf"
+    zero = 0 if nf or bits == 8 else int(-first)
     step = max(1, CHUNK // (k * TILE_ROWS)) * TILE_ROWS
     for row in range(0, n, step):
         some = w[row : row + step]
@@ -241,7 +243,6 @@ def quantize_weight(w, bits, codebook, group, has_offsets, scale_dtype, lanes: i
             some.T.contiguous(), parts["codes"][tile].view(torch.int32), parts["scales"][tile],
             offsets[tile] if has_offsets else tables, largest, tables, rows, padded_rows, k, span, groups,
             format.padded_k(k) * bits // 32, BITS=bits, FIRST=first, LAST=last,
-            ZERO=0 if levels else -int(first) if bits < 8 else 0, LEVELS=levels, OFFSETS=has_offsets,
-            WHOLE=whole, LANES=lanes, num_warps=4, enable_fp_fusion=False,
+            ZERO=zero, LEVELS=nf, OFFSETS=has_offsets, WHOLE=whole, LANES=lanes, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return parts["codes"], parts["scales"], offsets

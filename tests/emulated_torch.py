@@ -200,7 +200,7 @@ def others() -> None:
 
     from memlm import ops, sparse_formats
 
-    from . import test_quantize_weight, test_w4_sparse_dequantize
+    from . import test_cuda_matmul_topk, test_quantize_weight, test_w4_sparse_dequantize
     from .cuda_matmul_checks import in_range
     from .matmul_checks import random_case
 
@@ -219,14 +219,14 @@ def others() -> None:
             test_quantize_weight.assert_same(ops.emulated("quantize_weight")(*given), expected, name)
     for format, mode, dtype in (("int4a-g32", 0, types[1]), ("nf4-g64", 1, types[2]), ("int8-row", 2, types[0])):
         x, packed, bias = random_case(format, 40, 96, 6, torch.float32)
-        x, bias, norm = in_range(x, dtype).view(2, 3, 96), bias.to(dtype), torch.linspace(1, 2, 96).to(dtype)
+        x, bias, norm = in_range(x, dtype), bias.to(dtype), torch.linspace(1, 2, 96).to(dtype)
         parts = (packed.codes, packed.scales, packed.offsets, packed.format.bits, int(format == "nf4-g64"))
-        given = (x, *parts, 40, 96, packed.format.group, bias, mode, norm, 1e-5, 5)
-        values, indices = ops.emulated("matmul_topk")(*given)
-        expected, at = ops.implementations("matmul_topk")["reference"](*given)
-        assert torch.equal(indices, at) and values.dtype == torch.float32
-        assert torch.allclose(values, expected, rtol=2e-2 if dtype == types[2] else 2e-3)
-    ran_well()
+        given = (*parts, 40, 96, packed.format.group, bias, mode, norm, 1e-5, 5)
+        values, indices = ops.emulated("matmul_topk")(x.view(2, 3, 96), *given)
+        ran_well()
+        of_c = test_cuda_matmul_topk.topk(x, packed, bias, test_cuda_matmul_topk.MODES[mode], norm, 1e-5, 5)
+        assert torch.equal(values.view(6, 5), of_c[0]) and torch.equal(indices.view(6, 5), of_c[1])
+        emulator_may_touch_all()
 
 
 def attention() -> None:

@@ -127,14 +127,15 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(const Panel p) {
   const int begin = block_x() * kChunk, left = p.features - begin;
   const int64_t row = block_y();
   const float* const logits = p.logits + row * p.stride + begin;
-  find_largest([&](int i) { return key_of(logits[i], p.first + begin + i); }, left < kChunk ? left : kChunk, p.top,
-               p.room, kept);
+  const auto key = [&](int i) { return key_of(logits[i], p.first + begin + i); };
+  find_largest(key, left < kChunk ? left : kChunk, p.top, p.room, kept);
   uint64_t* const to = p.keys + (row * p.slots + 1 + block_x()) * p.top;
   for (int i = thread(); i < p.top; i += kThreads) to[i] = kept->keys[i];
 }
 
 // A block for each row.  values: NULL before the last panel.
-__global__ void __launch_bounds__(kThreads) row_kernel(const Panel p, int chunks, float* values, int64_t* indices) {
+__global__ void __launch_bounds__(kThreads) row_kernel(const Panel p, int chunks, float* values,
+                                                       int64_t* indices) {
   Kept* const kept = shared<Kept>();
   const int64_t row = block_x();
   uint64_t* const keys = p.keys + row * p.slots * p.top;
@@ -305,8 +306,8 @@ memlm_status check(const memlm_linear* linear, const memlm_matmul_args* args, in
               static_cast<long long>(args->m));
   MEMLM_CHECK(args->x_stride >= linear->w.k, "x_stride: got %lld, at least k = %lld is needed",
               static_cast<long long>(args->x_stride), static_cast<long long>(linear->w.k));
-  MEMLM_CHECK(top >= 1 && top <= linear->w.n, "k: got %lld, accepted is 1 to n, %lld", static_cast<long long>(top),
-              static_cast<long long>(linear->w.n));
+  MEMLM_CHECK(top >= 1 && top <= linear->w.n, "k: got %lld, accepted is 1 to n, %lld",
+              static_cast<long long>(top), static_cast<long long>(linear->w.n));
   MEMLM_CHECK(!args->m || (args->x && values && indices), "x, values, indices: NULL");
   MEMLM_CHECK(is_aligned(values, 4) && is_aligned(indices, 8), "values, indices: not aligned to an element");
   return check_arrays(args->dtype, "x, bias, norm", {args->x, linear->bias, args->norm});
@@ -322,7 +323,8 @@ memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matm
                                     float* values, int64_t* indices, memlm_cuda_queue* queue) {
   MEMLM_PASS(check(linear, args, k, values, indices));
   if (k > kMostTop) {
-    return fail(MEMLM_UNSUPPORTED, "k: got %lld, the GPU's kernel finds up to %d", static_cast<long long>(k), kMostTop);
+    return fail(MEMLM_UNSUPPORTED, "k: got %lld, the GPU's kernel finds up to %d", static_cast<long long>(k),
+                kMostTop);
   }
   TopK call = {};
   call.integers = linear->mode == MEMLM_W8A8;
@@ -333,6 +335,7 @@ memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matm
   call.stream = queue->stream;
   call.top = k;
   MEMLM_PASS(call.plan());
-  MEMLM_PASS(need(queue, call.product_bytes + call.x_bytes + call.scale_bytes + call.logit_bytes + call.key_bytes));
+  const int64_t before = call.product_bytes + call.x_bytes + call.scale_bytes;
+  MEMLM_PASS(need(queue, before + call.logit_bytes + call.key_bytes));
   return call.run(static_cast<char*>(queue->workspace), values, indices);
 }

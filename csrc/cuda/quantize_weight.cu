@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kRowThreads) quantize_rows_of_w_kernel(const Q
 // Levels, and candidates for scale and offset of a group's end.
 void describe_levels(const memlm_quantize_args* args, Quantize* p) {
   p->first = args->offsets ? 0 : args->bits == 8 ? -127 : args->bits == 4 ? -8 : -1;
-  p->last = args->bits == 8 ? 127 : p->first + static_cast<float>((1 << args->bits) - 1 - (args->ternary ? 1 : 0));
+  const int levels = args->ternary ? 3 : 1 << args->bits;
+  p->last = args->bits == 8 ? 127 : p->first + static_cast<float>(levels - 1);
   p->zero = args->offsets || args->bits == 8 ? 0 : static_cast<int>(-p->first);
   double low = p->first, high = p->last;
   if (args->levels) {
@@ -312,7 +313,8 @@ memlm_status memlm_cuda_quantize_weight(const memlm_quantize_args* args, memlm_c
   MEMLM_PASS(check_quantize(args));
   Gpu gpu;
   MEMLM_PASS(find_gpu(MEMLM_F16, &gpu));
-  const int64_t padded = round_up(args->k, args->group > 32 ? args->group : 32), tiles = ceil_div(args->n, kTile);
+  const int64_t padded = round_up(args->k, args->group > 32 ? args->group : 32);
+  const int64_t tiles = ceil_div(args->n, kTile);
   Quantize p = {};
   p.n = args->n;
   p.w_stride = args->w_stride;

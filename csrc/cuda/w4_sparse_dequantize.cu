@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) sparse_rows_kernel(const Stored p, T
       memory->bits[thread()] = bits;
       MEMLM_SYNC_THREADS();
     }
-    for (int in_step = warp() * kWarpFours + lane() / kLaneRows; in_step < kStepFours; in_step += kWarps * kWarpFours) {
+    for (int i = 0; i < kStepFours; i += kWarps * kWarpFours) {
+      const int in_step = i + warp() * kWarpFours + lane() / kLaneRows;
       const int four = first + in_step, k = four * kFour;
       if (k >= p.k) break;
       const Vec2 bits = unstructured ? memory->bits[in_step] : load<Vec2>(places + four * kPlaceBytes);
@@ -158,8 +159,9 @@ using namespace memlm::cuda;
 memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows, memlm_dtype dtype,
                                              void* out, memlm_cuda_queue* queue) {
   MEMLM_PASS(check_compressed(w));
-  MEMLM_CHECK(row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row, "rows: got %lld from %lld on, W has %lld",
-              static_cast<long long>(rows), static_cast<long long>(row), static_cast<long long>(w->n));
+  MEMLM_CHECK(row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
+              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows), static_cast<long long>(row),
+              static_cast<long long>(w->n));
   MEMLM_PASS(check_arrays(dtype, "out", {out}));
   MEMLM_CHECK(!rows || out, "out: NULL");
   Gpu gpu;
