@@ -11,7 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # Operations of memlm.ops that have a Triton kernel.
-OPERATIONS = ("attention", "attention_backward", "dequantize", "embedding", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
+OPERATIONS = (
+    "attention", "attention_backward", "dequantize", "embedding", "matmul_topk", "quantize_rows",
+    "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+)  # fmt: skip
 
 
 class UnsupportedError(TypeError):

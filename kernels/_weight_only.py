@@ -229,11 +229,11 @@ def in_best(run, kernel, tuned, config: triton.Config | None, m: int, columns: i
 
 def weight_only(
     x: torch.Tensor, packed: Packed, bias, norm, eps: float, swiglu: bool, residual,
-    config: triton.Config | None = None,
+    config: triton.Config | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The product and the layers around it, as memlm.ops.w4_matmul documents it; x is f16 or bf16.
 
-    ``config``: this one instead of the one that is found fastest.
+    ``config``: this one instead of the one that is found fastest; ``dtype`` of the result, by default x's.
 
     Raises UnsupportedError for an x of another dtype.
     """
@@ -243,7 +243,7 @@ def weight_only(
     format, n, k = packed.format, packed.n, packed.k
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = torch.empty(len(rows), shape[-1], dtype=x.dtype, device=x.device)
+    y = torch.empty(len(rows), shape[-1], dtype=dtype or x.dtype, device=x.device)
     if not len(rows):
         return y.view(shape)
     if norm is not None:
