@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, dequantize, quantize_rows, w8a8_matmul
+from memlm.kernels import _kv, _rows, _weight_only, dequantize, kv_append, quantize_rows, w8a8_matmul
 from memlm.kernels._targets import Target
+from memlm.kv_formats import TYPES, KvFormat
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,35 @@ def _row_specimens(target: Target) -> Iterator[Specimen]:
             )  # fmt: skip
 
 
+KV_SIZES = {"int4": (96, 128, 256), "int8": (128, 256), "bf16": (80, 128), "f32": (128,)}  # of heads
+
+
+def _kv_specimens(target: Target) -> Iterator[Specimen]:
+    for type in TYPES:
+        for dim in KV_SIZES[type]:
+            format = KvFormat(type, 64, dim)
+            number = {"f32": "*fp32", "bf16": "*bf16"}.get(type, "*u8")
+            arrays = {
+                "pool": number, "scales": "*fp16", "tails": "*bf16", "rows": "*i64", "lengths": "*i64",
+                "tables": "*i32", "tail_of": "*i32",
+            }  # fmt: skip
+            layout = {"F": _kv.layout_of(format), "TAIL": format.tail and _kv.layout_of(format.tail)}
+            for dtype in _dtypes(target):
+                yield Specimen(
+                    f"kv_append {type} {NAMES[dtype]}", kv_append.kv_append_kernel,
+                    arrays | dict.fromkeys(("k", "v", "q", "turned"), f"*{dtype}")
+                    | {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"},
+                    layout | {
+                        "CHANNELS": kv_append.channels_of(format), "ROPE": True, "POSITIONS": True, "GROUP": 4,
+                    },
+                    str(dim), kv_append.warps_of(format), 3,
+                    ("k_stride", "v_stride", "q_stride", "turned_stride", "angle_stride"),
+                )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
     yield from _other_specimens(target)
+    yield from _kv_specimens(target)
