@@ -12,8 +12,9 @@ from importlib.util import find_spec
 
 # Operations of memlm.ops that have a Triton kernel.
 OPERATIONS = (
-    "attention", "attention_backward", "dequantize", "embedding", "matmul_topk", "quantize_rows",
-    "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "attention", "attention_backward", "dequantize", "embedding", "kv_append", "matmul_topk",
+    "paged_attention", "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul", "w8_matmul",
+    "w8a8_matmul",
 )  # fmt: skip
 
 

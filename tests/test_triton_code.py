@@ -6,6 +6,7 @@ from memlm.kernels._targets import TARGETS
 
 from .triton_code import Code, account
 from .triton_code_table import table
+from .triton_specimens import specimens
 
 # What multiplies matrices on each; Triton uses mma.sync on sm_90 and sm_100 for fewer than 64 rows.
 UNITS = {
@@ -14,7 +15,7 @@ UNITS = {
 }  # fmt: skip
 # What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
 SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
-OPERATIONS = ["w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "quantize_rows", "dequantize", "embedding", "rms_norm", "add_splits", "add_int8_splits", "topk_chunk", "topk_row", "quantize_weight"]
+OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
 
 
 def check(found, name: str) -> None:

@@ -6,10 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import triton.language as tl
+
 from memlm.kernels import (
-    _rows, _weight_only, dequantize, matmul_topk, quantize_rows, quantize_weight, w8a8_matmul,
+    _kv, _rows, _weight_only, dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight,
+    w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
+from memlm.kv_formats import KvFormat
 
 
 @dataclass(frozen=True)
@@ -185,9 +189,59 @@ def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
         )  # fmt: skip
 
 
+def _kv_specimens(target: Target) -> Iterator[Specimen]:
+    # The largest heads are those that need most registers.
+    for type, sizes in {"f32": (128,), "bf16": (80, 256), "int8": (128,), "int4": (96, 128, 256)}.items():
+        for dim in sizes:
+            format = KvFormat(type, 64, dim)
+            number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
+            arrays = {
+                "pool": number, "scales": "*fp16", "tails": "*bf16", "rows": "*i64", "lengths": "*i64",
+                "tables": "*i32", "tail_of": "*i32",
+            }  # fmt: skip
+            layout = {"F": _kv.layout_of(format), "TAIL": format.tail and _kv.layout_of(format.tail)}
+            for dtype in _dtypes(target):
+                yield Specimen(
+                    f"kv_append {type} {NAMES[dtype]}", kv_append.kv_append_kernel,
+                    arrays | dict.fromkeys(("k", "v", "q", "turned"), f"*{dtype}")
+                    | {"pool": number or "*u8", "cos": "*fp32", "sin": "*fp32", "positions": "*i64"},
+                    layout | {
+                        "CHANNELS": kv_append.channels_of(format), "ROPE": True, "POSITIONS": True, "GROUP": 4,
+                    },
+                    str(dim), kv_append.warps_of(format), 3,
+                    ("k_stride", "v_stride", "q_stride", "turned_stride", "angle_stride"),
+                )  # fmt: skip
+                yield from _paged_attention_specimens(target, f"{type} {NAMES[dtype]}", dtype, dim, layout, {
+                    **arrays, "pool": number or "*i32", "q": f"*{dtype}", "out": f"*{dtype}",
+                    **dict.fromkeys(("slopes", "sinks", "sums_of", "most_of", "total_of"), "*fp32"),
+                    "scale": "fp32", "softcap": "fp32",
+                })  # fmt: skip
+
+
+def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Iterator[Specimen]:
+    f16, f = target.arch == 75, layout["F"]
+    exact = not f.coded and dtype == ("fp16" if f16 else "bf16")
+    flags = {"GROUP": 4, "WINDOW": True, "SINKS": True, "SLOTS_ARE_ROWS": False}
+    for config in paged_attention.pruned(target, f, 128):
+        yield Specimen(
+            f"paged_attention {name}", paged_attention.paged_attention_kernel, types,
+            layout | flags | {
+                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
+                "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
+                "BLOCK_N": paged_attention.block_n(f), **config.kwargs,
+            },
+            f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
+            config.num_warps, config.num_stages, ("q_stride",),
+        )  # fmt: skip
+    kernel = paged_attention.combine_kernel
+    used = {key: kind for key, kind in types.items() if key in kernel.arg_names}
+    yield Specimen(f"combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
     yield from _other_specimens(target)
     yield from _top_and_weight_specimens(target)
+    yield from _kv_specimens(target)
