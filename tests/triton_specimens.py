@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, dequantize, quantize_rows, w8a8_matmul
+from memlm.kernels import _rows, _weight_only, block_sparse_matmul, dequantize, quantize_rows, w8a8_matmul
 from memlm.kernels._targets import Target
 
 
@@ -47,9 +47,9 @@ def _dtypes(target: Target) -> tuple[str, ...]:
     return ("fp16",) if target.arch == 75 else ("fp16", "bf16")
 
 
-def _configs(target: Target, step: int, bits: int, swiglu: bool) -> list:
+def _configs(target: Target, step: int, bits: int, swiglu: bool, space=_weight_only.SPACE) -> list:
     """Those for many rows and for few, whose sums are split, with their names."""
-    of = (step, bits, swiglu)
+    of = (step, bits, swiglu, space)
     found = {id(c): c for rows in (128, _weight_only.SPLIT_ROWS) for c in _weight_only.pruned(target, rows, *of)}
     named = []
     for config in found.values():
@@ -154,8 +154,41 @@ def _row_specimens(target: Target) -> Iterator[Specimen]:
             )  # fmt: skip
 
 
+BLOCKS = {  # bits, zero, levels, offsets
+    "int4a-g32": (4, 0, False, True), "int8-g32": (8, 0, False, False), "int2-g32": (2, 1, False, False),
+    "nf4-g32": (4, 0, True, False), "bf16": (16, 0, False, False), "f32": (32, 0, False, False),
+}  # fmt: skip
+CODES = {16: "*bf16", 32: "*fp32"}
+
+
+def _sparse_specimens(target: Target) -> Iterator[Specimen]:
+    for dtype in _dtypes(target):
+        for format, (bits, zero, levels, offsets) in BLOCKS.items():
+            if dtype == "bf16" and bits in (2, 8):  # which differ as they do in w2_matmul, w8_matmul
+                continue
+            constants = {"BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets}
+            for swiglu in (False, True):
+                for label, config in _configs(target, 32, bits, swiglu, block_sparse_matmul.SPACE):
+                    yield Specimen(
+                        f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
+                        {
+                            "x": f"*{dtype}", "starts": "*i64", "places": "*i32",
+                            "codes": CODES.get(bits, "*i32"), "scales": "*fp16", "offsets": "*fp16",
+                            "levels": "*fp32", "bias": f"*{dtype}", "residual": f"*{dtype}",
+                            "y": f"*{dtype}", "partial": "*fp32",
+                        },
+                        {
+                            **constants, "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu,
+                            "RESIDUAL": True, **config.kwargs,
+                        },
+                        label,
+                        config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+                    )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
+    yield from _sparse_specimens(target)
     yield from _other_specimens(target)
