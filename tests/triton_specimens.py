@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, block_sparse_matmul, dequantize, quantize_rows, w8a8_matmul
+from memlm.kernels import (
+    _rows, _weight_only, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul, dequantize,
+    quantize_rows, w8a8_matmul,
+)  # fmt: skip
 from memlm.kernels._targets import Target
 
 
@@ -164,11 +167,11 @@ CODES = {16: "*bf16", 32: "*fp32"}
 def _sparse_specimens(target: Target) -> Iterator[Specimen]:
     for dtype in _dtypes(target):
         for format, (bits, zero, levels, offsets) in BLOCKS.items():
-            if dtype == "bf16" and bits in (2, 8):  # which differ as they do in w2_matmul, w8_matmul
+            if dtype == "bf16" and format not in ("int4a-g32", "f32"):  # as for the dense ones
                 continue
             constants = {"BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets}
             for swiglu in (False, True):
-                for label, config in _configs(target, 32, bits, swiglu, block_sparse_matmul.SPACE):
+                for label, config in _configs(target, 32, bits, False, block_sparse_matmul.SPACE):
                     yield Specimen(
                         f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
                         {
@@ -181,9 +184,32 @@ def _sparse_specimens(target: Target) -> Iterator[Specimen]:
                             **constants, "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu,
                             "RESIDUAL": True, **config.kwargs,
                         },
-                        label,
+                        f"{label}{' swiglu' if swiglu else ''}",
                         config.num_warps, config.num_stages, ("n", "k", "x_stride"),
                     )  # fmt: skip
+    yield from _gradient_specimens()
+
+
+def _gradient_specimens() -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        yield Specimen(
+            f"block_sparse_grad_x {format}", block_sparse_grad_x.grad_x_kernel,
+            {
+                "grad": "*fp32", "order": "*i64", "tiles": "*i64", "begins": "*i64",
+                "codes": CODES.get(bits, "*i32"), "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                "out": "*fp32",
+            },
+            {
+                "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                "BLOCK_M": block_sparse_grad_x.BLOCK_M,
+            },
+            divisible=("n", "k"),
+        )  # fmt: skip
+    yield Specimen(
+        "block_sparse_grad_values", block_sparse_grad_values.grad_values_kernel,
+        {"grad": "*fp32", "x": "*fp32", "tiles": "*i64", "places": "*i32", "out": "*fp32"},
+        {"CHUNK": block_sparse_grad_values.CHUNK}, warps=2, divisible=("n", "k"),
+    )  # fmt: skip
 
 
 def specimens(target: Target) -> Iterator[Specimen]:
