@@ -56,6 +56,16 @@ def _unpack(q, levels, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constex
 
 
 @triton.jit
+def _add_product(sums, x_tile, w, scales, offsets, place, inside, OFFSETS: tl.constexpr):
+    """sums + x_tile w, whose columns have the scales and offsets at ``place``."""
+    sums += tl.dot(x_tile, w) * tl.load(scales + place, inside, 0.0).to(tl.float32)[None, :]
+    if OFFSETS:
+        offset = tl.load(offsets + place, inside, 0.0).to(tl.float32)
+        sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]
+    return sums
+
+
+@triton.jit
 def _add_step(
     sums, x_tile, column, step, words, scales, offsets, levels, n, blocks, groups, group_steps,
     BITS: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr, OFFSETS: tl.constexpr,
@@ -69,12 +79,7 @@ def _add_step(
     word = tl.load(words + ((tile * blocks)[:, None] + block[None, :]) * 16 + row[:, None], inside, 0)
     w = _unpack(_fields(word, BITS, BLOCK_N, STEP), levels, x_tile.dtype, BITS, ZERO, LEVELS)
     place = (tile * groups + step // group_steps) * 16 + row
-    scale = tl.load(scales + place, column < n, 0.0).to(tl.float32)
-    sums += tl.dot(x_tile, tl.trans(w)) * scale[None, :]
-    if OFFSETS:
-        offset = tl.load(offsets + place, column < n, 0.0).to(tl.float32)
-        sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]
-    return sums
+    return _add_product(sums, x_tile, tl.trans(w), scales, offsets, place, column < n, OFFSETS)
 
 
 @triton.jit

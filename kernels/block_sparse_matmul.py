@@ -20,7 +20,7 @@ import triton.language as tl
 
 from memlm.kernels import UnsupportedError
 from memlm.kernels._sparse import _block, block_arguments
-from memlm.kernels._weight_only import _finish, _store_share, is_turing, product, pruned, target_of
+from memlm.kernels._weight_only import _add_product, _finish, _store_share, is_turing, product, pruned, target_of
 from memlm.ops.block_sparse_matmul import _weights
 from memlm.sparse_formats import SparseTensors
 
@@ -70,9 +70,9 @@ def _tile_sums(
         codes += begin * 512
     else:
         codes += begin * (16 * BITS)
-        scales += begin * 16 + row
+        scales += begin * 16
         if OFFSETS:
-            offsets += begin * 16 + row
+            offsets += begin * 16
     sums = tl.zeros([BLOCK_M, 16], tl.float32)
     for block in range(split * share, tl.minimum((split + 1) * share, count)):
         in_k = tl.load(places + block) * 32 + tl.arange(0, 32)
@@ -81,10 +81,7 @@ def _tile_sums(
         if BITS >= 16:
             sums += _product_of_floats(x_tile, w, CUT)
         else:
-            sums += tl.dot(x_tile, w) * tl.load(scales + block * 16).to(tl.float32)[None, :]
-        if OFFSETS:
-            offset = tl.load(offsets + block * 16).to(tl.float32)
-            sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]
+            sums = _add_product(sums, x_tile, w, scales, offsets, block * 16 + row, row < 16, OFFSETS)
     return sums
 
 
