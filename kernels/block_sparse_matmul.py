@@ -116,8 +116,7 @@ def block_sparse_kernel(
 SPACE = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": 16, "SPLITS": splits}, num_warps=warps, num_stages=stages)
     for m, warps, stages, splits in (
-        (16, 1, 5, 1), (16, 1, 5, 4), (16, 1, 5, 8), (32, 2, 4, 1), (32, 2, 4, 4),
-        (64, 4, 4, 1), (128, 4, 3, 1),
+        (16, 1, 5, 1), (16, 1, 5, 8), (32, 2, 4, 1), (32, 2, 4, 4), (64, 4, 4, 1), (128, 4, 3, 1),
     )
 ]  # fmt: skip
 

@@ -8,12 +8,15 @@ from .matmul_checks import off_by_one, random_case
 from .triton_matmul_checks import matmul
 from .triton_sparse_checks import Sparse
 
+from memlm.kernels import w4_sparse_matmul
+
 
 class TestW4SparseMatmul(Sparse):
     OP = "w4_sparse_matmul"
     FORMATS = ["2:4/int4-g32", "2:4/nf4-g64", "unstructured/int4-g128", "unstructured/nf4-g32"]
     SOME = ["2:4/nf4-g64", "unstructured/int4-g32"]
     INTEGERS = ["2:4/int4-g32", "unstructured/int4-g64"]
+    SPACE = w4_sparse_matmul.SPACE
 
     def test_codes_anywhere(self):
         """Codes that begin between 32-bit words, as those of rows of a larger matrix do."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from memlm.kernels import (
     _rows, _weight_only, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul, dequantize,
-    quantize_rows, w8a8_matmul,
+    quantize_rows, w4_sparse_dequantize, w4_sparse_matmul, w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
 
@@ -164,30 +164,64 @@ BLOCKS = {  # bits, zero, levels, offsets
 CODES = {16: "*bf16", 32: "*fp32"}
 
 
-def _sparse_specimens(target: Target) -> Iterator[Specimen]:
-    for dtype in _dtypes(target):
-        for format, (bits, zero, levels, offsets) in BLOCKS.items():
-            if dtype == "bf16" and format not in ("int4a-g32", "f32"):  # as for the dense ones
-                continue
-            constants = {"BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets}
-            for swiglu in (False, True):
-                for label, config in _configs(target, 32, bits, False, block_sparse_matmul.SPACE):
-                    yield Specimen(
-                        f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
-                        {
-                            "x": f"*{dtype}", "starts": "*i64", "places": "*i32",
-                            "codes": CODES.get(bits, "*i32"), "scales": "*fp16", "offsets": "*fp16",
-                            "levels": "*fp32", "bias": f"*{dtype}", "residual": f"*{dtype}",
-                            "y": f"*{dtype}", "partial": "*fp32",
-                        },
-                        {
-                            **constants, "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu,
-                            "RESIDUAL": True, **config.kwargs,
-                        },
-                        f"{label}{' swiglu' if swiglu else ''}",
-                        config.num_warps, config.num_stages, ("n", "k", "x_stride"),
-                    )  # fmt: skip
-    yield from _gradient_specimens()
+def _sparse_variants(target: Target, all_of_them: bool, space: list) -> Iterator[tuple]:
+    """x's type, swiglu, a label and a configuration; swiglu and bf16 make the difference that they make
+    in other formats, too."""
+    kinds = [("fp16", False)]
+    if all_of_them:
+        kinds += [(dtype, True) for dtype in _dtypes(target)]
+    for dtype, swiglu in kinds:
+        for label, config in _configs(target, 32, 4, False, space):
+            yield dtype, swiglu, f"{label}{' swiglu' if swiglu else ''}", config
+
+
+def _around(dtype: str) -> dict[str, str]:
+    return {name: f"*{dtype}" for name in ("x", "bias", "residual", "y")} | {"partial": "*fp32"}
+
+
+def _block_specimens(target: Target) -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        variants = _sparse_variants(target, format in ("int4a-g32", "f32"), block_sparse_matmul.SPACE)
+        for dtype, swiglu, label, config in variants:
+            yield Specimen(
+                f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
+                {
+                    **_around(dtype), "starts": "*i64", "places": "*i32", "codes": CODES.get(bits, "*i32"),
+                    "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                },
+                {
+                    "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                    "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True,
+                    **config.kwargs,
+                },
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+
+
+def _compressed_specimens(target: Target) -> Iterator[Specimen]:
+    for format, bitmap, levels in (
+        ("2:4/int4-g32", False, False), ("2:4/nf4-g64", False, True),
+        ("unstructured/int4-g32", True, False), ("unstructured/nf4-g64", True, True),
+    ):  # fmt: skip
+        types = {
+            "codes": "*i32" if bitmap else "*u8", "places": "*i32", "starts": "*i64", "scales": "*fp16",
+            "levels": "*fp32",
+        }  # fmt: skip
+        constants = {"BITMAP": bitmap, "LEVELS": levels}
+        for dtype, swiglu, label, config in _sparse_variants(target, not levels, w4_sparse_matmul.SPACE):
+            yield Specimen(
+                f"w4_sparse_matmul {format} {NAMES[dtype]}", w4_sparse_matmul.w4_sparse_kernel,
+                {**_around(dtype), **types},
+                {**constants, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True, **config.kwargs},
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+        yield Specimen(
+            f"w4_sparse_dequantize {format} f16", w4_sparse_dequantize.sparse_rows_kernel,
+            {**types, "y": "*fp16"}, {**constants, "BLOCK_K": w4_sparse_dequantize.BLOCK_K},
+            divisible=("k",),
+        )  # fmt: skip
 
 
 def _gradient_specimens() -> Iterator[Specimen]:
@@ -216,5 +250,7 @@ def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
-    yield from _sparse_specimens(target)
+    yield from _block_specimens(target)
+    yield from _compressed_specimens(target)
+    yield from _gradient_specimens()
     yield from _other_specimens(target)
