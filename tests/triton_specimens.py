@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import triton.language as tl
 
 from memlm.kernels import (
-    _kv, _rows, _weight_only, dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight,
+    _kv, _rows, _weight_only, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul, dequantize,
+    kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
     w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
@@ -53,9 +54,9 @@ def _dtypes(target: Target) -> tuple[str, ...]:
     return ("fp16",) if target.arch == 75 else ("fp16", "bf16")
 
 
-def _configs(target: Target, step: int, bits: int, swiglu: bool) -> list:
+def _configs(target: Target, step: int, bits: int, swiglu: bool, space=_weight_only.SPACE) -> list:
     """Those for many rows and for few, whose sums are split, with their names."""
-    of = (step, bits, swiglu)
+    of = (step, bits, swiglu, space)
     found = {id(c): c for rows in (128, _weight_only.SPLIT_ROWS) for c in _weight_only.pruned(target, rows, *of)}
     named = []
     for config in found.values():
@@ -238,10 +239,102 @@ def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Itera
     yield Specimen(f"combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
 
 
+BLOCKS = {  # bits, zero, levels, offsets
+    "int4a-g32": (4, 0, False, True), "int8-g32": (8, 0, False, False), "int2-g32": (2, 1, False, False),
+    "nf4-g32": (4, 0, True, False), "bf16": (16, 0, False, False), "f32": (32, 0, False, False),
+}  # fmt: skip
+CODES = {16: "*bf16", 32: "*fp32"}
+
+
+def _sparse_variants(target: Target, all_of_them: bool, space: list) -> Iterator[tuple]:
+    """x's type, swiglu, a label and a configuration; swiglu and bf16 make the difference that they make
+    in other formats, too."""
+    kinds = [("fp16", False)]
+    if all_of_them:
+        kinds += [(dtype, True) for dtype in _dtypes(target)]
+    for dtype, swiglu in kinds:
+        for label, config in _configs(target, 32, 4, False, space):
+            yield dtype, swiglu, f"{label}{' swiglu' if swiglu else ''}", config
+
+
+def _around(dtype: str) -> dict[str, str]:
+    return {name: f"*{dtype}" for name in ("x", "bias", "residual", "y")} | {"partial": "*fp32"}
+
+
+def _block_specimens(target: Target) -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        variants = _sparse_variants(target, format in ("int4a-g32", "f32"), block_sparse_matmul.SPACE)
+        for dtype, swiglu, label, config in variants:
+            yield Specimen(
+                f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
+                {
+                    **_around(dtype), "starts": "*i64", "places": "*i32", "codes": CODES.get(bits, "*i32"),
+                    "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                },
+                {
+                    "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                    "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True,
+                    **config.kwargs,
+                },
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+
+
+def _compressed_specimens(target: Target) -> Iterator[Specimen]:
+    for format, bitmap, levels in (
+        ("2:4/int4-g32", False, False), ("2:4/nf4-g64", False, True),
+        ("unstructured/int4-g32", True, False), ("unstructured/nf4-g64", True, True),
+    ):  # fmt: skip
+        types = {
+            "codes": "*i32" if bitmap else "*u8", "places": "*i32", "starts": "*i64", "scales": "*fp16",
+            "levels": "*fp32",
+        }  # fmt: skip
+        constants = {"BITMAP": bitmap, "LEVELS": levels}
+        for dtype, swiglu, label, config in _sparse_variants(target, not levels, w4_sparse_matmul.SPACE):
+            yield Specimen(
+                f"w4_sparse_matmul {format} {NAMES[dtype]}", w4_sparse_matmul.w4_sparse_kernel,
+                {**_around(dtype), **types},
+                {**constants, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True, **config.kwargs},
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+        yield Specimen(
+            f"w4_sparse_dequantize {format} f16", w4_sparse_dequantize.sparse_rows_kernel,
+            {**types, "y": "*fp16"}, {**constants, "BLOCK_K": w4_sparse_dequantize.BLOCK_K},
+            divisible=("k",),
+        )  # fmt: skip
+
+
+def _gradient_specimens() -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        yield Specimen(
+            f"block_sparse_grad_x {format}", block_sparse_grad_x.grad_x_kernel,
+            {
+                "grad": "*fp32", "order": "*i64", "tiles": "*i64", "begins": "*i64",
+                "codes": CODES.get(bits, "*i32"), "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                "out": "*fp32",
+            },
+            {
+                "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                "BLOCK_M": block_sparse_grad_x.BLOCK_M,
+            },
+            divisible=("n", "k"),
+        )  # fmt: skip
+    yield Specimen(
+        "block_sparse_grad_values", block_sparse_grad_values.grad_values_kernel,
+        {"grad": "*fp32", "x": "*fp32", "tiles": "*i64", "places": "*i32", "out": "*fp32"},
+        {"CHUNK": block_sparse_grad_values.CHUNK}, warps=2, divisible=("n", "k"),
+    )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
+    yield from _block_specimens(target)
+    yield from _compressed_specimens(target)
+    yield from _gradient_specimens()
     yield from _other_specimens(target)
     yield from _top_and_weight_specimens(target)
     yield from _kv_specimens(target)
