@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # Operations of memlm.ops that have a Triton kernel.
-OPERATIONS = ("dequantize", "embedding", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
+OPERATIONS = ("adamw_8bit", "dequantize", "embedding", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
 
 
 class UnsupportedError(TypeError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, dequantize, quantize_rows, w8a8_matmul
+from memlm.kernels import _rows, _weight_only, adamw_8bit, dequantize, quantize_rows, w8a8_matmul
 from memlm.kernels._targets import Target
 
 
@@ -154,8 +154,23 @@ def _row_specimens(target: Target) -> Iterator[Specimen]:
             )  # fmt: skip
 
 
+def _training_specimens(target: Target) -> Iterator[Specimen]:
+    for dtype in ("fp32", *_dtypes(target)):
+        floats = "beta1 rest1 beta2 rest2 decay step_size unbias eps".split()
+        yield Specimen(
+            f"adamw_8bit {NAMES.get(dtype, 'f32')}", adamw_8bit.adamw_8bit_kernel,
+            {
+                "param": f"*{dtype}", "grad": f"*{dtype}", "exp_avg": "*u8", "exp_avg_absmax": "*fp32",
+                "exp_avg_sq": "*u8", "exp_avg_sq_absmax": "*fp32", "books": "*fp32",
+                **dict.fromkeys(floats, "fp32"),
+            },
+            {"BLOCKS": adamw_8bit.BLOCKS, "BLOCK": 256, "SIZE": adamw_8bit.SIZE.value},
+        )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
     yield from _other_specimens(target)
+    yield from _training_specimens(target)

@@ -17,6 +17,7 @@ struct Cpu {
   static constexpr auto paged_attention = memlm_paged_attention;
   static constexpr auto block_sparse_grad_x = memlm_block_sparse_grad_x;
   static constexpr auto block_sparse_grad_values = memlm_block_sparse_grad_values;
+  static constexpr auto adamw_8bit = memlm_adamw_8bit;
 
   // Runs a function on the tensors that lie where `at` does; the number of threads, if it takes one, comes
   // last.

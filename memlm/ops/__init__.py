@@ -7,6 +7,7 @@ import torch
 from memlm._format import DEFAULT_MODES
 from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
+from memlm.ops.adamw_8bit import adamw_8bit
 from memlm.ops.attention import attention, attention_varlen
 from memlm.ops.block_sparse_matmul import block_sparse_matmul
 from memlm.ops.dequantize import dequantize
@@ -27,8 +28,8 @@ from memlm.sparse_formats import SparseFormat, SparsePacked
 MODES = ("fast", "accurate", "w8a8")
 
 __all__ = [
-    "MODES", "attention", "attention_varlen", "block_sparse_matmul", "dequantize", "embedding",
-    "implementations", "kv_append", "matmul", "matmul_topk", "paged_attention", "quantize_rows",
+    "MODES", "adamw_8bit", "attention", "attention_varlen", "block_sparse_matmul", "dequantize",
+    "embedding", "implementations", "kv_append", "matmul", "matmul_topk", "paged_attention", "quantize_rows",
     "quantize_weight", "w2_matmul", "w4_matmul", "w4_sparse_dequantize", "w4_sparse_matmul",
     "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
