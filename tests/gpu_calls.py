@@ -11,8 +11,9 @@ from memlm import formats
 from memlm.formats import Format, Packed
 from memlm.sparse_formats import SparseFormat
 
-from . import emulator
+from . import adamw_cases, emulator
 from .matmul_checks import random_case
+from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
 from .test_cuda_quantize_rows import quantize_rows
 
@@ -76,9 +77,16 @@ def all_calls(arch: int):
     w = random_case("block/f32", 64, 128, 1, torch.float32)[1]
     given = ("grad_values", w, rows, grad, torch.zeros(4, 128))
     yield partial(run_gradient, *given, out=torch.empty_like(w.codes), arch=800)
+    yield from training_calls(arch)
 
 
 def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:
     """w8a8_matmul of numbers, or of codes and scales."""
     after = (ctypes.c_void_p(emulator.pointer(scales)), ctypes.c_int64(group))
     emulator.matmul("w8a8_matmul", x, w, None, after=after, read=[scales], dtype=dtype or x.dtype)
+
+
+def training_calls(arch: int):
+    """Of the kernels for training."""
+    for dtype in (torch.float32, *DTYPES.values()):
+        yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))

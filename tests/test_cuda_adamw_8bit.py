@@ -9,6 +9,7 @@ import torch
 from memlm.dynamic_codes import BLOCK
 from memlm.ops._registry import implementations
 
+from . import emulated_torch
 from .adamw_cases import CASES, Case, Given, equal, random_case
 from .emulator import DTYPES, emulator, pointer
 from .matmul_checks import off_by_one
@@ -90,6 +91,10 @@ def test_traffic():
         magnitudes = 2 * blocks  # a sector for each, which a warp reads or writes alone
         assert counts.read_sectors == read // 32 + magnitudes
         assert counts.write_sectors == written // 32 + magnitudes
+
+
+def test_the_torch_op(tmp_path):
+    emulated_torch.start("adamw_8bit", tmp_path)
 
 
 def test_bad_input():
