@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import triton.language as tl
 
 from memlm.kernels import (
-    _kv, _rows, _weight_only, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul, dequantize,
-    kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
+    _kv, _rows, _weight_only, adamw_8bit, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul,
+    dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
     w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
@@ -328,6 +328,22 @@ def _gradient_specimens() -> Iterator[Specimen]:
     )  # fmt: skip
 
 
+
+
+def _training_specimens(target: Target) -> Iterator[Specimen]:
+    for dtype in ("fp32", *_dtypes(target)):
+        floats = "beta1 rest1 beta2 rest2 decay step_size unbias eps".split()
+        yield Specimen(
+            f"adamw_8bit {NAMES.get(dtype, 'f32')}", adamw_8bit.adamw_8bit_kernel,
+            {
+                "param": f"*{dtype}", "grad": f"*{dtype}", "exp_avg": "*u8", "exp_avg_absmax": "*fp32",
+                "exp_avg_sq": "*u8", "exp_avg_sq_absmax": "*fp32", "books": "*fp32",
+                **dict.fromkeys(floats, "fp32"),
+            },
+            {"BLOCKS": adamw_8bit.BLOCKS, "BLOCK": 256, "SIZE": adamw_8bit.SIZE.value},
+        )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
@@ -338,3 +354,4 @@ def specimens(target: Target) -> Iterator[Specimen]:
     yield from _other_specimens(target)
     yield from _top_and_weight_specimens(target)
     yield from _kv_specimens(target)
+    yield from _training_specimens(target)
