@@ -153,8 +153,8 @@ def _resources(report: str, symbol: str) -> tuple[int, int, int, int]:
 
 
 def short(name: str) -> str:
-    """``f<T>`` of the demangled ``void memlm::cuda::(anonymous namespace)::f<memlm::T>``."""
-    return re.sub(r"memlm::|cuda::|\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+    """``f<T, 1>`` of the demangled ``void memlm::cuda::(anonymous namespace)::f<memlm::T, (an_enum)1>``."""
+    return re.sub(r"memlm::|cuda::|\(anonymous namespace\)::|\(memlm_kv_type\)|^void |\(.*\)$", "", name)
 
 
 @functools.cache

@@ -14,12 +14,16 @@ from memlm.formats import Format, Packed
 from memlm.kv_formats import TYPES
 from memlm.sparse_formats import SparseFormat
 
-from . import cuda_attention, cuda_kv, emulator
+from . import adamw_cases, cuda_attention, cuda_kv, emulator
 from .matmul_checks import random_case
 from .paged import paged
+from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
+from .test_cuda_matmul_topk import topk
 from .test_cuda_dequantize import dequantize
 from .test_cuda_quantize_rows import quantize_rows
+from .test_cuda_quantize_weight import quantize
+from .test_cuda_w4_sparse_dequantize import dequantize as sparse_rows
 
 Calls = Iterator[Callable]
 
@@ -86,6 +90,17 @@ def sparse_gradients(arch: int) -> Calls:
     yield partial(run_gradient, *given, out=torch.empty_like(w.codes), arch=800)
 
 
+def others(arch: int) -> Calls:
+    """w4_sparse_dequantize, quantize_weight and matmul_topk."""
+    for name in ("2:4/int4-g32", "unstructured/int4-g32"):
+        w = random_case(name, 64, 128, 1, torch.float32)[1]
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield partial(sparse_rows, w, 0, 64, dtype)
+    for name in ("int8-row", "int4-g128", "int4a-g128", "nf4-g128"):
+        yield partial(quantize, torch.zeros(64, 128), name)
+    yield partial(topk, torch.zeros(4, 4096, dtype=torch.float16), packed("int4-g64", 4096, 4096), top=50)
+
+
 def int8(arch: int) -> Calls:
     def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:
         """w8a8_matmul of numbers, or of codes and scales."""
@@ -132,7 +147,12 @@ def paged_cache(arch: int) -> Calls:
                 yield partial(cuda_kv.kv_append, made.pool, made.tails, k, k, *step)
 
 
-ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache)
+def training(arch: int) -> Calls:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))
+
+
+ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache, others, training)
 
 
 def all_calls(arch: int) -> Calls:

@@ -8,7 +8,7 @@
 // go through the keys.  Both compute S and dP, or what is turned of them, with their own rows as A, so that P
 // and dS lie in the lanes that the next product needs them in.
 //
-//   shared memory:  two operands of own rows [64][kDim] | stage: two of others [32][kDim] | ... | statistics
+//   shared memory:  two operands of own rows [64][kDim] | stages: two of others [kOthers][kDim] | statistics
 //
 // Arithmetic: P and dS are rounded to T before they are multiplied; everything else is f32.
 #include "attention.h"
@@ -18,8 +18,11 @@ namespace {
 
 using ll = long long;
 
-constexpr int kOthers = 32;  // rows of the other side at a time
-constexpr int kStatistics = 3 * kOthers * 4;  // bytes of a stage: lse, delta, hash of each query
+// Rows of the other side at a time: few where the sums take half of the registers.
+template <int kDim>
+constexpr int kOthers = kDim == 256 ? 16 : 32;
+template <int kDim>
+constexpr int kStatistics = 3 * kOthers<kDim> * 4;  // bytes of a stage: lse, delta, hash of each query
 enum Wanted { kGradK = 1, kGradV = 2 };
 
 template <int kDim>
@@ -28,7 +31,8 @@ constexpr int stages_of(int arch) {
 }
 template <int kDim>
 constexpr int shared_bytes(int arch) {
-  return 2 * 2 * kDim * (kRowTile + stages_of<kDim>(arch) * kOthers) + stages_of<kDim>(arch) * kStatistics;
+  return 2 * 2 * kDim * (kRowTile + stages_of<kDim>(arch) * kOthers<kDim>) +
+         stages_of<kDim>(arch) * kStatistics<kDim>;
 }
 
 struct Backward {
@@ -122,7 +126,7 @@ MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int6
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     grad_q_kernel(const Backward p, int rows) {
-  constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
+  constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, true, rows, a.heads);
   if (place.first >= place.q_len) return;
@@ -140,19 +144,19 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
-  begin = begin > 0 ? begin / kOthers * kOthers : 0;
+  begin = begin > 0 ? begin / others * others : 0;
   const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
   const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
   const auto next_shown = [&](int j) {
-    while (j < end && !scores.shown(place.first, j)) j += kOthers;
+    while (j < end && !scores.shown(place.first, j)) j += others;
     return j;
   };
   const auto copy = [&](int j, int stage) {
     if (j < end) {
       const auto there = [&](int r) { return j + r < end; };
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, kOthers>(a.k, k, j, to, there);
-      copy_rows<kDim, kOthers>(a.v, v, j, to + tile_bytes, there);
+      copy_rows<kDim, others>(a.k, k, j, to, there);
+      copy_rows<kDim, others>(a.v, v, j, to + tile_bytes, there);
     }
     commit_copies();
   };
@@ -171,7 +175,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   int j = next_shown(begin), stage = 0;
   copy(j, 0);
   while (j < end) {
-    const int next = next_shown(j + kOthers);
+    const int next = next_shown(j + others);
     if (stages == 2) {
       copy(next, stage ^ 1);
       wait_copies<1>();
@@ -180,11 +184,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     }
     MEMLM_SYNC_THREADS();
     uint8_t* const tile = ring + stage * 2 * tile_bytes;
-    float s[kOthers / 8][4] = {}, ds[kOthers / 8][4] = {};
-    multiply_rows<T, kDim, kOthers / 8>(queries, row0, tile, 0, s);
-    multiply_rows<T, kDim, kOthers / 8>(grads, row0, tile + tile_bytes, 0, ds);
+    float s[others / 8][4] = {}, ds[others / 8][4] = {};
+    multiply_rows<T, kDim, others / 8>(queries, row0, tile, 0, s);
+    multiply_rows<T, kDim, others / 8>(grads, row0, tile + tile_bytes, 0, ds);
 #pragma unroll
-    for (int t = 0; t < kOthers / 8; t++) {
+    for (int t = 0; t < others / 8; t++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = row0 + lane() / 4 + e / 2 * 8, i = place.first + row;
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
                hashes[e / 2], s[t][e], ds[t][e], mask);
       }
     }
-    multiply_weights<T, kDim, kOthers / 8>(ds, tile, sums);
+    multiply_weights<T, kDim, others / 8>(ds, tile, sums);
     MEMLM_SYNC_THREADS();
     if (stages == 1) copy(next, 0);
     else stage ^= 1;
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 template <class T, int kDim, int wanted>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
     grad_kv_kernel(const Backward p, int rows) {
-  constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
+  constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, false, rows, a.heads / a.group);
   if (place.first >= place.k_len) return;
@@ -227,7 +231,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   int begin = place.first - a.right - shift;
   const int64_t most = static_cast<int64_t>(place.first) + rows_here + a.left - shift;
   const int end = most < place.q_len ? static_cast<int>(most) : place.q_len;
-  begin = begin > 0 ? begin / kOthers * kOthers : 0;
+  begin = begin > 0 ? begin / others * others : 0;
 
   const int row0 = warp() * 16;
   float grad_k[wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[wanted & kGradV ? kDim / 8 : 1][4] = {};
@@ -236,22 +240,22 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
     const uint16_t* const q = a.q.row(place.batch, head, place.q_first);
     const uint16_t* const grad_out = p.grad_out.row(place.batch, head, place.q_first);
     const auto next_shown = [&](int i) {
-      while (i < end && !scores.shown(i, place.first)) i += kOthers;
+      while (i < end && !scores.shown(i, place.first)) i += others;
       return i;
     };
     const auto copy = [&](int i, int stage) {
       if (i < end) {
         const auto there = [&](int r) { return i + r < end; };
         uint8_t* const to = ring + stage * 2 * tile_bytes;
-        copy_rows<kDim, kOthers>(a.q, q, i, to, there);
-        copy_rows<kDim, kOthers>(p.grad_out, grad_out, i, to + tile_bytes, there);
-        if (thread() < kOthers) {
-          float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics);
+        copy_rows<kDim, others>(a.q, q, i, to, there);
+        copy_rows<kDim, others>(p.grad_out, grad_out, i, to + tile_bytes, there);
+        if (thread() < others) {
+          float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>);
           const int64_t at = statistic_at(a, place, head, i + thread());
           const bool valid = there(thread());
           of[thread()] = valid ? base_of(a.lse[at]) : INFINITY;
-          of[kOthers + thread()] = valid ? p.delta[at] : 0;
-          of[2 * kOthers + thread()] =
+          of[others + thread()] = valid ? p.delta[at] : 0;
+          of[2 * others + thread()] =
               as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
         }
       }
@@ -260,7 +264,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
     int i = next_shown(begin), stage = 0;
     copy(i, 0);
     while (i < end) {
-      const int next = next_shown(i + kOthers);
+      const int next = next_shown(i + others);
       if (stages == 2) {
         copy(next, stage ^ 1);
         wait_copies<1>();
@@ -269,22 +273,22 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
       }
       MEMLM_SYNC_THREADS();
       uint8_t* const tile = ring + stage * 2 * tile_bytes;
-      const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics);
-      float s[kOthers / 8][4] = {}, ds[kOthers / 8][4] = {};
-      multiply_rows<T, kDim, kOthers / 8>(keys, row0, tile, 0, s);
-      if (wanted & kGradK) multiply_rows<T, kDim, kOthers / 8>(values, row0, tile + tile_bytes, 0, ds);
+      const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
+      float s[others / 8][4] = {}, ds[others / 8][4] = {};
+      multiply_rows<T, kDim, others / 8>(keys, row0, tile, 0, s);
+      if (wanted & kGradK) multiply_rows<T, kDim, others / 8>(values, row0, tile + tile_bytes, 0, ds);
 #pragma unroll
-      for (int t = 0; t < kOthers / 8; t++) {
+      for (int t = 0; t < others / 8; t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int at = t * 8 + lane() % 4 * 2 + e % 2, row = row0 + lane() / 4 + e / 2 * 8;
-          soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[kOthers + at],
-                 as_bits(of[2 * kOthers + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
+          soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[others + at],
+                 as_bits(of[2 * others + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
         }
       }
       if constexpr ((wanted & kGradV) != 0)
-        multiply_weights<T, kDim, kOthers / 8>(s, tile + tile_bytes, grad_v);
-      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, kOthers / 8>(ds, tile, grad_k);
+        multiply_weights<T, kDim, others / 8>(s, tile + tile_bytes, grad_v);
+      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, others / 8>(ds, tile, grad_k);
       MEMLM_SYNC_THREADS();
       if (stages == 1) copy(next, 0);
       else stage ^= 1;

@@ -11,6 +11,7 @@
 #include "gpu.h"
 #include "paged.h"
 #include "sparse.h"
+#include "training.h"
 
 namespace {
 
@@ -71,17 +72,21 @@ const Operation kOperations[] = {
     operation<&w4_matmul<Gpu>>("w4_matmul", Gpu::w4_matmul),
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
     operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
+    operation<&matmul_topk<Gpu>>("matmul_topk", Gpu::matmul_topk),
     operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
     operation<&embedding<Gpu>>("embedding", Gpu::embedding),
     operation<&dequantize<Gpu>>("dequantize", Gpu::dequantize),
+    operation<&quantize_weight<Gpu>>("quantize_weight", Gpu::quantize_weight),
     operation<&attention<Gpu>>("attention", Gpu::attention),
     operation<&attention_backward<Gpu>>("attention_backward", Gpu::attention_backward),
     operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
     operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
+    operation<&w4_sparse_dequantize<Gpu>>("w4_sparse_dequantize", Gpu::w4_sparse_dequantize),
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
     operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
+    operation<&adamw_8bit<Gpu>>("adamw_8bit", Gpu::adamw_8bit),
 };
 
 }  // namespace

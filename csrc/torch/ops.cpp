@@ -26,42 +26,6 @@ const bool g_run_is_set = (memlm_set_run(run_on_torch_threads), true);
 // threads that the child does not have.  memlm's own start anew there.
 const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { memlm_set_run(nullptr); });
 
-std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor w, int64_t bits, int64_t codebook,
-                                                   int64_t group, bool has_offsets,
-                                                   ScalarType scale_dtype) {
-  STD_TORCH_CHECK(w.is_cpu() && w.dim() == 2, "w: must be a matrix on the CPU");
-  const int64_t n = w.size(0), k = w.size(1);
-  check_format(bits, n, k, group);
-  STD_TORCH_CHECK(codebook == kNumbers || (codebook == kNf4 && bits == 4) ||
-                      (codebook == kTernary && bits == 2),
-                  "codebook: accepted are 0, for 4 bits 1, for 2 bits 2");
-  if (w.stride(1) != 1 || w.stride(0) < k) w = torch::stable::contiguous(w);
-  const Layout layout(bits, n, k, group);
-  const std::vector<int64_t> none = {0};
-  const ScalarType code_type = bits == 8 ? ScalarType::Char : ScalarType::Byte;
-  Tensor codes = torch::stable::new_empty(w, layout.codes, code_type);
-  Tensor scales = torch::stable::new_empty(w, layout.scales, scale_dtype);
-  Tensor offsets =
-      torch::stable::new_empty(w, has_offsets ? layout.scales : none, scale_dtype);
-  memlm_quantize_args args = {};
-  args.n = n;
-  args.k = k;
-  args.w = w.const_data_ptr();
-  args.w_stride = std::max(w.stride(0), k);
-  args.dtype = dtype_of(w.scalar_type(), "w");
-  args.bits = static_cast<int>(bits);
-  args.ternary = codebook == kTernary;
-  args.group = group;
-  args.levels = codebook == kNf4 ? memlm_nf4_levels : nullptr;
-  args.scale_dtype = dtype_of(scale_dtype, "scale_dtype");
-  args.codes = codes.mutable_data_ptr();
-  args.scales = scales.mutable_data_ptr();
-  args.offsets = has_offsets ? offsets.mutable_data_ptr() : nullptr;
-  args.threads = threads();
-  check_status(memlm_quantize_weight(&args));
-  return {codes, scales, offsets};
-}
-
 }  // namespace
 
 // memlm/ops/<op>.py documents each op and adds what torch needs beside the kernel.
@@ -124,7 +88,7 @@ STABLE_TORCH_LIBRARY_IMPL(memlm, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cpu>));
   m.impl("embedding", TORCH_BOX(&embedding<Cpu>));
   m.impl("dequantize", TORCH_BOX(&dequantize<Cpu>));
-  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight<Cpu>));
   m.impl("attention", TORCH_BOX(&attention<Cpu>));
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cpu>));
   m.impl("kv_append", TORCH_BOX(&kv_append<Cpu>));

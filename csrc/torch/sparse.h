@@ -148,7 +148,7 @@ Tensor w4_sparse_dequantize(Tensor codes, Tensor places, OptionalTensor starts, 
   STD_TORCH_CHECK(row >= 0 && rows >= 0 && row <= n && rows <= n - row, "row, rows: W has ", n, " rows");
   const memlm_dtype type = dtype_of(dtype, "dtype");
   Tensor out = torch::stable::new_empty(codes, {rows, k}, dtype);
-  On::call(codes, On::dequantize, &w, 4, row, rows, type, out.mutable_data_ptr());
+  On::call(codes, On::w4_sparse_dequantize, &w, row, rows, type, out.mutable_data_ptr());
   return out;
 }
 
