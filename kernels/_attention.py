@@ -66,13 +66,12 @@ class Place(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Of one head of one sequence: [length, dim], as operands of products [.., DIM]."""
+    """Of one head of one sequence: [length, dim]."""
 
     start: torch.Tensor
     stride: int
     length: int
     dim: int
-    DIM: int
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -89,7 +88,7 @@ def rules_of(
     q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
     seed,
 ) -> Rules:  # fmt: skip
-    """Of ``torch.ops.memlm.attention``'s checked arguments.  The seed is read: a device that has it is waited for.
+    """Of ``torch.ops.memlm.attention``'s checked arguments.  The seed is read, which waits for a device that has it.
 
     Raises UnsupportedError for a dtype, sizes of heads or lengths that the kernels do not take.
     """
@@ -175,47 +174,47 @@ def head_rows(x, strides, batch, head, first):
 
 
 @triton.jit
-def queries_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+def queries_of(x, strides, at, head, dim: tl.constexpr):
     """Of a tensor that has a row for each query."""
-    return Rows(head_rows(x, strides, at.batch, head, at.q_first), strides[2], at.q_len, dim, DIM)
+    return Rows(head_rows(x, strides, at.batch, head, at.q_first), strides[2], at.q_len, dim)
 
 
 @triton.jit
-def keys_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+def keys_of(x, strides, at, head, dim: tl.constexpr):
     """Of a tensor that has a row for each key."""
-    return Rows(head_rows(x, strides, at.batch, head, at.k_first), strides[2], at.k_len, dim, DIM)
+    return Rows(head_rows(x, strides, at.batch, head, at.k_first), strides[2], at.k_len, dim)
 
 
 @triton.jit
-def _places(rows, first, COUNT: tl.constexpr):
+def _places(rows, first, COUNT: tl.constexpr, DIM: tl.constexpr):
     """Of [COUNT, DIM] numbers from row ``first`` on, and which there are."""
-    row, column = tl.arange(0, COUNT), tl.arange(0, rows.DIM)
+    row, column = tl.arange(0, COUNT), tl.arange(0, DIM)
     places = rows.start + first.to(tl.int64) * rows.stride + (row * rows.stride)[:, None] + column[None, :]
     return places, (first + row < rows.length)[:, None] & (column < rows.dim)[None, :]
 
 
 @triton.jit
-def load_rows(rows, first, COUNT: tl.constexpr):
+def load_rows(rows, first, COUNT: tl.constexpr, DIM: tl.constexpr):
     """[COUNT, DIM]: rows from ``first`` on, 0 beyond."""
-    places, inside = _places(rows, first, COUNT)
+    places, inside = _places(rows, first, COUNT, DIM)
     return tl.load(places, inside, 0.0)
 
 
 @triton.jit
-def store_rows(rows, first, x, COUNT: tl.constexpr):
+def store_rows(rows, first, x, COUNT: tl.constexpr, DIM: tl.constexpr):
     """x [COUNT, DIM] to rows from ``first`` on."""
-    places, inside = _places(rows, first, COUNT)
+    places, inside = _places(rows, first, COUNT, DIM)
     tl.store(places, x.to(rows.start.dtype.element_ty), inside)
 
 
 @triton.jit
-def own_rows(tile, rows, at, OWN: tl.constexpr, KEEP: tl.constexpr):
-    """This program's, at each step: ``tile``, which stays in registers, or where these are few, loaded again."""
+def own_rows(tile, rows, at, OWN: tl.constexpr, DIM: tl.constexpr, KEEP: tl.constexpr):
+    """This program's, at each step: ``tile``, which stays in registers, or is loaded again, where they are few."""
     if KEEP:
         return tile
     else:
         tl.debug_barrier()  # which the load is not moved across, out of the loop
-        return load_rows(rows, at.first, OWN)
+        return load_rows(rows, at.first, OWN, DIM)
 
 
 @triton.jit
@@ -330,6 +329,8 @@ def pruned(
     target = replace(target, need=NEED.get(target.arch, 3))
     found = []
     for config in SPACE:
+        if target.backend == "hip":  # tiles that are loaded ahead would be in registers
+            config = triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=1)
         own, step = config.kwargs["OWN"], config.kwargs["STEP"]
         shared, registers = room(own, step, config.num_stages, dim, v_dim)
         if options:
