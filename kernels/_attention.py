@@ -7,6 +7,7 @@ come first, without comparisons; those at the edges after them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -88,9 +89,10 @@ def rules_of(
     q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
     seed,
 ) -> Rules:  # fmt: skip
-    """Of ``torch.ops.memlm.attention``'s checked arguments.  The seed is read, which waits for a device that has it.
+    """Of ``torch.ops.memlm.attention``'s checked arguments.  A device that has the seed is waited for.
 
-    Raises UnsupportedError for a dtype, sizes of heads or lengths that the kernels do not take.
+    Raises ValueError for a softcap or scale that is none, UnsupportedError for a dtype, sizes of heads or
+    lengths that the kernels do not take.
     """
     batch, heads, q_len, dim = q.shape
     if q.dtype not in DTYPES:
@@ -103,6 +105,10 @@ def rules_of(
     for name, length in (("query", q_len), ("key", k.shape[2])):
         if length >= FAR:
             raise UnsupportedError(f"{name}: got {length} rows, Triton kernels take fewer than {FAR}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap: got {softcap}, accepted is 0 or above")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, accepted is a finite one")
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     if block_mask is not None:
@@ -123,8 +129,8 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def tiles(a: Rules, length: int, own: int) -> int:
-    """Programs for a head of ``length`` rows.  With offsets, sequence s has those from floor(offset / own) + s
-    on: enough, and some without rows."""
+    """Programs for a head of ``length`` rows.  With offsets, sequence s has those from floor(offset / own) +
+    s on: enough, and some without rows."""
     return triton.cdiv(length, own) if a.q_offsets is None else length // own + a.sequences
 
 
@@ -209,7 +215,7 @@ def store_rows(rows, first, x, COUNT: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def own_rows(tile, rows, at, OWN: tl.constexpr, DIM: tl.constexpr, KEEP: tl.constexpr):
-    """This program's, at each step: ``tile``, which stays in registers, or is loaded again, where they are few."""
+    """This program's, at each step: ``tile``, kept in registers, or loaded again, where those are few."""
     if KEEP:
         return tile
     else:
@@ -250,8 +256,8 @@ def shown(a, at, head, i, j, MASK_BLOCK: tl.constexpr):
 
 @triton.jit
 def scores(a, at, head, product, i, j, CHECKED: tl.constexpr):
-    """Of products of queries i and keys j, which broadcast; -Inf where not seen, for which limits are compared
-    only if CHECKED.  And how much of a score's gradient reaches the product."""
+    """Of products of queries i and keys j, which broadcast; -Inf where not seen, for which limits are
+    compared only if CHECKED.  And how much of a score's gradient reaches the product."""
     s, factor = product * a.scale, 1.0
     if a.softcap is not None:
         t = 1 - 2 / (tl.exp2(s * (2 / a.softcap)) + 1)  # tanh
@@ -310,7 +316,6 @@ SPACE = [
 ]  # fmt: skip
 # Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
 NEED = {"gfx942": 6}
-MOST_THREADS = 256  # that have as many registers as a thread may have
 # The largest heads for which registers suffice where they are few, if rows are loaded again: products without
 # matrix instructions, as all of f32 are, take whole rows of operands, those of RDNA 3 take them twice.
 FEW = {75: 64, "gfx1100": 128}
@@ -318,7 +323,7 @@ FEW_OF_F32 = 64
 
 
 def pruned(
-    target: Target, room, size: int, options: bool, mask_block: int, dim: int, v_dim: int
+    space: list, target: Target, room, size: int, options: bool, mask_block: int, dim: int, v_dim: int
 ) -> list[triton.Config]:
     """The configurations that a target has room for and whose steps lie within blocks of the mask.
 
@@ -328,35 +333,36 @@ def pruned(
     few = FEW_OF_F32 if size == 4 else FEW.get(target.arch)
     target = replace(target, need=NEED.get(target.arch, 3))
     found = []
-    for config in SPACE:
-        if target.backend == "hip":  # tiles that are loaded ahead would be in registers
-            config = triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=1)
+    for config in space:
+        if target.backend == "hip":  # as many threads; tiles that are loaded ahead would be in registers
+            warps = config.num_warps * 32 // target.warp
+            config = triton.Config(config.kwargs, num_warps=warps, num_stages=1)
         own, step = config.kwargs["OWN"], config.kwargs["STEP"]
         shared, registers = room(own, step, config.num_stages, dim, v_dim)
         if options:
             registers += 2 * own * step
         whole = not mask_block or mask_block % own == mask_block % step == 0
         suits = few is None or (not config.kwargs["KEEP"] and max(dim, v_dim) <= few)
-        threads = min(MOST_THREADS, config.num_warps * target.warp)
+        threads = config.num_warps * target.warp
         if whole and suits and fits(target, size * shared, registers, threads):
             found.append(config)
     return found
 
 
-def tuned(kernel, room):
+def tuned(kernel, room, space=SPACE):
     """``kernel`` in the configuration that is found fastest."""
 
     def prune(_, named, **constants):
         sizes = (constants[name] for name in ("MASK_BLOCK", "DIM", "V_DIM"))
         q, options = named["q"], named["about"][2]
-        found = pruned(target_of(q.device), room, q.element_size(), options, *sizes)
+        found = pruned(space, target_of(q.device), room, q.element_size(), options, *sizes)
         if not found:
             heads = [named[name].shape[3] for name in ("q", "v")]
             raise UnsupportedError(f"query, value: got {q.dtype}, heads of {heads}, too large for {q.device}")
         return found
 
     key = ["about", "MASK_BLOCK", "DIM", "V_DIM"]
-    return triton.autotune(SPACE, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
+    return triton.autotune(space, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
 
 
 def about(a: Rules) -> tuple[int, int, int]:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, keys_of, load_rows, own_rows, padded,
-    place, queries_of, Rows, rules_of, scores, shift, shown, span, store_rows, tuned,
+    LOG2E, SPACE, Rows, about, dense, dropout_rows, head_rows, in_best, is_dropped, keys_of, load_rows,
+    own_rows, padded, place, queries_of, rules_of, scores, shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
 
@@ -195,12 +195,14 @@ def grad_kv_kernel(
         queries = queries_of(q, q_strides, at, head, dim)
         grads = queries_of(grad, grad_strides, at, head, v_dim)
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
-            full, (full_end - full) // STEP, 0, 0, False, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows,
+            delta + rows, full, (full_end - full) // STEP, 0, 0,
+            False, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
-            begin, edges, full, full_end, True, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows,
+            delta + rows, begin, edges, full, full_end,
+            True, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
     store_rows(keys_of(grad_k, grad_k_strides, at, at.head, dim), at.first, k_sums * scale, OWN, DIM)
     store_rows(keys_of(grad_v, grad_v_strides, at, at.head, v_dim), at.first, v_sums * a.kept, OWN, V_DIM)
@@ -216,8 +218,9 @@ def kv_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int
     return (own + stages * step) * (dim + v_dim), own * (dim + v_dim + 2 * step)
 
 
+KV_SPACE = [config for config in SPACE if config.kwargs["OWN"] > 16]  # few keys are rare
 tuned_grad_q = tuned(grad_q_kernel, q_room)
-tuned_grad_kv = tuned(grad_kv_kernel, kv_room)
+tuned_grad_kv = tuned(grad_kv_kernel, kv_room, KV_SPACE)
 DELTA_ROWS, SINKS_BLOCK = 32, 256
 
 

@@ -374,10 +374,13 @@ def _training_specimens(target: Target) -> Iterator[Specimen]:
 
 
 ATTENTION = (
-    ("attention", attention.attention_kernel, attention.room),
-    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room),
-    ("attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room),
-)
+    ("attention", attention.attention_kernel, attention.room, _attention.SPACE),
+    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room, _attention.SPACE),
+    (
+        "attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room,
+        attention_backward.KV_SPACE,
+    ),
+)  # fmt: skip
 
 
 def _attention_specimens(target: Target) -> Iterator[Specimen]:
@@ -402,8 +405,8 @@ def _attention_specimens(target: Target) -> Iterator[Specimen]:
             "scale": "fp32", "a": rules, "about": (1, 1, 1),
         }  # fmt: skip
         of = f"{'options' if options else 'causal'} {NAMES[dtype]}"
-        for dim, (name, kernel, room) in itertools.product((64, 128, 256), ATTENTION):
-            for config in _attention.pruned(target, room, size, options, mask_block, dim, dim):
+        for dim, (name, kernel, room, space) in itertools.product((64, 128, 256), ATTENTION):
+            for config in _attention.pruned(space, target, room, size, options, mask_block, dim, dim):
                 own, step = config.kwargs["OWN"], config.kwargs["STEP"]
                 yield Specimen(
                     f"{name} {of}", kernel, {key: types[key] for key in kernel.arg_names if key in types},
