@@ -315,11 +315,11 @@ SPACE = [
     )
 ]  # fmt: skip
 # Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
-NEED = {"gfx942": 6}
-# The largest heads for which registers suffice where they are few, if rows are loaded again: products without
+NEED = {100: 3.3, "gfx942": 6}
+# The largest heads for which registers suffice where they are few, and rows are loaded again: products without
 # matrix instructions, as all of f32 are, take whole rows of operands, those of RDNA 3 take them twice.
 FEW = {75: 64, "gfx1100": 128}
-FEW_OF_F32 = 64
+FEW_OF_F32 = {"gfx1100": 64}
 
 
 def pruned(
@@ -330,7 +330,9 @@ def pruned(
     ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared
     memory, and how many in registers, of 32 bits; ``options`` take some more.
     """
-    few = FEW_OF_F32 if size == 4 else FEW.get(target.arch)
+    few = FEW.get(target.arch)
+    if size == 4:
+        few = FEW_OF_F32.get(target.arch, 128)
     target = replace(target, need=NEED.get(target.arch, 3))
     found = []
     for config in space:

@@ -17,9 +17,9 @@ UNITS = {
 }  # fmt: skip
 # What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
 SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
-# Gradients of attention need all registers where heads are large or options many: so many bytes, or registers on
-# AMD, may be spilled.
-FEW = 16
+# Gradients of attention take all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
+# Which configuration is fastest is measured.
+FEW = {"cuda": 48, "hip": 16}
 # Kernels that multiply matrices; of f32 no unit does.
 MULTIPLY = re.compile(r".*matmul|attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
@@ -30,7 +30,7 @@ def check(found, name: str) -> None:
     assert found
     for code in found:
         assert not code.error, code
-        few = FEW if code.kernel.startswith("attention_backward") else 0
+        few = FEW[target.backend] if code.kernel.startswith("attention_backward") else 0
         assert code.spills <= SPILLS.get((code.kernel, name, code.config), few), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
