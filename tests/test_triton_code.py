@@ -19,7 +19,7 @@ UNITS = {
 SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
 # Gradients of attention take all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
 # Which configuration is fastest is measured.
-FEW = {"cuda": 48, "hip": 16}
+FEW = {"cuda": 48, "hip": 20}
 # Kernels that multiply matrices; of f32 no unit does.
 MULTIPLY = re.compile(r".*matmul|attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
