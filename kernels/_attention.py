@@ -169,6 +169,16 @@ def load_rows(rows, stride, first, length, dim: tl.constexpr, DIM: tl.constexpr,
 
 
 @triton.jit
+def own_rows(tile, rows, stride, at, length, dim: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, KEEP: tl.constexpr):
+    """This program's, at each step: ``tile``, which stays in registers, or loaded again, where these are few."""
+    if KEEP:
+        return tile
+    else:
+        tl.debug_barrier()  # which the load is not moved across, out of the loop
+        return load_rows(rows, stride, at.first, length, dim, DIM, OWN)
+
+
+@triton.jit
 def store_rows(rows, stride, first, length, x, dim: tl.constexpr, DIM: tl.constexpr, COUNT: tl.constexpr):
     row, column = tl.arange(0, COUNT), tl.arange(0, DIM)
     at = rows + first.to(tl.int64) * stride + (row * stride)[:, None] + column[None, :]
@@ -259,17 +269,21 @@ def is_dropped(a, rows, j):
 
 # ---- How kernels are started ----
 
-# Many rows of its own read the other side seldom; few suit few queries, masks of small blocks, large heads, and
-# products without matrix instructions.
+# Many rows of its own read the other side seldom; few suit few queries, masks of small blocks and large heads.
 SPACE = [
-    triton.Config({"OWN": own, "STEP": step}, num_warps=warps, num_stages=stages)
-    for own, step, warps, stages in (
-        (16, 64, 4, 3), (32, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2),
-        (64, 64, 4, 2), (128, 64, 8, 2),
+    triton.Config({"OWN": own, "STEP": step, "KEEP": keep}, num_warps=warps, num_stages=stages)
+    for own, step, keep, warps, stages in (
+        (16, 64, True, 4, 3), (32, 16, False, 8, 1), (32, 32, True, 8, 2), (64, 32, True, 4, 2), (64, 32, True, 8, 2),
+        (64, 64, True, 4, 2), (128, 64, True, 8, 2),
     )
 ]  # fmt: skip
 # Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
-NEED = {75: 7, "gfx1100": 7}
+NEED = {"gfx942": 6}
+MOST_THREADS = 256  # that have as many registers as a thread may have
+# The largest heads for which registers suffice where they are few, if rows are loaded again: products without
+# matrix instructions, as all of f32 are, take whole rows of operands, those of RDNA 3 take them twice.
+FEW = {75: 64, "gfx1100": 128}
+FEW_OF_F32 = 64
 
 
 def pruned(
@@ -280,14 +294,17 @@ def pruned(
     ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared memory,
     and how many in registers, of 32 bits; ``options`` take some more.
     """
-    found, target = [], replace(target, need=NEED.get(target.arch, 3))
+    few = FEW_OF_F32 if size == 4 else FEW.get(target.arch)
+    target = replace(target, need=NEED.get(target.arch, 3))
+    found = []
     for config in SPACE:
         own, step = config.kwargs["OWN"], config.kwargs["STEP"]
         shared, registers = room(own, step, config.num_stages, dim, v_dim)
         if options:
             registers += 2 * own * step
         whole = not mask_block or mask_block % own == mask_block % step == 0
-        if whole and fits(target, size * shared, registers, config.num_warps * target.warp):
+        suits = few is None or (not config.kwargs["KEEP"] and max(dim, v_dim) <= few)
+        if whole and suits and fits(target, size * shared, registers, min(MOST_THREADS, config.num_warps * target.warp)):
             found.append(config)
     return found
 

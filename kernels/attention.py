@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LN2, LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, padded, place, rules_of, scores,
+    LN2, LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, own_rows, padded, place, rules_of, scores,
     shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
@@ -20,9 +20,9 @@ from memlm.ops.attention import _by_token, _check
 
 @triton.jit
 def _through(
-    sums, most, total, a, at, q_tile, k, v, k_stride, v_stride, begin, steps, gap, gap_end,
+    sums, most, total, a, at, q_tile, q, k, v, q_stride, k_stride, v_stride, begin, steps, gap, gap_end,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -34,7 +34,8 @@ def _through(
         if shown(a, at, at.head, at.first, first, MASK_BLOCK):
             j = (first + tl.arange(0, STEP))[None, :]
             k_tile = load_rows(k, k_stride, first, at.k_len, dim, DIM, STEP)
-            product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            queries = own_rows(q_tile, q, q_stride, at, at.q_len, dim, DIM, OWN, KEEP)
+            product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
             s, _ = scores(a, at, at.head, product, i, j, CHECKED)
             now = tl.maximum(most, tl.max(s, 1))
             base = tl.where(now == float("-inf"), 0, now)
@@ -53,7 +54,7 @@ def _through(
 def attention_kernel(
     q, k, v, out, lse, sinks, q_strides, k_strides, v_strides, out_strides, a, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
     q = head_rows(q, q_strides, at.batch, at.head, at.q_first)
@@ -68,12 +69,12 @@ def attention_kernel(
     most = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
     sums, most, total = _through(
-        sums, most, total, a, at, q_tile, k, v, k_strides[2], v_strides[2], full, (full_end - full) // STEP, 0, 0,
-        dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP,
+        sums, most, total, a, at, q_tile, q, k, v, q_strides[2], k_strides[2], v_strides[2], full, (full_end - full) // STEP, 0, 0,
+        dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums, most, total = _through(
-        sums, most, total, a, at, q_tile, k, v, k_strides[2], v_strides[2], begin, edges, full, full_end,
-        dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP,
+        sums, most, total, a, at, q_tile, q, k, v, q_strides[2], k_strides[2], v_strides[2], begin, edges, full, full_end,
+        dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
 
     factor = tl.full([OWN], 1.0, tl.float32)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, padded, place, rules_of, scores,
+    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, own_rows, padded, place, rules_of, scores,
     shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
@@ -77,9 +77,10 @@ def _soften(a, at, head, product, dp, i, j, base, delta, hashes, CHECKED: tl.con
 
 @triton.jit
 def _through_keys(
-    sums, a, at, q_tile, grad_tile, base, delta, k, v, k_stride, v_stride, grad_mask, begin, steps, gap, gap_end,
+    sums, a, at, q_tile, grad_tile, base, delta, grad, q, k, v, grad_stride, q_stride, k_stride, v_stride,
+    grad_mask, begin, steps, gap, gap_end,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -92,12 +93,14 @@ def _through_keys(
             j = (first + tl.arange(0, STEP))[None, :]
             k_tile = load_rows(k, k_stride, first, at.k_len, dim, DIM, STEP)
             v_tile = load_rows(v, v_stride, first, at.k_len, v_dim, V_DIM, STEP)
-            product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
-            _, grad, inner = _soften(a, at, at.head, product, dp, i, j, base[:, None], delta[:, None], hashes, CHECKED)
+            queries = own_rows(q_tile, q, q_stride, at, at.q_len, dim, DIM, OWN, KEEP)
+            product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
+            grads = own_rows(grad_tile, grad, grad_stride, at, at.q_len, v_dim, V_DIM, OWN, KEEP)
+            dp = tl.dot(grads, tl.trans(v_tile), input_precision="ieee")
+            _, of_score, inner = _soften(a, at, at.head, product, dp, i, j, base[:, None], delta[:, None], hashes, CHECKED)
             if grad_mask is not None:
                 rows = grad_mask + (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len * a.k_len
-                tl.store(rows + i.to(tl.int64) * a.k_len + j, grad, (i < at.q_len) & (j < at.k_len))
+                tl.store(rows + i.to(tl.int64) * a.k_len + j, of_score, (i < at.q_len) & (j < at.k_len))
             sums = tl.dot(inner.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
     return sums
 
@@ -107,7 +110,7 @@ def grad_q_kernel(
     grad, q, k, v, lse, delta, grad_q, grad_mask, grad_strides, q_strides, k_strides, v_strides, grad_q_strides,
     a, scale, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
-    OWN: tl.constexpr, STEP: tl.constexpr,
+    OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
     q = head_rows(q, q_strides, at.batch, at.head, at.q_first)
@@ -125,12 +128,14 @@ def grad_q_kernel(
     begin, full, full_end, edges = span(position, position + count - 1, a.left, a.right, length, STEP)
     sums = tl.zeros([OWN, DIM], tl.float32)
     sums = _through_keys(
-        sums, a, at, q_tile, grad_tile, base, of_row, k, v, k_strides[2], v_strides[2], grad_mask,
-        full, (full_end - full) // STEP, 0, 0, dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP,
+        sums, a, at, q_tile, grad_tile, base, of_row, grad, q, k, v, grad_strides[2], q_strides[2], k_strides[2],
+        v_strides[2], grad_mask,
+        full, (full_end - full) // STEP, 0, 0, dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums = _through_keys(
-        sums, a, at, q_tile, grad_tile, base, of_row, k, v, k_strides[2], v_strides[2], grad_mask,
-        begin, edges, full, full_end, dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP,
+        sums, a, at, q_tile, grad_tile, base, of_row, grad, q, k, v, grad_strides[2], q_strides[2], k_strides[2],
+        v_strides[2], grad_mask,
+        begin, edges, full, full_end, dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     grad_q = head_rows(grad_q, grad_q_strides, at.batch, at.head, at.q_first)
     store_rows(grad_q, grad_q_strides[2], at.first, at.q_len, sums * scale, dim, DIM, OWN)
@@ -138,10 +143,10 @@ def grad_q_kernel(
 
 @triton.jit
 def _through_queries(
-    k_sums, v_sums, a, at, head, k_tile, v_tile, grad, q, lse, delta, grad_stride, q_stride,
-    begin, steps, gap, gap_end,
+    k_sums, v_sums, a, at, head, k_tile, v_tile, grad, q, k, v, lse, delta, grad_stride, q_stride, k_stride,
+    v_stride, begin, steps, gap, gap_end,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the queries of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     j = (at.first + tl.arange(0, OWN))[:, None]
@@ -156,8 +161,10 @@ def _through_queries(
             grad_tile = load_rows(grad, grad_stride, first, at.q_len, v_dim, V_DIM, STEP)
             base, of_row = _bases(lse, row, at.q_len), tl.load(delta + row, row < at.q_len, 0.0)
             hashes = dropout_rows(a, at, head, i)
-            product = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
+            keys = own_rows(k_tile, k, k_stride, at, at.k_len, dim, DIM, OWN, KEEP)
+            product = tl.dot(keys, tl.trans(q_tile), input_precision="ieee")
+            values = own_rows(v_tile, v, v_stride, at, at.k_len, v_dim, V_DIM, OWN, KEEP)
+            dp = tl.dot(values, tl.trans(grad_tile), input_precision="ieee")
             p, _, inner = _soften(a, at, head, product, dp, i, j, base[None, :], of_row[None, :], hashes, CHECKED)
             v_sums = tl.dot(p.to(grad_tile.dtype), grad_tile, v_sums, input_precision="ieee")
             k_sums = tl.dot(inner.to(q_tile.dtype), q_tile, k_sums, input_precision="ieee")
@@ -169,7 +176,7 @@ def grad_kv_kernel(
     grad, q, k, v, lse, delta, grad_k, grad_v, grad_strides, q_strides, k_strides, v_strides, grad_k_strides,
     grad_v_strides, a, scale, about,
     dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
-    OWN: tl.constexpr, STEP: tl.constexpr,
+    OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.k_offsets, a.k_len, a.heads // a.group, OWN)
     k = head_rows(k, k_strides, at.batch, at.head, at.k_first)
@@ -188,14 +195,14 @@ def grad_kv_kernel(
         of_q = head_rows(q, q_strides, at.batch, head, at.q_first)
         of_grad = head_rows(grad, grad_strides, at.batch, head, at.q_first)
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, lse + rows, delta + rows, grad_strides[2],
-            q_strides[2], full, (full_end - full) // STEP, 0, 0,
-            dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, k, v, lse + rows, delta + rows,
+            grad_strides[2], q_strides[2], k_strides[2], v_strides[2], full, (full_end - full) // STEP, 0, 0,
+            dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, lse + rows, delta + rows, grad_strides[2],
-            q_strides[2], begin, edges, full, full_end,
-            dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, k, v, lse + rows, delta + rows,
+            grad_strides[2], q_strides[2], k_strides[2], v_strides[2], begin, edges, full, full_end,
+            dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
     grad_k = head_rows(grad_k, grad_k_strides, at.batch, at.head, at.k_first)
     grad_v = head_rows(grad_v, grad_v_strides, at.batch, at.head, at.k_first)

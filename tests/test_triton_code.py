@@ -1,5 +1,7 @@
 """The Triton kernels as compiled for every target, without a GPU: tests/triton_code.py reads the code."""
 
+import re
+
 import pytest
 
 from memlm.kernels._targets import TARGETS
@@ -13,8 +15,17 @@ UNITS = {
     "sm_75": set(), "sm_90": {"mma.sync", "wgmma"}, "sm_100": {"mma.sync", "tcgen05"},
     "gfx942": {"mfma"}, "gfx1100": {"wmma"},
 }  # fmt: skip
-# What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
-SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
+# What ptxas spills although registers are left: bytes, of 32 rows by 64 features.  And a few registers of RDNA 3,
+# of gradients of large heads.
+SPILLS = {
+    ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
+    ("attention_backward kv causal f16", "gfx1100", "128 32x16 8 warps"): 6,
+    ("attention_backward q options bf16", "gfx1100", "128 32x16 8 warps"): 5,
+    ("attention_backward kv options bf16", "gfx1100", "128 32x16 8 warps"): 11,
+    ("attention_backward kv causal f32", "gfx1100", "64 32x16 8 warps"): 3,
+}
+# Kernels that multiply matrices; of f32 no unit does.
+MULTIPLY = re.compile(r".*matmul|attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
 
 
@@ -26,9 +37,9 @@ def check(found, name: str) -> None:
         assert code.spills <= SPILLS.get((code.kernel, name, code.config), 0), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
-        if "matmul" in code.kernel and units:
+        if MULTIPLY.match(code.kernel) and units:
             assert code.matrix and set(code.matrix) <= units, code
-        if "matmul" in code.kernel and target.backend == "cuda":
+        if MULTIPLY.match(code.kernel) and target.backend == "cuda":
             assert code.wide, code
 
 

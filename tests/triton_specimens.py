@@ -3,14 +3,15 @@ has room for."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import triton.language as tl
 
 from memlm.kernels import (
-    _kv, _rows, _weight_only, adamw_8bit, block_sparse_grad_values, block_sparse_grad_x, block_sparse_matmul,
-    dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
+    _attention, _kv, _rows, _weight_only, adamw_8bit, attention, attention_backward, block_sparse_grad_values,
+    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
     w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
@@ -21,7 +22,9 @@ from memlm.kv_formats import KvFormat
 class Specimen:
     name: str
     kernel: object
-    types: dict[str, str]  # of pointers; other arguments are 32-bit integers unless constants
+    # Of pointers and tuples; other arguments are 32-bit integers unless constants.  "i32:16" are multiples of 16,
+    # None and numbers stand for themselves.
+    types: dict[str, object]
     constants: dict = field(default_factory=dict)
     config: str = ""
     warps: int = 4
@@ -29,14 +32,40 @@ class Specimen:
     divisible: tuple[str, ...] = ()  # integers that are multiples of 16
 
     @property
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, object]:
         kinds = {name: "constexpr" for name in self.constants} | self.types
-        return {name: kinds.get(name, "i32") for name in self.kernel.arg_names}
+        return {name: _signature(kinds.get(name, "i32")) for name in self.kernel.arg_names}
+
+    def _leaves(self) -> list[tuple[tuple[int, ...], object]]:
+        names = enumerate(self.kernel.arg_names)
+        return [leaf for i, name in names if name in self.types for leaf in _leaves(self.types[name], (i,))]
 
     @property
-    def aligned(self) -> list[int]:
-        wanted = {n for n, kind in self.types.items() if kind.startswith("*")} | set(self.divisible)
-        return [i for i, name in enumerate(self.kernel.arg_names) if name in wanted]
+    def constexprs(self) -> dict[tuple[int, ...], object]:
+        """By place among the arguments, and within them."""
+        named = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
+        return named | {path: kind for path, kind in self._leaves() if not isinstance(kind, str)}
+
+    @property
+    def aligned(self) -> list[tuple[int, ...]]:
+        """Places of pointers, and of integers that are multiples of 16."""
+        named = [(self.kernel.arg_names.index(name),) for name in self.divisible]
+        of_types = [path for path, kind in self._leaves() if isinstance(kind, str) and (kind[0] == "*" or ":" in kind)]
+        return named + of_types
+
+
+def _leaves(kind, path: tuple[int, ...]) -> list[tuple[tuple[int, ...], object]]:
+    if isinstance(kind, tuple):
+        return [leaf for i, part in enumerate(kind) for leaf in _leaves(part, (*path, i))]
+    return [(path, kind)]
+
+
+def _signature(kind):
+    """As Triton writes it."""
+    if isinstance(kind, tuple):
+        parts = [_signature(part) for part in kind]
+        return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
+    return kind.split(":")[0] if isinstance(kind, str) else "constexpr"
 
 
 FORMATS = {  # bits, zero, levels, offsets, step
@@ -47,7 +76,7 @@ FORMATS = {  # bits, zero, levels, offsets, step
     },
     "w8_matmul": {"int8-g32": (8, 0, False, False, 32), "int8-row": (8, 0, False, False, 64)},
 }  # fmt: skip
-NAMES = {"fp16": "f16", "bf16": "bf16"}
+NAMES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
 
 
 def _dtypes(target: Target) -> tuple[str, ...]:
@@ -344,6 +373,54 @@ def _training_specimens(target: Target) -> Iterator[Specimen]:
         )  # fmt: skip
 
 
+ATTENTION = (
+    ("attention", attention.attention_kernel, attention.room),
+    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room),
+    ("attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room),
+)
+
+
+def _attention_specimens(target: Target) -> Iterator[Specimen]:
+    """Causal; and with all options at once but packed sequences, which exclude masks."""
+    strides = ("i32:16", "i32:16", "i32:16", 1)
+    causal = _attention.Rules(**(
+        dict.fromkeys(_attention.Rules._fields)
+        | dict.fromkeys("heads group q_len k_len sequences left right to_end".split(), "i32")
+        | {"scale": "fp32", "kept": "fp32"}
+    ))  # fmt: skip
+    tensors = "q k v out grad grad_q grad_k grad_v".split()
+    for options, dtype in ((False, "fp16"), (True, _dtypes(target)[-1]), (False, "fp32")):
+        rules, size, mask_block = causal, 4 if dtype == "fp32" else 2, 128 if options else 0
+        if options:
+            rules = causal._replace(
+                softcap="fp32", slopes="*fp32", mask=f"*{dtype}", mask_strides=strides, block_mask="*u8",
+                block_strides=("i32", "i32", "i32", 1), dropped="i32", seed_low="i32", seed_high="i32",
+            )  # fmt: skip
+        types = {
+            **dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys((f"{name}_strides" for name in tensors), strides),
+            **dict.fromkeys(("lse", "delta", "sinks"), "*fp32"), "grad_mask": "*fp32" if options else None,
+            "scale": "fp32", "a": rules, "about": (1, 1, 1),
+        }  # fmt: skip
+        of = f"{'options' if options else 'causal'} {NAMES[dtype]}"
+        for dim, (name, kernel, room) in itertools.product((64, 128, 256), ATTENTION):
+            for config in _attention.pruned(target, room, size, options, mask_block, dim, dim):
+                own, step = config.kwargs["OWN"], config.kwargs["STEP"]
+                yield Specimen(
+                    f"{name} {of}", kernel, {key: types[key] for key in kernel.arg_names if key in types},
+                    {"dim": dim, "v_dim": dim, "DIM": dim, "V_DIM": dim, "MASK_BLOCK": mask_block, **config.kwargs},
+                    f"{dim} {own}x{step} {config.num_warps} warps", config.num_warps, config.num_stages,
+                )  # fmt: skip
+        yield Specimen(
+            f"attention_backward delta {of}", attention_backward.delta_kernel,
+            {key: types[key] for key in ("grad", "out", "delta", "grad_strides", "out_strides")},
+            {"v_dim": 128, "V_DIM": 128, "OWN": attention_backward.DELTA_ROWS},
+        )  # fmt: skip
+    yield Specimen(
+        "attention_backward sinks", attention_backward.grad_sinks_kernel,
+        dict.fromkeys(("sinks", "lse", "delta", "grad_sinks"), "*fp32"), {"BLOCK": attention_backward.SINKS_BLOCK},
+    )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
@@ -355,3 +432,4 @@ def specimens(target: Target) -> Iterator[Specimen]:
     yield from _top_and_weight_specimens(target)
     yield from _kv_specimens(target)
     yield from _training_specimens(target)
+    yield from _attention_specimens(target)
