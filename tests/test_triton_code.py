@@ -13,7 +13,11 @@ UNITS = {
 }  # fmt: skip
 # What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
 SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
-OPERATIONS = ["w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "quantize_rows", "dequantize", "embedding", "rms_norm", "add_splits", "add_int8_splits"]
+OPERATIONS = [
+    "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "quantize_rows", "dequantize", "embedding", "rms_norm",
+    "add_splits", "add_int8_splits", "block_sparse_matmul", "block_sparse_grad_x", "block_sparse_grad_values",
+    "w4_sparse_matmul", "w4_sparse_dequantize",
+]  # fmt: skip
 
 
 def check(found, name: str) -> None:
