@@ -351,7 +351,7 @@ def _gradient_specimens() -> Iterator[Specimen]:
             divisible=("n", "k"),
         )  # fmt: skip
     yield Specimen(
-        "block_sparse_grad_values", block_sparse_grad_values.grad_values_kernel,
+        "block_sparse_grad_values f32", block_sparse_grad_values.grad_values_kernel,
         {"grad": "*fp32", "x": "*fp32", "tiles": "*i64", "places": "*i32", "out": "*fp32"},
         {"CHUNK": block_sparse_grad_values.CHUNK}, warps=2, divisible=("n", "k"),
     )  # fmt: skip
