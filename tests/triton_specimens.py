@@ -198,7 +198,7 @@ def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Itera
             layout | flags | {
                 "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
                 "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
-                "BLOCK_N": paged_attention.block_n(f), **config.kwargs,
+                **config.kwargs,
             },
             f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
             config.num_warps, config.num_stages, ("q_stride",),
