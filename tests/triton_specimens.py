@@ -220,8 +220,7 @@ def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _kv_specimens(target: Target) -> Iterator[Specimen]:
-    # The largest heads are those that need most registers.
-    for type, sizes in {"f32": (128,), "bf16": (80, 256), "int8": (128,), "int4": (96, 128, 256)}.items():
+    for type, sizes in {"f32": (128,), "bf16": (80, 128), "int8": (128,), "int4": (128, 256)}.items():
         for dim in sizes:
             format = KvFormat(type, 64, dim)
             number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
@@ -241,6 +240,8 @@ def _kv_specimens(target: Target) -> Iterator[Specimen]:
                     str(dim), kv_append.warps_of(format), 3,
                     ("k_stride", "v_stride", "q_stride", "turned_stride", "angle_stride"),
                 )  # fmt: skip
+                if dtype == "bf16" and (type != "bf16" or dim != 128):
+                    continue  # it needs fewer parts of numbers than f16
                 yield from _paged_attention_specimens(target, f"{type} {NAMES[dtype]}", dtype, dim, layout, {
                     **arrays, "pool": number or "*i32", "q": f"*{dtype}", "out": f"*{dtype}",
                     **dict.fromkeys(("slopes", "sinks", "sums_of", "most_of", "total_of"), "*fp32"),
@@ -258,14 +259,14 @@ def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Itera
             layout | flags | {
                 "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
                 "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
-                "BLOCK_N": paged_attention.block_n(f), **config.kwargs,
+                **config.kwargs,
             },
             f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
             config.num_warps, config.num_stages, ("q_stride",),
         )  # fmt: skip
     kernel = paged_attention.combine_kernel
     used = {key: kind for key, kind in types.items() if key in kernel.arg_names}
-    yield Specimen(f"combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
+    yield Specimen(f"paged_attention_combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
 
 
 BLOCKS = {  # bits, zero, levels, offsets
