@@ -271,6 +271,22 @@ def attention() -> None:
     compared(q, k, v, block_mask=torch.rand(1, 2, 3, 3, generator=random).lt(0.6))
 
 
+def adamw_8bit() -> None:
+    """The op's arguments reach the kernel, which changes what it should, in place."""
+    from memlm import ops
+    from memlm.ops._registry import implementations
+
+    from .adamw_cases import DTYPES, Case, equal, random_case
+
+    for dtype in DTYPES:
+        got = random_case(Case(700), dtype)
+        expected = got.clone()
+        implementations("adamw_8bit")["reference"](*expected.tensors(), *got.numbers)
+        ops.emulated("adamw_8bit")(*got.tensors(), *got.numbers)
+        equal(got, expected)
+    ran_well()
+
+
 def device_runner() -> None:
     """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
     import pytest

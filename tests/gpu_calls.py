@@ -14,9 +14,10 @@ from memlm.formats import Format, Packed
 from memlm.kv_formats import TYPES
 from memlm.sparse_formats import SparseFormat
 
-from . import cuda_attention, cuda_kv, emulator
+from . import adamw_cases, cuda_attention, cuda_kv, emulator
 from .matmul_checks import random_case
 from .paged import paged
+from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
 from .test_cuda_matmul_topk import topk
 from .test_cuda_dequantize import dequantize
@@ -146,7 +147,12 @@ def paged_cache(arch: int) -> Calls:
                 yield partial(cuda_kv.kv_append, made.pool, made.tails, k, k, *step)
 
 
-ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache, others)
+def training(arch: int) -> Calls:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))
+
+
+ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache, others, training)
 
 
 def all_calls(arch: int) -> Calls:

@@ -41,9 +41,8 @@ def forward_allowance(q, k, v, mask, options) -> tuple[torch.Tensor, float]:
     return (2 * ROUNDOFF[q.dtype] + off) * size + tiny, off
 
 
-def check(q, k, v, _grad=None, mask=None, arch=800, **options):
-    options = {"scale": q.shape[-1] ** -0.5} | options
-    out, lse, _ = forward(q, k, v, mask, arch=arch, **options)
+def judge(out, lse, q, k, v, mask=None, **options):
+    """Whether results are within their bounds."""
     wanted = exact(q, k, v, mask, **options)
     more, off = forward_allowance(q, k, v, mask, options)
     bound = wanted.bound["out"] + more
@@ -55,9 +54,14 @@ def check(q, k, v, _grad=None, mask=None, arch=800, **options):
     assert torch.equal(out[nothing], torch.zeros_like(out[nothing]))
 
 
-def check_backward(q, k, v, grad, mask=None, arch=800, **options):
+def check(q, k, v, _grad=None, mask=None, arch=800, **options):
     options = {"scale": q.shape[-1] ** -0.5} | options
-    got = backward(grad, q, k, v, mask, arch=arch, **options)
+    out, lse, _ = forward(q, k, v, mask, arch=arch, **options)
+    judge(out, lse, q, k, v, mask, **options)
+
+
+def judge_gradients(got, q, k, v, grad, mask=None, **options):
+    """Whether gradients, by name, are within their bounds."""
     wanted = exact(q, k, v, mask, grad, **options)
     more_out, off = forward_allowance(q, k, v, mask, options)
     rules = {name: x for name, x in options.items() if name not in ("sinks", "dropout", "seed")}
@@ -95,6 +99,11 @@ def check_backward(q, k, v, grad, mask=None, arch=800, **options):
     assert set(got) == set(more)
     for name, result in got.items():
         assert_within(result, wanted.value[name], wanted.bound[name] + more[name])
+
+
+def check_backward(q, k, v, grad, mask=None, arch=800, **options):
+    options = {"scale": q.shape[-1] ** -0.5} | options
+    judge_gradients(backward(grad, q, k, v, mask, arch=arch, **options), q, k, v, grad, mask, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

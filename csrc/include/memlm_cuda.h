@@ -85,6 +85,10 @@ MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w
                                                            const float* x, float* grad_values,
                                                            memlm_cuda_queue* queue);
 
+/* f32, f16 and bf16 on all devices.  A captured graph repeats the step's number: it must be captured again
+ * while 1 - beta^step changes. */
+MEMLM_API memlm_status memlm_cuda_adamw_8bit(const memlm_adamw_8bit_args* args, memlm_cuda_queue* queue);
+
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
  * be run again with other numbers in them. */

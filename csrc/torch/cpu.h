@@ -23,6 +23,7 @@ struct Cpu {
                                            void* out, int count) {
     return memlm_dequantize(w, 4, row, rows, dtype, out, count);
   }
+  static constexpr auto adamw_8bit = memlm_adamw_8bit;
 
   // Runs a function on the tensors that lie where `at` does; the number of threads, if it takes one, comes
   // last.

@@ -11,6 +11,7 @@
 #include "gpu.h"
 #include "paged.h"
 #include "sparse.h"
+#include "training.h"
 
 namespace {
 
@@ -85,6 +86,7 @@ const Operation kOperations[] = {
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
     operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
+    operation<&adamw_8bit<Gpu>>("adamw_8bit", Gpu::adamw_8bit),
 };
 
 }  // namespace

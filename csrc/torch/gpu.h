@@ -51,6 +51,7 @@ struct Gpu {
   static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
   static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
   static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;
+  static inline decltype(&memlm_cuda_adamw_8bit) adamw_8bit;
 
   // Runs a function on the device and stream of `at`.  Its workspace is a tensor, which torch gives to
   // nobody else on this stream before the kernels are done, and takes from a graph's pool during capture.

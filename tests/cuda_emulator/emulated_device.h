@@ -214,6 +214,7 @@ MEMLM_DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 MEMLM_DEVICE float exp2_approx(float x) { return exp2f(x); }
 MEMLM_DEVICE float log2_approx(float x) { return log2f(x); }
 MEMLM_DEVICE float rsqrt_approx(float x) { return 1 / sqrtf(x); }
+MEMLM_DEVICE float square_root(float x) { return sqrtf(x); }
 MEMLM_DEVICE float fma_f32(float a, float b, float c) { return fmaf(a, b, c); }
 MEMLM_DEVICE float multiply(float a, float b) { return a * b; }
 MEMLM_DEVICE int round_int(float x) { return static_cast<int>(nearbyintf(x)); }
