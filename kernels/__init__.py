@@ -11,7 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # Operations of memlm.ops that have a Triton kernel.
-OPERATIONS = ("adamw_8bit", "dequantize", "embedding", "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul")
+OPERATIONS = (
+    "adamw_8bit", "dequantize", "embedding", "linear_cross_entropy", "linear_cross_entropy_backward",
+    "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+)  # fmt: skip
 
 
 class UnsupportedError(TypeError):

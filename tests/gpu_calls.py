@@ -11,10 +11,11 @@ from memlm import formats
 from memlm.formats import Format, Packed
 from memlm.sparse_formats import SparseFormat
 
-from . import adamw_cases, emulator
+from . import adamw_cases, cross_entropy_cases, emulator
 from .matmul_checks import random_case
 from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
+from .test_cuda_linear_cross_entropy import forward as linear_cross_entropy
 from .test_cuda_quantize_rows import quantize_rows
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -90,3 +91,7 @@ def training_calls(arch: int):
     """Of the kernels for training."""
     for dtype in (torch.float32, *DTYPES.values()):
         yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))
+    for dtype in DTYPES.values():
+        if arch >= 80 or dtype != torch.bfloat16:
+            given = cross_entropy_cases.random_case(cross_entropy_cases.Case(4, 8, 9), dtype)
+            yield partial(linear_cross_entropy, given)

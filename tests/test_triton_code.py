@@ -13,7 +13,7 @@ UNITS = {
 }  # fmt: skip
 # What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
 SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
-OPERATIONS = ["w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "quantize_rows", "dequantize", "embedding", "rms_norm", "add_splits", "add_int8_splits", "adamw_8bit"]
+OPERATIONS = ["w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul", "quantize_rows", "dequantize", "embedding", "rms_norm", "add_splits", "add_int8_splits", "adamw_8bit", "linear_cross_entropy", "linear_cross_entropy_backward", "join_losses"]
 
 
 def check(found, name: str) -> None:
@@ -24,9 +24,10 @@ def check(found, name: str) -> None:
         assert code.spills <= SPILLS.get((code.kernel, name, code.config), 0), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
-        if "matmul" in code.kernel and units:
+        multiplies = "matmul" in code.kernel or "cross_entropy" in code.kernel
+        if multiplies and units:
             assert code.matrix and set(code.matrix) <= units, code
-        if "matmul" in code.kernel and target.backend == "cuda":
+        if multiplies and target.backend == "cuda":
             assert code.wide, code
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, adamw_8bit, dequantize, quantize_rows, w8a8_matmul
+from memlm.kernels import _rows, _weight_only, adamw_8bit, dequantize, linear_cross_entropy, linear_cross_entropy_backward, quantize_rows, w8a8_matmul
 from memlm.kernels._targets import Target
 
 
@@ -168,9 +168,36 @@ def _training_specimens(target: Target) -> Iterator[Specimen]:
         )  # fmt: skip
 
 
+def _cross_entropy_specimens(target: Target) -> Iterator[Specimen]:
+    config = linear_cross_entropy.config_of(target)
+    settings = {"BIAS": True, **config.kwargs}
+    label = "x".join(map(str, config.kwargs.values()))
+    strides = ("k", "hidden_stride", "weight_stride")
+    for dtype in _dtypes(target):
+        given = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "bias": f"*{dtype}", "targets": "*i64"}
+        yield Specimen(
+            f"linear_cross_entropy {NAMES[dtype]}", linear_cross_entropy.loss_parts_kernel,
+            {**given, "parts": "*fp32"}, settings, label, config.num_warps, config.num_stages, strides,
+        )  # fmt: skip
+        yield Specimen(
+            f"linear_cross_entropy_backward {NAMES[dtype]}", linear_cross_entropy_backward.logit_gradient_kernel,
+            {**given, "lse": "*fp32", "grad": "*fp32", "out": f"*{dtype}", "ignore_index": "i64", "smoothing": "fp32"},
+            settings, label, config.num_warps, config.num_stages, (*strides, "words"),
+        )  # fmt: skip
+    yield Specimen(
+        "join_losses", linear_cross_entropy.join_kernel,
+        {
+            "parts": "*fp32", "targets": "*i64", "losses": "*fp32", "lse": "*fp32", "ignore_index": "i64",
+            "smoothing": "fp32",
+        },
+        {"BLOCK": 128},
+    )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
     yield from _other_specimens(target)
     yield from _training_specimens(target)
+    yield from _cross_entropy_specimens(target)
