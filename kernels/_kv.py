@@ -48,11 +48,6 @@ class Layout:
     def groups(self) -> int:
         return -(-self.width // self.group)
 
-    @property
-    def inner(self) -> int:
-        """Of a transform's channels those in one group."""
-        return min(self.piece, self.group)
-
 
 def layout_of(format: KvFormat) -> Layout:
     sizes = format.sizes()

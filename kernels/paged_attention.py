@@ -2,8 +2,8 @@
 (memlm/kv_formats.py).
 
 A program has BLOCK_M query rows of one sequence and key-value head: the query heads of that head, times
-their new tokens, so that the cache is read once for all of them.  It goes through its tokens BLOCK_N at a
-time, and through channels in groups, of codes those that share a scale:
+their new tokens, so that the cache is read once for all of them.  It goes through its tokens 32 at a time,
+which lie in one block, and through channels in groups, of codes those that share a scale:
 
     scores [rows, tokens]      = sum over groups  (queries [rows, group] keys^T) * keys' scales
     sums [rows, group], each   = factor * sums + (weights * values' scales) values
@@ -33,14 +33,14 @@ import triton.language as tl
 
 from memlm.kernels import UnsupportedError
 from memlm.kernels._kv import (
-    TILE, VIEWS, Layout, check_aligned, first_item, hadamard, items, layout_of, rows_of, sequence_of,
+    TILE, VIEWS, Layout, butterfly, check_aligned, first_item, items, layout_of, rows_of, sequence_of,
 )  # fmt: skip
 from memlm.kernels._targets import Target, fits
 from memlm.kernels._weight_only import _unpack, about, target_of
 from memlm.ops.paged_attention import _check
 
 LOG2E = tl.constexpr(1.44269504)
-RUN = tl.constexpr(32)  # tokens that lie in one block, whatever its size
+STEP = tl.constexpr(32)  # tokens at a time: they lie in one block, whatever its size
 MORE = tl.constexpr(1)
 SPLIT_ROWS = 16  # of a sequence whose length is shared out
 LEAST_CHUNK, MOST_CHUNKS = 256, 32  # tokens; programs of a sequence
@@ -73,12 +73,18 @@ def _across(parts, STEP: tl.constexpr):
 @triton.jit
 def _transformed(parts, F: tl.constexpr):
     """Rows after the Hadamard transform, its own inverse."""
+    for i in tl.static_range(9):
+        if 1 << i < F.piece:
+            made = ()
+            if 1 << i < F.group:
+                for g in tl.static_range(len(parts)):
+                    made = made + (butterfly(parts[g], 1 << i),)
+            else:
+                made = _across(parts, (1 << i) // F.group)
+            parts = made
     made = ()
     for g in tl.static_range(len(parts)):
-        made = made + (hadamard(parts[g], F.inner, F.root),)
-    for i in tl.static_range(3):
-        if F.group << i < F.piece:
-            made = _across(made, 1 << i)
+        made = made + (parts[g] * F.root,)
     return made
 
 
@@ -118,80 +124,60 @@ def _queries(q, inside, scale, F: tl.constexpr, MATH: tl.constexpr, PARTS: tl.co
     return made
 
 
-# ---- Blocks ----
+# ---- Blocks.  A step's tokens lie in one, from `place` on: 32 of them, a multiple of 32 ----
 
 
 @triton.jit
-def _is_there(t, lo, hi):
-    """Whether the runs of tokens t hold some of lo .. hi - 1: blocks of others may not exist."""
-    run = t // RUN * RUN
-    return (run < hi) & (run + RUN > lo)
+def _fields(words, BITS: tl.constexpr):
+    """words [rows, columns] -> their codes, as so many rows more."""
+    field = tl.arange(0, 32 // BITS)[None, :, None]
+    shift = 8 * (field % 4) + BITS * (field // 4)
+    codes = (words[:, None, :] >> shift) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [words.shape[0] * (32 // BITS), words.shape[1]])
 
 
 @triton.jit
-def _blocks(table, t, lo, hi, base, F: tl.constexpr, TAIL: tl.constexpr):
-    """The numbers of the blocks that hold tokens t; the tail has all of them."""
-    if TAIL:
-        blocks = base + tl.zeros(t.shape, tl.int64)
-    else:
-        blocks = base + tl.load(table + t // F.tokens, _is_there(t, lo, hi), 0)
-    return blocks
-
-
-@triton.jit
-def _keys(pool, table, start, lo, hi, base, g, F: tl.constexpr, TAIL: tl.constexpr, N: tl.constexpr, MATH: tl.constexpr):  # fmt: skip
-    """Keys of tokens start .. start + N - 1, of channels of group g: [group, N] in parts."""
-    t = start + tl.arange(0, N)
-    block = tl.max_constancy(_blocks(table, t, lo, hi, base, F, TAIL), RUN)[None, :]
-    there, place = _is_there(t, lo, hi)[None, :], (t % F.tokens)[None, :]
+def _keys(block, place, g, F: tl.constexpr, MATH: tl.constexpr):
+    """Keys of a step, of channels of group g: [group, tokens] in parts."""
+    token = place + tl.arange(0, STEP)[None, :]
     if F.coded:
-        at = block * (F.block // 4) + place // TILE * (F.width * F.key_bits // 2)
+        tile = token // TILE * (F.width * F.key_bits // 2)
         if F.key_bits == 8:
             four = g * (F.group // 4) + tl.arange(0, F.group // 4)[:, None]
-            words = tl.load(pool + at + four * TILE + place % TILE, there, 0)
-            shift = 8 * tl.arange(0, 4)[None, :, None]
-            keys = (_unpack(tl.reshape((words[:, None, :] >> shift) & 255, [F.group, N]), None, MATH, 8, 0, False),)
+            codes = _fields(tl.load(block + tile + four * TILE + token % TILE), 8)
+            keys = (_unpack(codes, None, MATH, 8, 0, False),)
         else:
             # For 32 channels 64 words of nibbles, then 16 of fifth bits, of 8 tokens and 4 channels each.
             eight = g * (F.group // 8) + tl.arange(0, F.group // 8)[:, None]
-            words = tl.load(pool + at + eight // 4 * 80 + eight % 4 * TILE + place % TILE, there, 0)
-            field = tl.arange(0, 8)[None, :, None]
-            nibbles = tl.reshape((words[:, None, :] >> 8 * (field % 4) + 4 * (field // 4)) & 15, [F.group, N])
-            t = start + 8 * tl.arange(0, N // 8)
-            block = _blocks(table, t, lo, hi, base, F, TAIL)[None, :]
-            there, place = _is_there(t, lo, hi)[None, :], (t % F.tokens)[None, :]
-            at = block * (F.block // 4) + place // TILE * (F.width * F.key_bits // 2)
+            nibbles = _fields(tl.load(block + tile + eight // 4 * 80 + eight % 4 * TILE + token % TILE), 4)
+            token = place + 8 * tl.arange(0, STEP // 8)[None, :]
             four = g * (F.group // 4) + tl.arange(0, F.group // 4)[:, None]
-            words = tl.load(pool + at + four // 8 * 80 + 64 + four % 8 * 2 + place % TILE // 8, there, 0)
+            tile = token // TILE * (F.width * F.key_bits // 2) + four // 8 * 80 + 64
+            words = tl.load(block + tile + four % 8 * 2 + token % TILE // 8)
             shift = tl.arange(0, 4)[None, :, None, None] + 4 * tl.arange(0, 8)[None, None, None, :]
-            fifth = tl.reshape((words[:, None, :, None] >> shift) & 1, [F.group, N])
+            fifth = tl.reshape((words[:, None, :, None] >> shift) & 1, [F.group, STEP])
             keys = (_unpack(nibbles | fifth << 4, None, MATH, 5, 16, False),)
     else:
         channel = g * F.group + tl.arange(0, F.group)[:, None]
-        at = block * F.block + place // TILE * (F.channels * TILE) + channel * TILE + place % TILE
-        x = tl.load(pool + at, there & (channel < F.channels), 0.0)
+        at = token // TILE * (F.channels * TILE) + channel * TILE + token % TILE
+        x = tl.load(block + at, channel < F.channels, 0.0)
         keys = _parts(x, MATH, 2 if F.key_bits == 32 else 1)
     return keys
 
 
 @triton.jit
-def _values(pool, table, start, lo, hi, base, g, F: tl.constexpr, TAIL: tl.constexpr, N: tl.constexpr, MATH: tl.constexpr):  # fmt: skip
-    """Values of tokens start .. start + N - 1, of channels of group g: [N, group] in parts."""
+def _values(block, place, exists, g, F: tl.constexpr, MATH: tl.constexpr):
+    """Values of a step, of channels of group g: [tokens, group] in parts."""
     channel = g * F.group + tl.arange(0, F.group)[None, :]
-    FIELDS: tl.constexpr = 32 // F.value_bits if F.coded else 1  # tokens that a load has
-    t = start + FIELDS * tl.arange(0, N // FIELDS)
-    block = _blocks(table, t, lo, hi, base, F, TAIL)[:, None]
-    at = (channel // TILE * (F.tokens // FIELDS) + (t % F.tokens // FIELDS)[:, None]) * TILE + channel % TILE
+    OF_LOAD: tl.constexpr = 32 // F.value_bits if F.coded else 1  # tokens
+    token = place // OF_LOAD + tl.arange(0, STEP // OF_LOAD)[:, None]
+    at = (channel // TILE * (F.tokens // OF_LOAD) + token) * TILE + channel % TILE
     if F.coded:
-        words = tl.load(pool + block * (F.block // 4) + F.values // 4 + at, _is_there(t, lo, hi)[:, None], 0)
-        field = tl.arange(0, FIELDS)[None, :, None]
-        codes = (words[:, None, :] >> 8 * (field % 4) + 4 * (field // 4)) & ((1 << F.value_bits) - 1)
-        ZERO: tl.constexpr = 0 if F.value_bits == 8 else 8
-        values = (_unpack(tl.reshape(codes, [N, F.group]), None, MATH, F.value_bits, ZERO, False),)
+        codes = _fields(tl.load(block + F.values // 4 + at), F.value_bits)
+        values = (_unpack(codes, None, MATH, F.value_bits, 0 if F.value_bits == 8 else 8, False),)
     else:
         # What is not there becomes 0: it may be NaN.
-        inside = ((t >= lo) & (t < hi))[:, None] & (channel < F.width)
-        x = tl.load(pool + block * F.block + F.values + at, inside, 0.0)
+        x = tl.load(block + F.values + at, exists[:, None] & (channel < F.width), 0.0)
         values = _parts(x, MATH, 2 if F.value_bits == 32 else 1)
     return values
 
@@ -200,22 +186,26 @@ def _values(pool, table, start, lo, hi, base, g, F: tl.constexpr, TAIL: tl.const
 def _attend(
     state, queries, pool, scales, table, base, lo, hi, position, scale, window, softcap, slope,
     F: tl.constexpr, TAIL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """All tokens from lo to hi - 1, into sums, their rows' maxima and totals."""
+    """All tokens from lo to hi - 1, into sums, their rows' maxima and totals.  Their blocks are base +
+    table[t // tokens], or with TAIL base."""
     sums, most, total = state
-    for start in range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N):
-        t = start + tl.arange(0, BLOCK_N)
-        exists, place = (t >= lo) & (t < hi), t % F.tokens
-        block = _blocks(table, t, lo, hi, base, F, TAIL) * (F.block // 2)
-        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(lo // STEP * STEP, hi, STEP):
+        number, place = base, start % F.tokens
+        if not TAIL:
+            number += tl.load(table + start // F.tokens)
+        block, steps_of = pool + number * (F.block // (4 if F.coded else 1)), scales + number * (F.block // 2)
+        token = place + tl.arange(0, STEP)
+        t = start + tl.arange(0, STEP)
+        exists = (t >= lo) & (t < hi)
+        scores = tl.zeros([most.shape[0], STEP], tl.float32)
         for g in tl.static_range(len(sums)):
-            keys = _keys(pool, table, start, lo, hi, base, g, F, TAIL, BLOCK_N, MATH)
+            keys = _keys(block, place, g, F, MATH)
             if F.coded:
-                at = F.key_scales + (place // TILE * F.groups + g) * TILE + place % TILE
-                steps = tl.load(scales + block + at, exists, 0.0).to(tl.float32)
-                product = _product(queries[g], keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-                scores += product * steps[None, :]
+                at = F.key_scales + (token // TILE * F.groups + g) * TILE + token % TILE
+                steps = tl.load(steps_of + at).to(tl.float32)
+                scores += _product(queries[g], keys, tl.zeros([most.shape[0], STEP], tl.float32)) * steps[None, :]
             else:
                 scores = _product(queries[g], keys, scores)
         if not F.coded:
@@ -230,19 +220,17 @@ def _attend(
             seen = seen & (distance < window)
         scores = tl.where(seen, scores, float("-inf"))
         best = tl.maximum(most, tl.max(scores, 1))
-        from_ = tl.where(best == float("-inf"), 0.0, best)
-        weights = tl.exp2((scores - from_[:, None]) * LOG2E)
-        factor = tl.exp2((most - from_) * LOG2E)
-        total = total * factor + tl.sum(weights, 1)
-        most = best
+        origin = tl.where(best == float("-inf"), 0.0, best)
+        weights = tl.exp2((scores - origin[:, None]) * LOG2E)
+        factor = tl.exp2((most - origin) * LOG2E)
+        most, total = best, total * factor + tl.sum(weights, 1)
         made = ()
         for g in tl.static_range(len(sums)):
             scaled = weights
-            if F.coded:  # a row that does not see a token does not see that its scale is NaN either
-                at = F.value_scales + g * F.tokens + place
-                steps = tl.load(scales + block + at, exists, 0.0).to(tl.float32)
+            if F.coded:  # who does not see a token does not see that its scale is NaN either
+                steps = tl.load(steps_of + F.value_scales + g * F.tokens + token).to(tl.float32)
                 scaled = tl.where(weights != 0, weights * steps[None, :], 0.0)
-            values = _values(pool, table, start, lo, hi, base, g, F, TAIL, BLOCK_N, MATH)
+            values = _values(block, place, exists, g, F, MATH)
             made = made + (_product(_parts(scaled, MATH, WEIGHT_PARTS), values, sums[g] * factor[:, None]),)
         sums = made
     return sums, most, total
@@ -282,8 +270,7 @@ def paged_attention_kernel(
     chunk, splits, split_tokens, rows_about,
     F: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SLOPES: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, SLOTS_ARE_ROWS: tl.constexpr,
-    QUERY_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, MATH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, WEIGHT_PARTS: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = sequence_of(rows, sequences, item, GROUP, BLOCK_M, MORE)
@@ -321,11 +308,11 @@ def paged_attention_kernel(
         newest = (length - 1) // F.tokens * F.tokens
         stored_end = tl.minimum(hi, newest)
     state = _attend(state, queries, pool, scales, table, base, lo, stored_end, position, scale, window, softcap,
-                    slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH, BLOCK_M, BLOCK_N)  # fmt: skip
+                    slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     if TAIL is not None:
         base = kv_head.to(tl.int64) * tail_count + tl.load(tail_of + sequence)
         state = _attend(state, queries, tails, scales, table, base, tl.maximum(lo, newest), hi, position, 1.0, window, softcap,
-                        slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH, BLOCK_M, BLOCK_N)  # fmt: skip
+                        slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     sums, most, total = state
 
     if is_split:
@@ -380,27 +367,23 @@ def combine_kernel(
 # ---- The host's side ----
 
 # Decoding has few rows, and reads the cache as fast as it comes: small tiles, several stages.  Prefill
-# multiplies: 64 rows feed tensor cores.  BLOCK_N is no matter of choice, so that results are not either.
+# multiplies: more rows for each number that is unpacked.  8 warps are for registers that do not suffice 4.
 SPACE = [
     triton.Config({"BLOCK_M": m}, num_warps=warps, num_stages=stages)
-    for m, warps, stages in ((16, 4, 3), (16, 4, 2), (16, 2, 2), (64, 4, 2), (64, 8, 2))
+    for m, warps, stages in ((16, 4, 2), (16, 4, 3), (16, 8, 1), (32, 4, 2), (64, 4, 2))
 ]
-
-
-def block_n(layout: Layout) -> int:
-    return 32 if layout.key_bits == 32 else 64
 
 
 def pruned(target: Target, layout: Layout, rows: int) -> list[triton.Config]:
     """The configurations that a target has room for and that waste no more than half of ``rows``, those of
     a sequence."""
-    n, found = block_n(layout), []
-    width = layout.group * layout.groups
+    found, width = [], layout.group * layout.groups
     for config in SPACE:
         m = config.kwargs["BLOCK_M"]
-        shared = config.num_stages * n * width * (layout.key_bits + layout.value_bits) // 8
-        room = fits(target, shared, m * (2 * width + n), config.num_warps * target.warp)
-        if room and (m == 16 or m < 2 * rows):
+        shared = config.num_stages * STEP.value * width * (layout.key_bits + layout.value_bits) // 8
+        # Sums, queries, scores; and what keys and values are made into, unless multiplied as they are.
+        numbers = m * (2 * width + STEP.value) + (STEP.value * layout.group if layout.key_bits != 16 else 0)
+        if fits(target, shared, numbers, config.num_warps * target.warp) and (m == 16 or m < 2 * rows):
             found.append(config)
     return found
 
@@ -446,7 +429,7 @@ def paged_attention(
 
     longest = tables.shape[1] * block_tokens
     chunk = max(LEAST_CHUNK, triton.cdiv(triton.cdiv(longest, MOST_CHUNKS), LEAST_CHUNK) * LEAST_CHUNK)
-    splits, split_tokens = triton.cdiv(longest, chunk), max(1, SPLIT_ROWS // group)
+    splits, split_tokens = max(1, triton.cdiv(longest, chunk)), max(1, SPLIT_ROWS // group)
     slots = min(count, sequences * split_tokens)
     parts = slots * heads * splits if splits > 1 else 1
     sums, most, total = (
@@ -473,7 +456,7 @@ def paged_attention(
         TAIL=format.tail and layout_of(format.tail), SOFTCAP=softcap > 0, SLOPES=slopes is not None,
         SPLIT=splits > 1, QUERY_PARTS=1 if q.dtype == math and not format.quantized else 2,
         WEIGHT_PARTS=2 if q.dtype == torch.float16 else 1,
-        MATH=tl.float16 if math == torch.float16 else tl.bfloat16, BLOCK_N=block_n(layout),
+        MATH=tl.float16 if math == torch.float16 else tl.bfloat16,
         **flags, **settings,
     )  # fmt: skip
     if splits > 1:

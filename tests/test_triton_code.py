@@ -21,7 +21,7 @@ SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
 # Which configuration is fastest is measured.
 FEW = {"cuda": 48, "hip": 20}
 # Kernels that multiply matrices; of f32 no unit does.
-MULTIPLY = re.compile(r".*matmul|attention .* b?f16|attention_backward k?[qv] .* b?f16")
+MULTIPLY = re.compile(r".*matmul|linear_cross_entropy|(paged_)?attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
 
 
@@ -37,7 +37,8 @@ def check(found, name: str) -> None:
         if MULTIPLY.match(code.kernel) and units:
             assert code.matrix and set(code.matrix) <= units, code
         if MULTIPLY.match(code.kernel) and target.backend == "cuda":
-            assert code.wide, code
+            # 8 warps of paged attention share out a step in pieces of less than 16 bytes.
+            assert code.wide or ("paged" in code.kernel and code.warps == 8), code
 
 
 @pytest.mark.parametrize("target", ["sm_80"])

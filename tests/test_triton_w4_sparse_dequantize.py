@@ -21,21 +21,22 @@ def check(name: str, n: int, k: int, density: float) -> None:
     assert p.scales.dtype == torch.float16  # whose products with codes are exact
     for dtype in DTYPES:
         expected = sparse_formats.dequantize(p, dtype)
-        for row, rows in [(0, n), (n // 3, n - n // 3), (n - 1, 1), (n, 0)]:
+        parts = [(n // 3, n - n // 3), (n - 1, 1), (n, 0)] if dtype == torch.float32 else []
+        for row, rows in [(0, n), *parts]:
             part = dequantize(*arguments(p, row, rows, dtype))
             assert part.dtype == dtype and torch.equal(part, expected[row : row + rows])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_equals_the_specification(name):
-    for n, k, density in [(1, 1, 1.0), (17, 33, 0.0), (40, 300, 0.5)]:
+    for n, k, density in [(1, 1, 1.0), (17, 33, 0.0), (40, 140, 0.5)]:
         check(name, n, k, density)
 
 
 @pytest.mark.gpu_proof
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_shape(name):
-    for n, k, density in [(35, 130, 1.0), (130, 1057, 0.1), (33, 2111, 0.9), (5, 4128, 0.5)]:
+    for n, k, density in [(35, 130, 1.0), (40, 300, 0.5), (130, 1057, 0.1), (33, 2111, 0.9), (5, 4128, 0.5)]:
         check(name, n, k, density)
 
 

@@ -14,14 +14,17 @@ from .cuda_sparse_checks import DENSITIES, check_density
 from .matmul_checks import SHAPES, WEIGHT_NAMES, around_cases, quantized, random_case, weight_arguments
 from .triton_matmul_checks import WeightOnly, check, kernels, matmul, split
 
-FAST = [(1, 1, 1), (17, 33, 7), (40, 300, 17)]  # tails in each, more than one step of k
+from memlm.kernels._targets import TARGETS
+from memlm.kernels._weight_only import pruned
+
+FAST = [(1, 1, 1), (17, 33, 17), (40, 160, 3)]  # tails in each, more than one program and step of k
 PROOF_SHAPES = SHAPES[:-1]  # but the largest, which takes minutes in each configuration
 
 
 def check_integers_exact(op: str, name: str, dtype, config):
     """With scales of 1, sums are integers below 2^24: exact at the extremes of codes, too."""
     format = SparseFormat.parse(name)
-    values, (n, k, m) = format.values, (33, 128, 9)
+    values, (n, k, m) = format.values, (17, 128, 9)
     low, high, zero = values.codes.start, values.codes.stop - 1, formats.ZEROS[values.bits]
     code_dtype = torch.int8 if values.bits == 8 else torch.uint8
     generator = torch.Generator().manual_seed(0)
@@ -68,11 +71,23 @@ class Sparse(WeightOnly):
 
     def test_around(self, some):
         """Norm, swiglu and residual, each and together."""
-        dtype = DTYPES[self.SOME.index(some) % 2]
-        for config in (self.SPACE[0], split(self.SPACE)):
-            for x, packed, around in around_cases(some, 40, 96, 9, dtype):
+        cases = around_cases(some, 40, 96, 9, DTYPES[self.SOME.index(some) % 2])
+        together = max(cases, key=lambda case: len(case[2]))
+        for config, some_cases in ((self.SPACE[0], cases), (split(self.SPACE), [together])):
+            for x, packed, around in some_cases:
                 y = matmul(self.OP, x, packed, None, config, **around)
                 numerics.assert_within(y, *numerics.exact_around(x, packed, "mma", **around))
+
+    @pytest.mark.gpu_proof
+    def test_around_in_every_configuration(self, format, dtype, config):
+        for x, packed, around in around_cases(format, 100, 300, 41, dtype)[3:]:
+            y = matmul(self.OP, x, packed, None, config, **around)
+            numerics.assert_within(y, *numerics.exact_around(x, packed, "mma", **around))
+
+    def test_every_target_has_a_configuration(self):
+        for target in TARGETS.values():
+            for bits in (2, 32):
+                assert all(pruned(target, m, 32, bits, False, self.SPACE) for m in (1, 16, 33, 1000)), target
 
     @pytest.mark.parametrize("density", DENSITIES)
     def test_densities(self, some, density):

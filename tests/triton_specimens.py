@@ -11,8 +11,9 @@ import triton.language as tl
 
 from memlm.kernels import (
     _attention, _kv, _rows, _weight_only, adamw_8bit, attention, attention_backward, block_sparse_grad_values,
-    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
-    w8a8_matmul,
+    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, linear_cross_entropy,
+    linear_cross_entropy_backward, matmul_topk, paged_attention, quantize_rows, quantize_weight,
+    w4_sparse_dequantize, w4_sparse_matmul, w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
 from memlm.kv_formats import KvFormat
@@ -220,8 +221,7 @@ def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _kv_specimens(target: Target) -> Iterator[Specimen]:
-    # The largest heads are those that need most registers.
-    for type, sizes in {"f32": (128,), "bf16": (80, 256), "int8": (128,), "int4": (96, 128, 256)}.items():
+    for type, sizes in {"f32": (128,), "bf16": (80, 128), "int8": (128,), "int4": (128, 256)}.items():
         for dim in sizes:
             format = KvFormat(type, 64, dim)
             number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
@@ -241,6 +241,8 @@ def _kv_specimens(target: Target) -> Iterator[Specimen]:
                     str(dim), kv_append.warps_of(format), 3,
                     ("k_stride", "v_stride", "q_stride", "turned_stride", "angle_stride"),
                 )  # fmt: skip
+                if dtype == "bf16" and (type != "bf16" or dim != 128):
+                    continue  # it needs fewer parts of numbers than f16
                 yield from _paged_attention_specimens(target, f"{type} {NAMES[dtype]}", dtype, dim, layout, {
                     **arrays, "pool": number or "*i32", "q": f"*{dtype}", "out": f"*{dtype}",
                     **dict.fromkeys(("slopes", "sinks", "sums_of", "most_of", "total_of"), "*fp32"),
@@ -258,14 +260,14 @@ def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Itera
             layout | flags | {
                 "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
                 "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
-                "BLOCK_N": paged_attention.block_n(f), **config.kwargs,
+                **config.kwargs,
             },
             f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
             config.num_warps, config.num_stages, ("q_stride",),
         )  # fmt: skip
     kernel = paged_attention.combine_kernel
     used = {key: kind for key, kind in types.items() if key in kernel.arg_names}
-    yield Specimen(f"combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
+    yield Specimen(f"paged_attention_combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
 
 
 BLOCKS = {  # bits, zero, levels, offsets
@@ -351,7 +353,7 @@ def _gradient_specimens() -> Iterator[Specimen]:
             divisible=("n", "k"),
         )  # fmt: skip
     yield Specimen(
-        "block_sparse_grad_values", block_sparse_grad_values.grad_values_kernel,
+        "block_sparse_grad_values f32", block_sparse_grad_values.grad_values_kernel,
         {"grad": "*fp32", "x": "*fp32", "tiles": "*i64", "places": "*i32", "out": "*fp32"},
         {"CHUNK": block_sparse_grad_values.CHUNK}, warps=2, divisible=("n", "k"),
     )  # fmt: skip
@@ -371,6 +373,32 @@ def _training_specimens(target: Target) -> Iterator[Specimen]:
             },
             {"BLOCKS": adamw_8bit.BLOCKS, "BLOCK": 256, "SIZE": adamw_8bit.SIZE.value},
         )  # fmt: skip
+
+
+def _cross_entropy_specimens(target: Target) -> Iterator[Specimen]:
+    config = linear_cross_entropy.config_of(target)
+    settings = {"BIAS": True, **config.kwargs}
+    label = "x".join(map(str, config.kwargs.values()))
+    strides = ("k", "hidden_stride", "weight_stride")
+    for dtype in _dtypes(target):
+        given = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "bias": f"*{dtype}", "targets": "*i64"}
+        yield Specimen(
+            f"linear_cross_entropy {NAMES[dtype]}", linear_cross_entropy.loss_parts_kernel,
+            {**given, "parts": "*fp32"}, settings, label, config.num_warps, config.num_stages, strides,
+        )  # fmt: skip
+        yield Specimen(
+            f"linear_cross_entropy_backward {NAMES[dtype]}", linear_cross_entropy_backward.logit_gradient_kernel,
+            {**given, "lse": "*fp32", "grad": "*fp32", "out": f"*{dtype}", "ignore_index": "i64", "smoothing": "fp32"},
+            settings, label, config.num_warps, config.num_stages, (*strides, "words"),
+        )  # fmt: skip
+    yield Specimen(
+        "join_losses", linear_cross_entropy.join_kernel,
+        {
+            "parts": "*fp32", "targets": "*i64", "losses": "*fp32", "lse": "*fp32", "ignore_index": "i64",
+            "smoothing": "fp32",
+        },
+        {"BLOCK": 128},
+    )  # fmt: skip
 
 
 ATTENTION = (
@@ -441,3 +469,4 @@ def specimens(target: Target) -> Iterator[Specimen]:
     yield from _kv_specimens(target)
     yield from _training_specimens(target)
     yield from _attention_specimens(target)
+    yield from _cross_entropy_specimens(target)
