@@ -43,7 +43,7 @@ class Rules(NamedTuple):
     to_end: int  # 0 or 1
     softcap: float | None
     slopes: torch.Tensor | None  # f32 [heads]
-    mask: torch.Tensor | None  # uint8: not seen where 0; else added
+    mask: torch.Tensor | None  # of uint8, 0 where not seen; or of q's dtype, added
     mask_strides: tuple[int, int, int, int] | None
     block_mask: torch.Tensor | None  # uint8
     block_strides: tuple[int, int, int, int] | None
@@ -166,7 +166,7 @@ def place(a, offsets, length, heads, OWN: tl.constexpr):
             before = (tl.load(offsets + middle) // OWN).to(tl.int32) + middle <= tile
             sequence = tl.where(before, middle, sequence)
             high = tl.where(before, high, middle)
-        first = (tile - (tl.load(offsets + sequence) // OWN).to(tl.int32) - sequence) * OWN
+        first = tl.maximum(tile - (tl.load(offsets + sequence) // OWN).to(tl.int32) - sequence, 0) * OWN
         q_first, q_len = _of_sequence(a.q_offsets, sequence, a.q_len)
         k_first, k_len = _of_sequence(a.k_offsets, sequence, a.k_len)
     return Place(sequence, batch, head, first, q_first, k_first, q_len, k_len)
