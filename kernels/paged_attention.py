@@ -405,9 +405,10 @@ def pruned(target: Target, layout: Layout, rows: int, query_parts: int) -> list[
     for config in SPACE:
         m = config.kwargs["BLOCK_M"]
         shared = config.num_stages * STEP.value * width * (layout.key_bits + layout.value_bits) // 8
-        # Sums, queries, scores; and what keys and values are made into, unless multiplied as they are.
+        # Sums, queries, scores; and what keys and values are made into, unless multiplied as they are: targets
+        # that need more for sums make copies of operands.
         numbers = m * ((1 + query_parts) * width + STEP.value)
-        numbers += 0 if as_they_are else STEP.value * layout.group
+        numbers += 0 if as_they_are else STEP.value * layout.group * target.need // 4
         if fits(target, shared, numbers, config.num_warps * target.warp) and (m == 16 or m < 2 * rows):
             found.append(config)
     return found
