@@ -19,6 +19,7 @@ UNITS = {
 # of gradients of large heads.
 SPILLS = {
     ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
+    ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
     ("attention_backward kv causal f16", "gfx1100", "128 32x16 8 warps"): 6,
     ("attention_backward q options bf16", "gfx1100", "128 32x16 8 warps"): 5,
     ("attention_backward kv options bf16", "gfx1100", "128 32x16 8 warps"): 11,

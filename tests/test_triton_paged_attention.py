@@ -57,12 +57,12 @@ def test_heads_and_sizes(type):
     ],
 )  # fmt: skip
 def test_every_head_and_size(type, turn, dim, kv_heads, group):
-    """In every configuration, each with both dtypes."""
+    """In every configuration.  Bounds grow with a transform's size: of large heads less would fail zeros."""
     lengths, new = [1, 64, 63, 65, 130], [1, 1, 20, 2, 1]
     dtype = (torch.float16, torch.bfloat16)[turn % 2]
     made = paged(type, dim, lengths, kv_heads, (32, 64, 96)[turn % 3], dtype)
     q = random_queries(new, kv_heads * group, dim, dtype)
-    assert check(made, q, new, run=run_in(SPACE[turn % len(SPACE)])) > 0.7
+    assert check(made, q, new, run=run_in(SPACE[turn % len(SPACE)])) > (0.8 if dim <= 128 else 0.6)
 
 
 @pytest.mark.parametrize("type", ["f32", pytest.param("bf16", marks=pytest.mark.gpu_proof), "int8", "int4"])
