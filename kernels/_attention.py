@@ -1,8 +1,8 @@
 """What attention and its gradients share: arguments as kernels take them, what a program computes, scores.
 
 A program has OWN rows of one side, queries or keys, and goes through those of the other side that see them,
-or are seen, STEP at a time.  Scores are in units of log2.  Where all pairs of a step are seen, by the limits,
-nothing is compared; these steps come first, those at the edges after them.
+or are seen, STEP at a time.  Scores are in units of log2.  Steps of which all pairs are within the limits
+come first, without comparisons; those at the edges after them.
 """
 
 from __future__ import annotations
@@ -65,6 +65,16 @@ class Place(NamedTuple):
     k_len: int
 
 
+class Rows(NamedTuple):
+    """Of one head of one sequence: [length, dim], as operands of products [.., DIM]."""
+
+    start: torch.Tensor
+    stride: int
+    length: int
+    dim: int
+    DIM: int
+
+
 def _strides(x: torch.Tensor | None) -> tuple[int, ...] | None:
     """0 where a dimension is repeated."""
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride()))
@@ -76,9 +86,10 @@ def _bits32(x: int) -> int:
 
 
 def rules_of(
-    q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout, seed,
+    q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
+    seed,
 ) -> Rules:  # fmt: skip
-    """Of ``torch.ops.memlm.attention``'s checked arguments; ``seed`` is read, for which a device is waited for.
+    """Of ``torch.ops.memlm.attention``'s checked arguments.  The seed is read: a device that has it is waited for.
 
     Raises UnsupportedError for a dtype, sizes of heads or lengths that the kernels do not take.
     """
@@ -87,7 +98,9 @@ def rules_of(
         raise UnsupportedError(f"query: got {q.dtype}, Triton kernels take {DTYPES}")
     for name, size in (("query", dim), ("value", v.shape[3])):
         if size > MOST_DIM:
-            raise UnsupportedError(f"{name}: got a last dimension of {size}, Triton kernels take 1 to {MOST_DIM}")
+            raise UnsupportedError(
+                f"{name}: got a last dimension of {size}, Triton kernels take 1 to {MOST_DIM}"
+            )
     for name, length in (("query", q_len), ("key", k.shape[2])):
         if length >= FAR:
             raise UnsupportedError(f"{name}: got {length} rows, Triton kernels take fewer than {FAR}")
@@ -112,7 +125,7 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 
 def tiles(a: Rules, length: int, own: int) -> int:
     """Programs for a head of ``length`` rows.  With offsets, sequence s has those from floor(offset / own) + s
-    on, which suffice and leave some without rows."""
+    on: enough, and some without rows."""
     return triton.cdiv(length, own) if a.q_offsets is None else length // own + a.sequences
 
 
@@ -157,32 +170,52 @@ def place(a, offsets, length, heads, OWN: tl.constexpr):
 @triton.jit
 def head_rows(x, strides, batch, head, first):
     """Where rows from ``first`` on begin, of a [batch, heads, rows, dim]."""
-    return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(first, tl.int64) * strides[2]
+    of_head = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return of_head + tl.cast(first, tl.int64) * strides[2]
 
 
 @triton.jit
-def load_rows(rows, stride, first, length, dim: tl.constexpr, DIM: tl.constexpr, COUNT: tl.constexpr):
-    """[COUNT, DIM]: rows from ``first`` on, 0 beyond ``length`` and ``dim``."""
-    row, column = tl.arange(0, COUNT), tl.arange(0, DIM)
-    at = rows + first.to(tl.int64) * stride + (row * stride)[:, None] + column[None, :]
-    return tl.load(at, (first + row < length)[:, None] & (column < dim)[None, :], 0.0)
+def queries_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+    """Of a tensor that has a row for each query."""
+    return Rows(head_rows(x, strides, at.batch, head, at.q_first), strides[2], at.q_len, dim, DIM)
 
 
 @triton.jit
-def own_rows(tile, rows, stride, at, length, dim: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, KEEP: tl.constexpr):
-    """This program's, at each step: ``tile``, which stays in registers, or loaded again, where these are few."""
+def keys_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+    """Of a tensor that has a row for each key."""
+    return Rows(head_rows(x, strides, at.batch, head, at.k_first), strides[2], at.k_len, dim, DIM)
+
+
+@triton.jit
+def _places(rows, first, COUNT: tl.constexpr):
+    """Of [COUNT, DIM] numbers from row ``first`` on, and which there are."""
+    row, column = tl.arange(0, COUNT), tl.arange(0, rows.DIM)
+    places = rows.start + first.to(tl.int64) * rows.stride + (row * rows.stride)[:, None] + column[None, :]
+    return places, (first + row < rows.length)[:, None] & (column < rows.dim)[None, :]
+
+
+@triton.jit
+def load_rows(rows, first, COUNT: tl.constexpr):
+    """[COUNT, DIM]: rows from ``first`` on, 0 beyond."""
+    places, inside = _places(rows, first, COUNT)
+    return tl.load(places, inside, 0.0)
+
+
+@triton.jit
+def store_rows(rows, first, x, COUNT: tl.constexpr):
+    """x [COUNT, DIM] to rows from ``first`` on."""
+    places, inside = _places(rows, first, COUNT)
+    tl.store(places, x.to(rows.start.dtype.element_ty), inside)
+
+
+@triton.jit
+def own_rows(tile, rows, at, OWN: tl.constexpr, KEEP: tl.constexpr):
+    """This program's, at each step: ``tile``, which stays in registers, or where these are few, loaded again."""
     if KEEP:
         return tile
     else:
         tl.debug_barrier()  # which the load is not moved across, out of the loop
-        return load_rows(rows, stride, at.first, length, dim, DIM, OWN)
-
-
-@triton.jit
-def store_rows(rows, stride, first, length, x, dim: tl.constexpr, DIM: tl.constexpr, COUNT: tl.constexpr):
-    row, column = tl.arange(0, COUNT), tl.arange(0, DIM)
-    at = rows + first.to(tl.int64) * stride + (row * stride)[:, None] + column[None, :]
-    tl.store(at, x.to(rows.dtype.element_ty), (first + row < length)[:, None] & (column < dim)[None, :])
+        return load_rows(rows, at.first, OWN)
 
 
 @triton.jit
@@ -218,7 +251,7 @@ def shown(a, at, head, i, j, MASK_BLOCK: tl.constexpr):
 
 @triton.jit
 def scores(a, at, head, product, i, j, CHECKED: tl.constexpr):
-    """Of products of queries i and keys j of the place, which broadcast; -Inf where not seen, of which limits are compared
+    """Of products of queries i and keys j, which broadcast; -Inf where not seen, for which limits are compared
     only if CHECKED.  And how much of a score's gradient reaches the product."""
     s, factor = product * a.scale, 1.0
     if a.softcap is not None:
@@ -228,9 +261,8 @@ def scores(a, at, head, product, i, j, CHECKED: tl.constexpr):
     if a.slopes is not None:
         s -= tl.load(a.slopes + head) * LOG2E * tl.abs(j - position).to(tl.float32)
     if a.mask is not None:
-        rows = head_rows(a.mask, a.mask_strides, at.batch, head, 0)
-        place = i.to(tl.int64) * a.mask_strides[2] + j.to(tl.int64) * a.mask_strides[3]
-        value = tl.load(rows + place, (i < at.q_len) & (j < at.k_len), 0)
+        rows = head_rows(a.mask, a.mask_strides, at.batch, head, 0) + i.to(tl.int64) * a.mask_strides[2]
+        value = tl.load(rows + j.to(tl.int64) * a.mask_strides[3], (i < at.q_len) & (j < at.k_len), 0)
         if a.mask.dtype.element_ty == tl.uint8:
             s = tl.where(value != 0, s, float("-inf"))
         else:
@@ -255,8 +287,8 @@ def dropout_rows(a, at, head, i):
     if a.dropped is None:
         return None
     else:
-        row = _mix(a.seed_low.to(tl.uint32) + GOLDEN_RATIO)
-        row = _mix((row ^ a.seed_high.to(tl.uint32)) + GOLDEN_RATIO)
+        row = _mix(tl.cast(a.seed_low, tl.uint32) + GOLDEN_RATIO)
+        row = _mix((row ^ tl.cast(a.seed_high, tl.uint32)) + GOLDEN_RATIO)
         row = _mix((row ^ at.sequence.to(tl.uint32)) + GOLDEN_RATIO)
         row = _mix((row ^ head.to(tl.uint32)) + GOLDEN_RATIO)
         return _mix((row ^ i.to(tl.uint32)) + GOLDEN_RATIO)
@@ -264,17 +296,17 @@ def dropout_rows(a, at, head, i):
 
 @triton.jit
 def is_dropped(a, rows, j):
-    return _mix(rows + j.to(tl.uint32) * GOLDEN_RATIO) < a.dropped.to(tl.uint32)
+    return _mix(rows + j.to(tl.uint32) * GOLDEN_RATIO) < tl.cast(a.dropped, tl.uint32)
 
 
 # ---- How kernels are started ----
 
-# Many rows of its own read the other side seldom; few suit few queries, masks of small blocks and large heads.
+# Many rows of its own read the other side seldom; few suit few queries, masks of small blocks, large heads.
 SPACE = [
     triton.Config({"OWN": own, "STEP": step, "KEEP": keep}, num_warps=warps, num_stages=stages)
     for own, step, keep, warps, stages in (
-        (16, 64, True, 4, 3), (32, 16, False, 8, 1), (32, 32, True, 8, 2), (64, 32, True, 4, 2), (64, 32, True, 8, 2),
-        (64, 64, True, 4, 2), (128, 64, True, 8, 2),
+        (16, 64, True, 4, 3), (32, 16, False, 8, 1), (32, 32, True, 8, 2), (64, 32, True, 4, 2),
+        (64, 32, True, 8, 2), (64, 64, True, 4, 2), (128, 64, True, 8, 2),
     )
 ]  # fmt: skip
 # Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
@@ -291,8 +323,8 @@ def pruned(
 ) -> list[triton.Config]:
     """The configurations that a target has room for and whose steps lie within blocks of the mask.
 
-    ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared memory,
-    and how many in registers, of 32 bits; ``options`` take some more.
+    ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared
+    memory, and how many in registers, of 32 bits; ``options`` take some more.
     """
     few = FEW_OF_F32 if size == 4 else FEW.get(target.arch)
     target = replace(target, need=NEED.get(target.arch, 3))
@@ -304,7 +336,8 @@ def pruned(
             registers += 2 * own * step
         whole = not mask_block or mask_block % own == mask_block % step == 0
         suits = few is None or (not config.kwargs["KEEP"] and max(dim, v_dim) <= few)
-        if whole and suits and fits(target, size * shared, registers, min(MOST_THREADS, config.num_warps * target.warp)):
+        threads = min(MOST_THREADS, config.num_warps * target.warp)
+        if whole and suits and fits(target, size * shared, registers, threads):
             found.append(config)
     return found
 
@@ -317,7 +350,8 @@ def tuned(kernel, room):
         q, options = named["q"], named["about"][2]
         found = pruned(target_of(q.device), room, q.element_size(), options, *sizes)
         if not found:
-            raise UnsupportedError(f"query: {q.dtype}, heads of {q.shape[3]}: the device has no room for a tile")
+            heads = [named[name].shape[3] for name in ("q", "v")]
+            raise UnsupportedError(f"query, value: got {q.dtype}, heads of {heads}, too large for {q.device}")
         return found
 
     key = ["about", "MASK_BLOCK", "DIM", "V_DIM"]
@@ -325,14 +359,17 @@ def tuned(kernel, room):
 
 
 def about(a: Rules) -> tuple[int, int, int]:
-    """What a configuration is tried for once: numbers of queries and keys, as powers of 2, and whether there are
-    options."""
+    """What a configuration is tried for once: numbers of queries and keys, as powers of 2, and whether there
+    are options."""
     lengths = (min(4096, triton.next_power_of_2(n)) for n in (a.q_len, a.k_len))
     options = any(x is not None for x in (a.softcap, a.slopes, a.mask, a.block_mask, a.dropped))
     return *lengths, int(options)
 
 
-def in_best(kernel, tuned, config: triton.Config | None, a: Rules, batch: int, heads: int, length: int, *args, **constants):
+def in_best(
+    kernel, tuned, config: triton.Config | None, a: Rules, batch: int, heads: int, length: int, *args,
+    **constants,
+) -> None:  # fmt: skip
     """Runs ``kernel`` for all rows in ``config``, or as ``tuned`` in the one that is found fastest."""
 
     def grid(meta):

@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LN2, LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, own_rows, padded, place, rules_of, scores,
-    shift, shown, span, store_rows, tuned,
+    LN2, LOG2E, about, dense, dropout_rows, in_best, is_dropped, keys_of, load_rows, own_rows, padded, place,
+    queries_of, rules_of, scores, shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
 
 
 @triton.jit
 def _through(
-    sums, most, total, a, at, q_tile, q, k, v, q_stride, k_stride, v_stride, begin, steps, gap, gap_end,
-    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    sums, most, total, a, at, q_tile, queries, keys, values, begin, steps, gap, gap_end,
+    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -33,9 +32,9 @@ def _through(
             first += tl.where(first >= gap, gap_end - gap, 0)
         if shown(a, at, at.head, at.first, first, MASK_BLOCK):
             j = (first + tl.arange(0, STEP))[None, :]
-            k_tile = load_rows(k, k_stride, first, at.k_len, dim, DIM, STEP)
-            queries = own_rows(q_tile, q, q_stride, at, at.q_len, dim, DIM, OWN, KEEP)
-            product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
+            k_tile = load_rows(keys, first, STEP)
+            own = own_rows(q_tile, queries, at, OWN, KEEP)
+            product = tl.dot(own, tl.trans(k_tile), input_precision="ieee")
             s, _ = scores(a, at, at.head, product, i, j, CHECKED)
             now = tl.maximum(most, tl.max(s, 1))
             base = tl.where(now == float("-inf"), 0, now)
@@ -45,7 +44,7 @@ def _through(
             total = total * factor + tl.sum(p, 1)
             if a.dropped is not None:
                 p = tl.where(is_dropped(a, hashes, j), 0.0, p)
-            v_tile = load_rows(v, v_stride, first, at.k_len, v_dim, V_DIM, STEP)
+            v_tile = load_rows(values, first, STEP)
             sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * factor[:, None], input_precision="ieee")
     return sums, most, total
 
@@ -57,24 +56,24 @@ def attention_kernel(
     MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
-    q = head_rows(q, q_strides, at.batch, at.head, at.q_first)
-    k = head_rows(k, k_strides, at.batch, at.head // a.group, at.k_first)
-    v = head_rows(v, v_strides, at.batch, at.head // a.group, at.k_first)
-    q_tile = load_rows(q, q_strides[2], at.first, at.q_len, dim, DIM, OWN)
+    queries = queries_of(q, q_strides, at, at.head, dim, DIM)
+    keys = keys_of(k, k_strides, at, at.head // a.group, dim, DIM)
+    values = keys_of(v, v_strides, at, at.head // a.group, v_dim, V_DIM)
+    q_tile = load_rows(queries, at.first, OWN)
 
-    position, rows = at.first + shift(a, at), tl.minimum(at.q_len - at.first, OWN)
-    length = tl.where(rows > 0, at.k_len, 0)
-    begin, full, full_end, edges = span(position, position + rows - 1, a.left, a.right, length, STEP)
+    position, count = at.first + shift(a, at), tl.minimum(at.q_len - at.first, OWN)
+    length = tl.where(count > 0, at.k_len, 0)
+    begin, full, full_end, edges = span(position, position + count - 1, a.left, a.right, length, STEP)
     sums = tl.zeros([OWN, V_DIM], tl.float32)
     most = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
     sums, most, total = _through(
-        sums, most, total, a, at, q_tile, q, k, v, q_strides[2], k_strides[2], v_strides[2], full, (full_end - full) // STEP, 0, 0,
-        dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
+        sums, most, total, a, at, q_tile, queries, keys, values, full, (full_end - full) // STEP, 0, 0,
+        False, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums, most, total = _through(
-        sums, most, total, a, at, q_tile, q, k, v, q_strides[2], k_strides[2], v_strides[2], begin, edges, full, full_end,
-        dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
+        sums, most, total, a, at, q_tile, queries, keys, values, begin, edges, full, full_end,
+        True, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
 
     factor = tl.full([OWN], 1.0, tl.float32)
@@ -89,10 +88,10 @@ def attention_kernel(
     total = tl.where(empty, 1.0, total)
     factor = tl.where(empty, 0.0, factor / total * a.kept)
     i = at.first + tl.arange(0, OWN)
-    sequence_lse = lse + (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len + at.q_first
-    tl.store(sequence_lse + i, tl.where(empty, float("-inf"), (most + tl.log2(total)) * LN2), i < at.q_len)
-    out = head_rows(out, out_strides, at.batch, at.head, at.q_first)
-    store_rows(out, out_strides[2], at.first, at.q_len, sums * factor[:, None], v_dim, V_DIM, OWN)
+    of_head = lse + (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len + at.q_first
+    tl.store(of_head + i, tl.where(empty, float("-inf"), (most + tl.log2(total)) * LN2), i < at.q_len)
+    results = queries_of(out, out_strides, at, at.head, v_dim, V_DIM)
+    store_rows(results, at.first, sums * factor[:, None], OWN)
 
 
 def room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:
@@ -104,14 +103,18 @@ tuned_kernel = tuned(attention_kernel, room)
 
 
 def attention(
-    q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, sinks,
-    dropout, seed, config: triton.Config | None = None,
+    q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes,
+    sinks, dropout, seed, config: triton.Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``torch.ops.memlm.attention``, of f16, bf16 and f32, heads of up to 256.  ``config``: this one instead of
-    the one that is found fastest."""
+    """``torch.ops.memlm.attention``, of f16, bf16 and f32.  ``config``: this one instead of the one that is
+    found fastest.  Offsets are not checked; what lies beyond the tensors is not read.
+
+    Raises UnsupportedError for heads of more than 256, or of what the device has registers for.
+    """
     _check(q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks, dropout, seed)
     a = rules_of(
-        q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout, seed,
+        q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
+        seed,
     )  # fmt: skip
     q, k, v = dense(q), dense(k), dense(v)
     dim, v_dim = q.shape[3], v.shape[3]
@@ -119,7 +122,7 @@ def attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     in_best(
         attention_kernel, tuned_kernel, config, a, q.shape[0], a.heads, a.q_len,
-        q, k, v, out, lse, sinks, q.stride(), k.stride(), v.stride(), out.stride(), a, about(a),
+        q, k, v, out, lse, sinks, *(x.stride() for x in (q, k, v, out)), a, about(a),
         dim=dim, v_dim=v_dim, DIM=padded(dim), V_DIM=padded(v_dim),
         MASK_BLOCK=0 if block_mask is None else mask_block,
     )  # fmt: skip

@@ -1,11 +1,12 @@
-"""``attention_backward`` in Triton, with the probabilities computed again (FlashAttention-2, arXiv:2307.08691,
-algorithm 2): with P = exp(S - lse), delta = rowsum(dO * O) and S the scores,
+"""``attention_backward`` in Triton, with the probabilities computed again (FlashAttention-2,
+arXiv:2307.08691, algorithm 2): with P = exp(S - lse), delta = rowsum(dO * O) and S the scores,
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 
-Kernels one after another, so that each sum has one order: delta; dQ by programs that have queries of their own
-and go through the keys; dK and dV by programs that have keys and go through the queries of all heads that share
-them, with S and dP turned, so that P and dS are the first operands of the next products everywhere.
+Kernels one after another, so that each sum has one order: delta; dQ by programs that have queries of their
+own and go through the keys; dK and dV by programs that have keys and go through the queries of all heads
+that share them, with S and dP turned, so that P and dS are the first operands of the next products
+everywhere.
 
 Arithmetic: P and dS are rounded to q's dtype before they are multiplied; everything else is f32.
 """
@@ -17,8 +18,8 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, load_rows, own_rows, padded, place, rules_of, scores,
-    shift, shown, span, store_rows, tuned,
+    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, keys_of, load_rows, own_rows, padded,
+    place, queries_of, Rows, rules_of, scores, shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
 
@@ -39,8 +40,9 @@ def delta_kernel(
     count = tl.cdiv(q_len, OWN)
     first, rest = tl.program_id(0) % count * OWN, tl.program_id(0) // count
     head, batch = rest % heads, rest // heads
-    x = load_rows(head_rows(grad, grad_strides, batch, head, 0), grad_strides[2], first, q_len, v_dim, V_DIM, OWN)
-    y = load_rows(head_rows(out, out_strides, batch, head, 0), out_strides[2], first, q_len, v_dim, V_DIM, OWN)
+    grads = Rows(head_rows(grad, grad_strides, batch, head, 0), grad_strides[2], q_len, v_dim, V_DIM)
+    results = Rows(head_rows(out, out_strides, batch, head, 0), out_strides[2], q_len, v_dim, V_DIM)
+    x, y = load_rows(grads, first, OWN), load_rows(results, first, OWN)
     i = first + tl.arange(0, OWN)
     sums = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta + rest.to(tl.int64) * q_len + i, sums, i < q_len)
@@ -56,14 +58,15 @@ def grad_sinks_kernel(sinks, lse, delta, grad_sinks, batch, q_len, BLOCK: tl.con
         rows = (tl.cast(b, tl.int64) * heads + head) * q_len
         for first in range(0, q_len, BLOCK):
             i = first + tl.arange(0, BLOCK)
-            sums -= tl.exp2(sink - _bases(lse + rows, i, q_len)) * tl.load(delta + rows + i, i < q_len, 0.0)
+            share = tl.exp2(sink - _bases(lse + rows, i, q_len))
+            sums -= share * tl.load(delta + rows + i, i < q_len, 0.0)
     tl.store(grad_sinks + head, tl.sum(sums, 0))
 
 
 @triton.jit
 def _soften(a, at, head, product, dp, i, j, base, delta, hashes, CHECKED: tl.constexpr):
-    """Of products, and gradients of probabilities: the probabilities without dropout's factor, the gradients of
-    scores, and those of the products without scale."""
+    """Of products, and gradients of probabilities: the probabilities without dropout's factor, the gradients
+    of scores, and those of the products without scale."""
     s, factor = scores(a, at, head, product, i, j, CHECKED)
     p = tl.exp2(s - base)
     kept_p = p
@@ -77,10 +80,9 @@ def _soften(a, at, head, product, dp, i, j, base, delta, hashes, CHECKED: tl.con
 
 @triton.jit
 def _through_keys(
-    sums, a, at, q_tile, grad_tile, base, delta, grad, q, k, v, grad_stride, q_stride, k_stride, v_stride,
-    grad_mask, begin, steps, gap, gap_end,
-    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    sums, a, at, q_tile, grad_tile, base, delta, queries, grads, keys, values, grad_mask,
+    begin, steps, gap, gap_end,
+    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -91,34 +93,34 @@ def _through_keys(
             first += tl.where(first >= gap, gap_end - gap, 0)
         if shown(a, at, at.head, at.first, first, MASK_BLOCK):
             j = (first + tl.arange(0, STEP))[None, :]
-            k_tile = load_rows(k, k_stride, first, at.k_len, dim, DIM, STEP)
-            v_tile = load_rows(v, v_stride, first, at.k_len, v_dim, V_DIM, STEP)
-            queries = own_rows(q_tile, q, q_stride, at, at.q_len, dim, DIM, OWN, KEEP)
-            product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
-            grads = own_rows(grad_tile, grad, grad_stride, at, at.q_len, v_dim, V_DIM, OWN, KEEP)
-            dp = tl.dot(grads, tl.trans(v_tile), input_precision="ieee")
-            _, of_score, inner = _soften(a, at, at.head, product, dp, i, j, base[:, None], delta[:, None], hashes, CHECKED)
+            k_tile, v_tile = load_rows(keys, first, STEP), load_rows(values, first, STEP)
+            own = own_rows(q_tile, queries, at, OWN, KEEP)
+            product = tl.dot(own, tl.trans(k_tile), input_precision="ieee")
+            own_grads = own_rows(grad_tile, grads, at, OWN, KEEP)
+            dp = tl.dot(own_grads, tl.trans(v_tile), input_precision="ieee")
+            _, of_scores, inner = _soften(
+                a, at, at.head, product, dp, i, j, base[:, None], delta[:, None], hashes, CHECKED
+            )
             if grad_mask is not None:
                 rows = grad_mask + (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len * a.k_len
-                tl.store(rows + i.to(tl.int64) * a.k_len + j, of_score, (i < at.q_len) & (j < at.k_len))
+                tl.store(rows + i.to(tl.int64) * a.k_len + j, of_scores, (i < at.q_len) & (j < at.k_len))
             sums = tl.dot(inner.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
     return sums
 
 
 @triton.jit
 def grad_q_kernel(
-    grad, q, k, v, lse, delta, grad_q, grad_mask, grad_strides, q_strides, k_strides, v_strides, grad_q_strides,
-    a, scale, about,
-    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
-    OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    grad, q, k, v, lse, delta, grad_q, grad_mask, grad_strides, q_strides, k_strides, v_strides,
+    grad_q_strides, a, scale, about,
+    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
-    q = head_rows(q, q_strides, at.batch, at.head, at.q_first)
-    k = head_rows(k, k_strides, at.batch, at.head // a.group, at.k_first)
-    v = head_rows(v, v_strides, at.batch, at.head // a.group, at.k_first)
-    grad = head_rows(grad, grad_strides, at.batch, at.head, at.q_first)
-    q_tile = load_rows(q, q_strides[2], at.first, at.q_len, dim, DIM, OWN)
-    grad_tile = load_rows(grad, grad_strides[2], at.first, at.q_len, v_dim, V_DIM, OWN)
+    queries = queries_of(q, q_strides, at, at.head, dim, DIM)
+    grads = queries_of(grad, grad_strides, at, at.head, v_dim, V_DIM)
+    keys = keys_of(k, k_strides, at, at.head // a.group, dim, DIM)
+    values = keys_of(v, v_strides, at, at.head // a.group, v_dim, V_DIM)
+    q_tile, grad_tile = load_rows(queries, at.first, OWN), load_rows(grads, at.first, OWN)
     rows = (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len + at.q_first
     i = at.first + tl.arange(0, OWN)
     base, of_row = _bases(lse + rows, i, at.q_len), tl.load(delta + rows + i, i < at.q_len, 0.0)
@@ -128,25 +130,21 @@ def grad_q_kernel(
     begin, full, full_end, edges = span(position, position + count - 1, a.left, a.right, length, STEP)
     sums = tl.zeros([OWN, DIM], tl.float32)
     sums = _through_keys(
-        sums, a, at, q_tile, grad_tile, base, of_row, grad, q, k, v, grad_strides[2], q_strides[2], k_strides[2],
-        v_strides[2], grad_mask,
-        full, (full_end - full) // STEP, 0, 0, dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
+        sums, a, at, q_tile, grad_tile, base, of_row, queries, grads, keys, values, grad_mask,
+        full, (full_end - full) // STEP, 0, 0, False, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums = _through_keys(
-        sums, a, at, q_tile, grad_tile, base, of_row, grad, q, k, v, grad_strides[2], q_strides[2], k_strides[2],
-        v_strides[2], grad_mask,
-        begin, edges, full, full_end, dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
+        sums, a, at, q_tile, grad_tile, base, of_row, queries, grads, keys, values, grad_mask,
+        begin, edges, full, full_end, True, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
-    grad_q = head_rows(grad_q, grad_q_strides, at.batch, at.head, at.q_first)
-    store_rows(grad_q, grad_q_strides[2], at.first, at.q_len, sums * scale, dim, DIM, OWN)
+    store_rows(queries_of(grad_q, grad_q_strides, at, at.head, dim, DIM), at.first, sums * scale, OWN)
 
 
 @triton.jit
 def _through_queries(
-    k_sums, v_sums, a, at, head, k_tile, v_tile, grad, q, k, v, lse, delta, grad_stride, q_stride, k_stride,
-    v_stride, begin, steps, gap, gap_end,
-    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, CHECKED: tl.constexpr,
-    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse, delta,
+    begin, steps, gap, gap_end,
+    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the queries of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     j = (at.first + tl.arange(0, OWN))[:, None]
@@ -157,15 +155,16 @@ def _through_queries(
         if shown(a, at, head, first, at.first, MASK_BLOCK):
             row = first + tl.arange(0, STEP)
             i = row[None, :]
-            q_tile = load_rows(q, q_stride, first, at.q_len, dim, DIM, STEP)
-            grad_tile = load_rows(grad, grad_stride, first, at.q_len, v_dim, V_DIM, STEP)
+            q_tile, grad_tile = load_rows(queries, first, STEP), load_rows(grads, first, STEP)
             base, of_row = _bases(lse, row, at.q_len), tl.load(delta + row, row < at.q_len, 0.0)
             hashes = dropout_rows(a, at, head, i)
-            keys = own_rows(k_tile, k, k_stride, at, at.k_len, dim, DIM, OWN, KEEP)
-            product = tl.dot(keys, tl.trans(q_tile), input_precision="ieee")
-            values = own_rows(v_tile, v, v_stride, at, at.k_len, v_dim, V_DIM, OWN, KEEP)
-            dp = tl.dot(values, tl.trans(grad_tile), input_precision="ieee")
-            p, _, inner = _soften(a, at, head, product, dp, i, j, base[None, :], of_row[None, :], hashes, CHECKED)
+            own_keys = own_rows(k_tile, keys, at, OWN, KEEP)
+            product = tl.dot(own_keys, tl.trans(q_tile), input_precision="ieee")
+            own_values = own_rows(v_tile, values, at, OWN, KEEP)
+            dp = tl.dot(own_values, tl.trans(grad_tile), input_precision="ieee")
+            p, _, inner = _soften(
+                a, at, head, product, dp, i, j, base[None, :], of_row[None, :], hashes, CHECKED
+            )
             v_sums = tl.dot(p.to(grad_tile.dtype), grad_tile, v_sums, input_precision="ieee")
             k_sums = tl.dot(inner.to(q_tile.dtype), q_tile, k_sums, input_precision="ieee")
     return k_sums, v_sums
@@ -173,16 +172,15 @@ def _through_queries(
 
 @triton.jit
 def grad_kv_kernel(
-    grad, q, k, v, lse, delta, grad_k, grad_v, grad_strides, q_strides, k_strides, v_strides, grad_k_strides,
-    grad_v_strides, a, scale, about,
-    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, MASK_BLOCK: tl.constexpr,
-    OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    grad, q, k, v, lse, delta, grad_k, grad_v, grad_strides, q_strides, k_strides, v_strides,
+    grad_k_strides, grad_v_strides, a, scale, about,
+    dim: tl.constexpr, v_dim: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.k_offsets, a.k_len, a.heads // a.group, OWN)
-    k = head_rows(k, k_strides, at.batch, at.head, at.k_first)
-    v = head_rows(v, v_strides, at.batch, at.head, at.k_first)
-    k_tile = load_rows(k, k_strides[2], at.first, at.k_len, dim, DIM, OWN)
-    v_tile = load_rows(v, v_strides[2], at.first, at.k_len, v_dim, V_DIM, OWN)
+    keys = keys_of(k, k_strides, at, at.head, dim, DIM)
+    values = keys_of(v, v_strides, at, at.head, v_dim, V_DIM)
+    k_tile, v_tile = load_rows(keys, at.first, OWN), load_rows(values, at.first, OWN)
 
     query, count = at.first - shift(a, at), tl.minimum(at.k_len - at.first, OWN)
     length = tl.where(count > 0, at.q_len, 0)
@@ -192,26 +190,22 @@ def grad_kv_kernel(
     for turn in range(a.group):
         head = at.head * a.group + turn
         rows = (at.batch.to(tl.int64) * a.heads + head) * a.q_len + at.q_first
-        of_q = head_rows(q, q_strides, at.batch, head, at.q_first)
-        of_grad = head_rows(grad, grad_strides, at.batch, head, at.q_first)
+        queries = queries_of(q, q_strides, at, head, dim, DIM)
+        grads = queries_of(grad, grad_strides, at, head, v_dim, V_DIM)
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, k, v, lse + rows, delta + rows,
-            grad_strides[2], q_strides[2], k_strides[2], v_strides[2], full, (full_end - full) // STEP, 0, 0,
-            dim, v_dim, DIM, V_DIM, False, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
+            full, (full_end - full) // STEP, 0, 0, False, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, of_grad, of_q, k, v, lse + rows, delta + rows,
-            grad_strides[2], q_strides[2], k_strides[2], v_strides[2], begin, edges, full, full_end,
-            dim, v_dim, DIM, V_DIM, True, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
+            begin, edges, full, full_end, True, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
-    grad_k = head_rows(grad_k, grad_k_strides, at.batch, at.head, at.k_first)
-    grad_v = head_rows(grad_v, grad_v_strides, at.batch, at.head, at.k_first)
-    store_rows(grad_k, grad_k_strides[2], at.first, at.k_len, k_sums * scale, dim, DIM, OWN)
-    store_rows(grad_v, grad_v_strides[2], at.first, at.k_len, v_sums * a.kept, v_dim, V_DIM, OWN)
+    store_rows(keys_of(grad_k, grad_k_strides, at, at.head, dim, DIM), at.first, k_sums * scale, OWN)
+    store_rows(keys_of(grad_v, grad_v_strides, at, at.head, v_dim, V_DIM), at.first, v_sums * a.kept, OWN)
 
 
 def q_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:
-    """Queries and their gradients, and keys and values of all stages; sums, and scores and their gradients."""
+    """Queries and gradients, and keys and values of all stages; sums, and scores and their gradients."""
     return (own + stages * step) * (dim + v_dim), own * (dim + 2 * step)
 
 
@@ -226,14 +220,18 @@ DELTA_ROWS, SINKS_BLOCK = 32, 256
 
 
 def attention_backward(
-    grad_out, q, k, v, out, lse, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right, to_end,
-    softcap, slopes, sinks, dropout, seed, want_mask, config: triton.Config | None = None,
+    grad_out, q, k, v, out, lse, mask, block_mask, mask_block, q_offsets, k_offsets, scale, left, right,
+    to_end, softcap, slopes, sinks, dropout, seed, want_mask, config: triton.Config | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """``torch.ops.memlm.attention_backward``, of f16, bf16 and f32, heads of up to 256.  ``config``: this one
-    instead of those that are found fastest."""
+    """``torch.ops.memlm.attention_backward``, of f16, bf16 and f32.  ``config``: this one instead of those
+    that are found fastest.
+
+    Raises UnsupportedError for heads of more than 256, or of what the device has registers for.
+    """
     _check(q, k, v, mask, block_mask, mask_block, q_offsets, k_offsets, slopes, sinks, dropout, seed)
     a = rules_of(
-        q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout, seed,
+        q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
+        seed,
     )  # fmt: skip
     grad, q, k, v, out = (dense(x) for x in (grad_out, q, k, v, out))
     (batch, heads, q_len, dim), v_dim = q.shape, v.shape[3]
@@ -249,19 +247,18 @@ def attention_backward(
         )  # fmt: skip
     if sinks is not None:
         grad_sinks_kernel[(heads,)](sinks, lse, delta, grad_sinks, batch, q_len, BLOCK=SINKS_BLOCK)
-    rest = a, scale, about(a)
     constants = {
         "dim": dim, "v_dim": v_dim, "DIM": padded(dim), "V_DIM": padded(v_dim),
         "MASK_BLOCK": 0 if block_mask is None else mask_block,
     }  # fmt: skip
     given = grad, q, k, v, lse, delta
-    strides = tuple(x.stride() for x in given[:4])
+    strides = [x.stride() for x in given[:4]]
     in_best(
         grad_q_kernel, tuned_grad_q, config, a, batch, heads, q_len,
-        *given, grad_q, grad_mask, *strides, grad_q.stride(), *rest, **constants,
+        *given, grad_q, grad_mask, *strides, grad_q.stride(), a, scale, about(a), **constants,
     )  # fmt: skip
     in_best(
         grad_kv_kernel, tuned_grad_kv, config, a, batch, k.shape[1], a.k_len,
-        *given, grad_k, grad_v, *strides, grad_k.stride(), grad_v.stride(), *rest, **constants,
+        *given, grad_k, grad_v, *strides, grad_k.stride(), grad_v.stride(), a, scale, about(a), **constants,
     )  # fmt: skip
     return grad_q, grad_k, grad_v, delta.new_empty(0) if grad_mask is None else grad_mask, grad_sinks

@@ -33,8 +33,7 @@ def _code(x, tables, FIRST: tl.constexpr, LAST: tl.constexpr, LEVELS: tl.constex
     if LEVELS:  # how many bounds lie below x: 8, 4, 2, 1 more
         code = tl.zeros(x.shape, tl.int32)
         for i in tl.static_range(4):
-            more: tl.constexpr = 8 >> i
-            code += tl.where(tl.load(tables + BOUNDS + code + (more - 1)) < x, more, 0)
+            code += tl.where(tl.load(tables + BOUNDS + code + ((8 >> i) - 1)) < x, 8 >> i, 0)
         return code
     clipped = tl.maximum(tl.minimum(x, LAST), FIRST)
     return (clipped + ROUNDER - ROUNDER).to(tl.int32)
@@ -188,12 +187,12 @@ def quantize_kernel(
     to_levels = _inverse(s * inverse)
     for i in range(span // FIELDS):
         word = tl.zeros([LANES], tl.int32)
-        for j in tl.static_range(FIELDS):
-            at = column + i * FIELDS + j
+        for field in tl.static_range(FIELDS):
+            at = column + i * FIELDS + field
             x = (_read(w, row, at, rows, k, real, OFFSETS) - middle) * inverse
             code = _code((x - o) * to_levels, tables, FIRST, LAST, LEVELS) + ZERO
-            shift: tl.constexpr = 8 * (j % 4) + BITS * (j // 4)
-            word |= tl.where(real & (at < k), (code & ((1 << BITS) - 1)) << shift, 0)
+            placed = (code & ((1 << BITS) - 1)) << (8 * (field % 4) + BITS * (field // 4))
+            word |= tl.where(real & (at < k), placed, 0)
         tl.store(words + (tile * row_words + group * (span // FIELDS) + i) * 16 + in_tile, word, have)
 
 

@@ -11,7 +11,7 @@ import torch
 from .numerics import ROUNDOFF, SMALLEST
 
 IGNORED = -100
-SMALLEST_EXPONENTIAL = 2.0**-126  # what is below may become 0
+FLUSHED = 2.0**-126  # exponentials below may become 0, and so may what goes in and out of torch's bf16 products
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -95,16 +95,17 @@ def backward_in_f64(given: Given, grad: torch.Tensor, rounded: bool = False):
     one.scatter_(1, given.targets.where(used, 0)[:, None], 1.0)
     dz = grad * (exact.p - (1 - given.smoothing) * one - given.smoothing / v)
     off = grad.abs() * (exact.p * (2 * exact.off + 4 * u) + 4 * u * (one + given.smoothing / v))
-    off = off + grad.abs() * SMALLEST_EXPONENTIAL
+    off = off + grad.abs() * FLUSHED
     if rounded:
-        off = off + ROUNDOFF[dtype] * (dz.abs() + off) + SMALLEST[dtype]
+        off = off + ROUNDOFF[dtype] * (dz.abs() + off) + SMALLEST[dtype] + FLUSHED
     h, w = given.hidden.double(), given.weight.double()
     found = [
         (dz @ w, off @ w.abs() + (4 + 5 * math.sqrt(v)) * u * (dz.abs() @ w.abs())),
         (dz.T @ h, off.T @ h.abs() + (4 + 5 * math.sqrt(m)) * u * (dz.abs().T @ h.abs())),
         (dz.sum(0), off.sum(0) + (4 + 5 * math.sqrt(m)) * u * dz.abs().sum(0)),
     ]
-    return [(value, bound + ROUNDOFF[dtype] * (value.abs() + bound) + SMALLEST[dtype]) for value, bound in found]
+    least = SMALLEST[dtype] + (FLUSHED if rounded else 0)
+    return [(value, bound + ROUNDOFF[dtype] * (value.abs() + bound) + least) for value, bound in found]
 
 
 def random_grad(given: Given) -> torch.Tensor:

@@ -287,6 +287,30 @@ def adamw_8bit() -> None:
     ran_well()
 
 
+def linear_cross_entropy() -> None:
+    """Arguments reach the kernel, which has a workspace; f32 goes to the reference."""
+    import pytest
+    import torch
+
+    from memlm import ops
+
+    from .cross_entropy_cases import Case, forward_in_f64, random_case
+    from .numerics import assert_within
+
+    for dtype in (torch.float16, torch.bfloat16):
+        given = random_case(Case(20, 40, 150, True, 0.1, 0.2), dtype)
+        exact = forward_in_f64(given)
+        for hidden in (given.hidden, given.hidden.T.contiguous().T):
+            losses, lse = ops.emulated("linear_cross_entropy")(hidden, *given.arguments()[1:])
+            assert_within(losses, exact.losses, exact.bound)
+            assert_within(lse, exact.lse, exact.bound)
+    given = random_case(Case(20, 40, 150), torch.float32)
+    with pytest.warns(UserWarning, match="linear_cross_entropy has no kernel for this call .dtype: got f32"):
+        losses, _ = ops.emulated("linear_cross_entropy")(*given.arguments())
+    assert torch.equal(losses, torch.ops.memlm.linear_cross_entropy(*given.arguments())[0])
+    ran_well()
+
+
 def device_runner() -> None:
     """tests/device.py, which runs the kernels' tests on a GPU, with the emulator for a GPU."""
     import pytest

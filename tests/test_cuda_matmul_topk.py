@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from . import numerics
+from . import device, numerics
 from .cuda_matmul_checks import in_range
 from .emulator import DEVICES, DTYPES, NO_MEMORY, MatmulArgs, Packed, Queue, emulator, matmul, packed_struct, pointer
 from .matmul_checks import off_by_one, random_case
@@ -47,9 +47,9 @@ def topk(x, packed, bias=None, mode="fast", norm=None, eps=0.0, top=1, arch=800,
 @contextlib.contextmanager
 def of_processors(count: int):
     """The emulated device with so many multiprocessors: panels are narrow where there are few."""
-    there = emulator()
-    if not hasattr(there, "arch"):
+    if device.wanted():
         pytest.skip("only the emulator can be another device")
+    there = emulator()
     there.lib.emulator_device(800, count, DEVICES[800][1])
     try:
         yield
@@ -92,7 +92,7 @@ def check(format: str, mode: str, n: int, k: int, m: int, dtype: torch.dtype, ar
 
 @every_case
 def test_against_fp64(format, mode):
-    for (n, k, m), dtype in zip([(1, 1, 1), (17, 33, 3), (300, 100, 40)], [*DTYPES][1:] * 2):
+    for (n, k, m), dtype in zip([(1, 1, 1), (300, 100, 9)], [*DTYPES][1:]):
         check(format, mode, n, k, m, dtype)
 
 
@@ -112,11 +112,10 @@ def test_turing():
         topk(x, packed, arch=750)
 
 
-@pytest.mark.parametrize("format, mode", [CASES[0], CASES[5]], ids=str)
-def test_in_panels(format, mode):
+def test_in_panels():
     """The last is narrower."""
     with of_processors(1):
-        check(format, mode, 300, 32, 120, torch.float16)
+        check("int8-row", "w8a8", 3700, 32, 9, torch.float16)
 
 
 @pytest.mark.gpu_proof
@@ -126,25 +125,22 @@ def test_in_more_panels(format, mode):
         check(format, mode, 1800, 64, 40, torch.float16)
 
 
-@pytest.mark.parametrize("top", [1, 5, 2048])
+@pytest.mark.parametrize("top", [pytest.param(1, marks=pytest.mark.gpu_proof), 2048])
 def test_chunks_whose_logits_ascend(top):
     """What is kept is sorted again and again: each step has larger ones."""
     n = 9000
-    x, packed = torch.zeros(2, 32, dtype=torch.float16), integers(torch.zeros(n, 32, dtype=torch.int64))
+    x, packed = torch.zeros(1, 32, dtype=torch.float16), integers(torch.zeros(n, 32, dtype=torch.int64))
     bias = (torch.arange(n) // 8).half()
-    for run in (contextlib.nullcontext(), of_processors(1)):
-        with run:
-            values, indices = topk(x, packed, bias, top=top)
-            expected, at = torch.sort(bias.float(), descending=True, stable=True)
-            for row in (0, 1):
-                assert torch.equal(values[row], expected[:top]) and torch.equal(indices[row], at[:top])
+    values, indices = topk(x, packed, bias, top=top)
+    expected, at = torch.sort(bias.float(), descending=True, stable=True)
+    assert torch.equal(values[0], expected[:top]) and torch.equal(indices[0], at[:top])
 
 
 @pytest.mark.gpu_proof
 def test_rounds_of_rows():
     with of_processors(1):
         for format, mode in (("int4-g64", "accurate"), ("int8-row", "w8a8")):
-            check(format, mode, 270, 40, 4100, torch.float16)
+            check(format, mode, 17, 32, 4100, torch.float16)
 
 
 @settings(max_examples=10, deadline=None)
@@ -184,6 +180,7 @@ def test_unaligned_rows_and_strides():
             assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(device.wanted(), reason="of the emulated device")
 @pytest.mark.parametrize("m", [1, 512])
 def test_workspace(m):
     """As much as it says at its head, of a vocabulary of 151,936: asked for, not used."""

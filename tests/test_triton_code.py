@@ -26,7 +26,7 @@ SPILLS = {
     ("attention_backward kv causal f32", "gfx1100", "64 32x16 8 warps"): 3,
 }
 # Kernels that multiply matrices; of f32 no unit does.
-MULTIPLY = re.compile(r".*matmul|(paged_)?attention .* b?f16|attention_backward k?[qv] .* b?f16")
+MULTIPLY = re.compile(r".*matmul|linear_cross_entropy|(paged_)?attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
 
 

@@ -12,6 +12,8 @@ from .triton_interpreter import interpret
 interpret()
 from memlm import kernels  # noqa: E402
 
+# 1 / 0, which a kernel computes where it takes something else.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 LANES = 1024  # the interpreter's time is that of a program, whatever it has
 
 
@@ -24,10 +26,13 @@ def check(w, name: str, scale_dtype, what, lanes: int = LANES) -> None:
     assert_same(quantize(w, name, scale_dtype, lanes), expected, what)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+FAST = ["int8-row", "int8-g32", "int4-g32", "int4a-g32", "nf4-g32", "ternary-g64"]
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_equals_the_reference(name):
-    for (n, k), dtype, scale_dtype in [((1, 1), F32, F32), ((17, 33), torch.bfloat16, F16)]:
-        check((normal(n, k) * 0.03).to(dtype), name, scale_dtype, (n, k, dtype))
+    scale_dtype = F16 if name in FAST[::2] else F32
+    check((normal(17, 70) * 0.03).bfloat16(), name, scale_dtype, "bf16")
 
 
 @pytest.mark.gpu_proof
@@ -39,10 +44,10 @@ def test_every_shape_and_type(name):
                 check((normal(n, k) * 0.03).to(dtype), name, scale_dtype, (n, k, dtype))
 
 
-@pytest.mark.parametrize("name", ["int8-row", "int4a-g32", "nf4-g32"])
+@pytest.mark.parametrize("name", ["int8-row", "int4a-g32"])
 def test_extremes(name):
     for what, w, scale_dtypes in extremes(5, 70):
-        if what in ("signs of zero", "constant groups", "subnormal", "the largest", "all sizes"):
+        if what in ("constant groups", "all sizes"):
             check(w, name, scale_dtypes[-1], what)
 
 
@@ -54,7 +59,7 @@ def test_every_extreme(name):
             check(w, name, scale_dtype, what)
 
 
-@pytest.mark.parametrize("name", ["int8-row", "int4-g32"])
+@pytest.mark.parametrize("name", ["int8-row", pytest.param("int4-g32", marks=pytest.mark.gpu_proof)])
 def test_programs_chunks_and_strides(name, monkeypatch):
     """Several of each, whose edges lie anywhere."""
     w = normal(40, 70)

@@ -12,8 +12,9 @@ import triton.language as tl
 
 from memlm.kernels import (
     _attention, _kv, _rows, _weight_only, adamw_8bit, attention, attention_backward, block_sparse_grad_values,
-    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, matmul_topk, paged_attention, quantize_rows, quantize_weight, w4_sparse_dequantize, w4_sparse_matmul,
-    w8a8_matmul,
+    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, linear_cross_entropy,
+    linear_cross_entropy_backward, matmul_topk, paged_attention, quantize_rows, quantize_weight,
+    w4_sparse_dequantize, w4_sparse_matmul, w8a8_matmul,
 )  # fmt: skip
 from memlm.kernels._targets import Target
 from memlm.kv_formats import KvFormat
@@ -375,6 +376,32 @@ def _training_specimens(target: Target) -> Iterator[Specimen]:
         )  # fmt: skip
 
 
+def _cross_entropy_specimens(target: Target) -> Iterator[Specimen]:
+    config = linear_cross_entropy.config_of(target)
+    settings = {"BIAS": True, **config.kwargs}
+    label = "x".join(map(str, config.kwargs.values()))
+    strides = ("k", "hidden_stride", "weight_stride")
+    for dtype in _dtypes(target):
+        given = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "bias": f"*{dtype}", "targets": "*i64"}
+        yield Specimen(
+            f"linear_cross_entropy {NAMES[dtype]}", linear_cross_entropy.loss_parts_kernel,
+            {**given, "parts": "*fp32"}, settings, label, config.num_warps, config.num_stages, strides,
+        )  # fmt: skip
+        yield Specimen(
+            f"linear_cross_entropy_backward {NAMES[dtype]}", linear_cross_entropy_backward.logit_gradient_kernel,
+            {**given, "lse": "*fp32", "grad": "*fp32", "out": f"*{dtype}", "ignore_index": "i64", "smoothing": "fp32"},
+            settings, label, config.num_warps, config.num_stages, (*strides, "words"),
+        )  # fmt: skip
+    yield Specimen(
+        "join_losses", linear_cross_entropy.join_kernel,
+        {
+            "parts": "*fp32", "targets": "*i64", "losses": "*fp32", "lse": "*fp32", "ignore_index": "i64",
+            "smoothing": "fp32",
+        },
+        {"BLOCK": 128},
+    )  # fmt: skip
+
+
 ATTENTION = (
     ("attention", attention.attention_kernel, attention.room),
     ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room),
@@ -435,3 +462,4 @@ def specimens(target: Target) -> Iterator[Specimen]:
     yield from _kv_specimens(target)
     yield from _training_specimens(target)
     yield from _attention_specimens(target)
+    yield from _cross_entropy_specimens(target)

@@ -89,6 +89,25 @@ MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w
  * while 1 - beta^step changes. */
 MEMLM_API memlm_status memlm_cuda_adamw_8bit(const memlm_adamw_8bit_args* args, memlm_cuda_queue* queue);
 
+/* The cross entropy of z = hidden weight^T + bias, whose logits are not stored (arXiv:2411.09009):
+ * lse = log sum exp z of each row, and losses = lse - (1 - label_smoothing) z[target]
+ * - label_smoothing mean z; 0 where the target is ignore_index, and NaN where it is none of 0 .. v - 1. */
+typedef struct {
+  int64_t m, k, v;
+  const void* hidden; /* [m, k] */
+  const void* weight; /* [v, k] */
+  const void* bias;   /* [v], or NULL */
+  int64_t hidden_stride, weight_stride; /* elements from one row to the next, at least k */
+  memlm_dtype dtype;  /* of these three */
+  const int64_t* targets; /* [m] */
+  int64_t ignore_index;
+  float label_smoothing; /* 0 to 1 */
+  float *losses, *lse;   /* [m] */
+} memlm_cuda_linear_cross_entropy_args;
+
+MEMLM_API memlm_status memlm_cuda_linear_cross_entropy(const memlm_cuda_linear_cross_entropy_args* args,
+                                                       memlm_cuda_queue* queue);
+
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
  * be run again with other numbers in them. */

@@ -1,6 +1,9 @@
 // The ops for training, on any device: `On` says which, as in dense.h.
 #pragma once
+#include <tuple>
+
 #include "../formats.h"
+#include "../include/memlm_cuda.h"
 #include "tensors.h"
 
 namespace memlm_torch {
@@ -44,6 +47,50 @@ void adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax
   args.step = step;
   args.threads = threads();
   On::call(param, On::adamw_8bit, &args);
+}
+
+// Rows whose elements lie together, and how far apart the rows are.
+inline int64_t row_stride(Tensor& t) {
+  const bool dense = t.size(1) <= 1 || t.stride(1) == 1;
+  if (!dense || (t.size(0) > 1 && t.stride(0) < t.size(1))) t = torch::stable::contiguous(t);
+  return t.size(0) > 1 ? t.stride(0) : t.size(1);
+}
+
+template <class On>
+std::tuple<Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor targets,
+                                                int64_t ignore_index, double label_smoothing) {
+  STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1),
+                  "hidden, weight: expected [m, k] and [v, k]");
+  const int64_t m = hidden.size(0), v = weight.size(0);
+  check_device(weight, hidden, "weight");
+  STD_TORCH_CHECK(weight.scalar_type() == hidden.scalar_type(), "weight: expected the dtype of hidden");
+  if (bias) {
+    check_part(*bias, hidden, "bias", {v});
+    STD_TORCH_CHECK(bias->scalar_type() == hidden.scalar_type(), "bias: expected the dtype of hidden");
+  }
+  check_device(targets, hidden, "targets");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 && targets.size(0) == m,
+                  "targets: expected int64 [", m, "]");
+  make_contiguous(targets);
+  Tensor losses = torch::stable::new_empty(hidden, {m}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(hidden, {m}, ScalarType::Float);
+  memlm_cuda_linear_cross_entropy_args args = {};
+  args.m = m;
+  args.k = hidden.size(1);
+  args.v = v;
+  args.hidden_stride = row_stride(hidden);
+  args.weight_stride = row_stride(weight);
+  args.hidden = hidden.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.bias = data_of(bias);
+  args.dtype = dtype_of(hidden.scalar_type(), "hidden");
+  args.targets = static_cast<const int64_t*>(targets.const_data_ptr());
+  args.ignore_index = ignore_index;
+  args.label_smoothing = static_cast<float>(label_smoothing);
+  args.losses = static_cast<float*>(losses.mutable_data_ptr());
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  On::call(hidden, On::linear_cross_entropy, &args);
+  return {losses, lse};
 }
 
 }  // namespace memlm_torch
