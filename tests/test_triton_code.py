@@ -15,8 +15,11 @@ UNITS = {
     "sm_75": set(), "sm_90": {"mma.sync", "wgmma"}, "sm_100": {"mma.sync", "tcgen05"},
     "gfx942": {"mfma"}, "gfx1100": {"wmma"},
 }  # fmt: skip
-# What ptxas spills although registers are left: bytes, of 32 rows by 64 features.
-SPILLS = {("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24}
+# What ptxas spills although registers are left: bytes, of 32 rows by 64 features; and of the largest heads.
+SPILLS = {
+    ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
+    ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
+}
 # Gradients of attention take all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
 # Which configuration is fastest is measured.
 FEW = {"cuda": 48, "hip": 20}

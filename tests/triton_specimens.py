@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 import triton.language as tl
 
 from memlm.kernels import (
@@ -221,7 +222,7 @@ def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _kv_specimens(target: Target) -> Iterator[Specimen]:
-    for type, sizes in {"f32": (128,), "bf16": (80, 128), "int8": (128,), "int4": (128, 256)}.items():
+    for type, sizes in {"f32": (64, 128), "bf16": (80, 128), "int8": (128,), "int4": (64, 128, 256)}.items():
         for dim in sizes:
             format = KvFormat(type, 64, dim)
             number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
@@ -251,15 +252,15 @@ def _kv_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Iterator[Specimen]:
-    f16, f = target.arch == 75, layout["F"]
-    exact = not f.coded and dtype == ("fp16" if f16 else "bf16")
+    f, math = layout["F"], paged_attention.math_of(target)
+    queries, weights = paged_attention.parts_of(f, torch.float16 if dtype == "fp16" else torch.bfloat16, math)
     flags = {"GROUP": 4, "WINDOW": True, "SINKS": True, "SLOTS_ARE_ROWS": False}
-    for config in paged_attention.pruned(target, f, 128):
+    for config in paged_attention.pruned(target, f, 128, queries):
         yield Specimen(
             f"paged_attention {name}", paged_attention.paged_attention_kernel, types,
             layout | flags | {
-                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
-                "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
+                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": queries, "WEIGHT_PARTS": weights,
+                "MATH": tl.float32 if math == torch.float32 else tl.bfloat16,
                 **config.kwargs,
             },
             f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
