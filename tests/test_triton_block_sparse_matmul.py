@@ -64,11 +64,9 @@ class TestBlockSparseMatmul(Sparse):
     def test_every_part_of_floats_counts(self, dtype):
         """Where sums cancel, what is left are the products of the smallest parts that two numbers are cut
         into."""
-        sign = torch.tensor([1.0, -1.0]).repeat(16)
-        e = 3 * 2.0**-19  # beyond 16 bits of 1 + 2^-9
-        thirds = sign[None], (1 + 2.0**-9 + e * sign).expand(16, 32)
-        a = 3 * 2.0**-10  # beyond the 8 bits of 1
-        lows = sign[None] + a, torch.full((16, 32), 1 + a)
+        sign, a = torch.tensor([1.0, -1.0]).repeat(16), 3 * 2.0**-10  # beyond the 8 bits of 1 and 1.5
+        thirds = sign[None], (1 + a + 3 * 2.0**-19 * sign).expand(16, 32)  # beyond the 8 bits of a
+        lows = 1.5 * sign[None] + a, torch.full((16, 32), 1 + 255 * 2.0**-16)
         for x, w in (thirds, lows) if dtype == torch.float16 else (thirds,):
             packed = quantized(w, "block/f32")
             assert torch.equal(x.to(dtype).float(), x)
