@@ -259,14 +259,14 @@ def in_best(run, kernel, tuned, config: triton.Config | None, m: int, columns: i
 
 def product(
     x: torch.Tensor, packed, bias, norm, eps: float, swiglu: bool, residual, config: triton.Config | None,
-    kernel, tuned, weights: tuple, numbers: tuple, constants: dict,
+    kernel, tuned, weights: tuple, numbers: tuple, constants: dict, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The product and the layers around it, as memlm.ops.w4_matmul documents it, by ``kernel``; x is f16
     or bf16, ``packed`` W in any format.
 
     ``config``: this one instead of the one that is found fastest, with ``tuned``.  Of the arguments of
     ``kernel`` the caller gives ``weights``, tensors or None, between x and bias, ``numbers`` between
-    x_stride and rows_about, and ``constants``.
+    x_stride and rows_about, and ``constants``.  ``dtype`` of the result, by default x's.
 
     Raises UnsupportedError for an x of another dtype.
     """
@@ -276,7 +276,7 @@ def product(
     n, k = packed.n, packed.k
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = torch.empty(len(rows), shape[-1], dtype=x.dtype, device=x.device)
+    y = torch.empty(len(rows), shape[-1], dtype=dtype or x.dtype, device=x.device)
     if not len(rows):
         return y.view(shape)
     if norm is not None:
@@ -305,7 +305,7 @@ def product(
 
 def weight_only(
     x: torch.Tensor, packed: Packed, bias, norm, eps: float, swiglu: bool, residual,
-    config: triton.Config | None = None,
+    config: triton.Config | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`product` over a dense W."""
     format = packed.format
@@ -323,4 +323,5 @@ def weight_only(
             "BITS": format.bits, "ZERO": ZEROS[format.bits] if format.symmetric else 0,
             "LEVELS": levels is not None, "OFFSETS": packed.offsets is not None, "STEP": step,
         },
+        dtype,
     )  # fmt: skip

@@ -34,7 +34,7 @@ _PUBLIC = {
     "isas": "memlm.cpu",
     "set_isa": "memlm.cpu",
 }
-_MODULES = ("arrays", "cpu", "data", "formats", "hf", "io", "layers", "limits", "memory", "models", "ops", "prune")
+_MODULES = ("arrays", "cpu", "data", "formats", "hf", "io", "layers", "limits", "memory", "models", "ops", "optim", "prune")
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 

@@ -1,7 +1,8 @@
 """What a run of tests/cpp/check.cpp must have printed."""
 
 OPERATIONS = (
-    "attention", "attention_backward", "block_sparse_grad_values", "block_sparse_grad_x",
+    "adamw_8bit", "attention", "attention_backward", "block_sparse_grad_values",
+    "block_sparse_grad_x",
     "block_sparse_matmul accurate", "block_sparse_matmul fast", "decoder_layers", "dequantize",
     "embedding", "kv_append", "largest_magnitude", "matmul_topk", "paged_attention",
     "quantize_rows", "quantize_weight", "w2_matmul accurate", "w2_matmul fast",

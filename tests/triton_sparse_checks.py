@@ -6,11 +6,10 @@ import torch
 
 import memlm
 from memlm import formats
-from memlm.quantize import sparse_quantize
 from memlm.sparse_formats import SparseFormat, pack
 
 from . import numerics, sparse
-from .cuda_matmul_checks import DTYPES, in_range
+from .cuda_matmul_checks import DTYPES
 from .cuda_sparse_checks import DENSITIES, check_density
 from .matmul_checks import SHAPES, WEIGHT_NAMES, around_cases, quantized, random_case, weight_arguments
 from .triton_matmul_checks import WeightOnly, check, kernels, matmul, split

@@ -1,5 +1,6 @@
 // The table of kernels that one instruction set fills, and the choice among tables.
 #pragma once
+#include "../adamw_8bit.h"
 #include "../include/memlm.h"
 
 namespace memlm {
@@ -68,6 +69,9 @@ struct Kernels {
                     int64_t stride, memlm_dtype dtype, int threads);
   memlm_status (*paged_attention)(const memlm_kv_pool&, const memlm_sequences&,
                                   const memlm_paged_attention_args&);
+  // of blocks of 256 numbers
+  void (*adamw_8bit)(const memlm_adamw_8bit_args&, const AdamWFactors&, int64_t first_block,
+                     int64_t end_block);
 };
 
 // Those in use.

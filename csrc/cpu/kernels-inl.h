@@ -4,6 +4,7 @@
 // linker keeps for every machine.
 #pragma once
 #include "dispatch.h"
+#include "adamw_8bit-inl.h"
 #include "attention-inl.h"
 #include "attention_backward-inl.h"
 #include "paged_attention-inl.h"
@@ -30,7 +31,7 @@ const Kernels kernels = {MEMLM_STRING(MEMLM_ISA), kTilesFromFast, kTilesFromAccu
                          quantize_rows,
                          rows_to_f32, turn_heads,
                          dequantize_rows, sparse_rows, largest_bits, quantize_weight, attention,
-                         attention_backward, kv_append, paged_attention};
+                         attention_backward, kv_append, paged_attention, adamw_8bit};
 #undef MEMLM_STRING
 #undef MEMLM_STRING2
 

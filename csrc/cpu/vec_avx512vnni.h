@@ -30,6 +30,7 @@ inline F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
 inline F f_add(F x, F y) { return _mm512_add_ps(x, y); }
 inline F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
 inline F f_div(F x, F y) { return _mm512_div_ps(x, y); }
+inline F f_sqrt(F x) { return _mm512_sqrt_ps(x); }
 inline F f_min(F x, F y) { return _mm512_min_ps(x, y); }
 inline F f_max(F x, F y) { return _mm512_max_ps(x, y); }
 inline F f_if_less(F a, F b, F x, F y) {

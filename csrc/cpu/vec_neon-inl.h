@@ -40,6 +40,9 @@ inline F f_sub(F x, F y) {
 inline F f_div(F x, F y) {
   return quarters<F>([&](int i) { return vdivq_f32(x.v[i], y.v[i]); });
 }
+inline F f_sqrt(F x) {
+  return quarters<F>([&](int i) { return vsqrtq_f32(x.v[i]); });
+}
 // By comparison, since fmin and fmax give NaN where x is NaN.
 inline F f_min(F x, F y) {
   return quarters<F>([&](int i) { return vbslq_f32(vcltq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });

@@ -36,6 +36,7 @@ inline F f_mul(F x, F y) { MEMLM_LANES x.v[i] *= y.v[i]; return x; }
 inline F f_add(F x, F y) { MEMLM_LANES x.v[i] += y.v[i]; return x; }
 inline F f_sub(F x, F y) { MEMLM_LANES x.v[i] -= y.v[i]; return x; }
 inline F f_div(F x, F y) { MEMLM_LANES x.v[i] /= y.v[i]; return x; }
+inline F f_sqrt(F x) { MEMLM_LANES x.v[i] = __builtin_sqrtf(x.v[i]); return x; }
 // y where x is NaN.
 inline F f_min(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] < y.v[i] ? x.v[i] : y.v[i]; return y; }
 inline F f_max(F x, F y) { MEMLM_LANES y.v[i] = x.v[i] > y.v[i] ? x.v[i] : y.v[i]; return y; }

@@ -7,15 +7,30 @@
 
 namespace memlm::cuda {
 
+// From an array that is aligned to all four.
+template <class T>
+MEMLM_DEVICE void load_four(const T* from, float (&to)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    const Vec4 v = load<Vec4>(from);
+    to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
+  } else {
+    const Vec2 v = load<Vec2>(from);
+    to[0] = low<T>(v.x), to[1] = high<T>(v.x), to[2] = low<T>(v.y), to[3] = high<T>(v.y);
+  }
+}
+
 // From a packed matrix's scales or offsets, of 2 (f16) or 4 bytes each, aligned to all four.
 MEMLM_DEVICE void load_scales(const uint8_t* from, int bytes, float (&to)[4]) {
   if (bytes == 2) {
-    const Vec2 v = load<Vec2>(from);
-    to[0] = low<f16>(v.x), to[1] = high<f16>(v.x), to[2] = low<f16>(v.y), to[3] = high<f16>(v.y);
+    load_four(reinterpret_cast<const f16*>(from), to);
   } else {
-    const Vec4 v = load<Vec4>(from);
-    to[0] = as_float(v.x), to[1] = as_float(v.y), to[2] = as_float(v.z), to[3] = as_float(v.w);
+    load_four(reinterpret_cast<const float*>(from), to);
   }
+}
+
+// One of them.
+MEMLM_DEVICE float scale_at(const uint8_t* array, int bytes, int64_t i) {
+  return bytes == 2 ? to_float(reinterpret_cast<const f16*>(array)[i]) : reinterpret_cast<const float*>(array)[i];
 }
 
 // To an array that is aligned to all four.

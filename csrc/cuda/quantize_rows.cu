@@ -7,6 +7,7 @@
 // needs no shared memory.
 #include "quantize_rows.h"
 
+#include "magnitude.h"
 #include "rows.h"
 
 namespace memlm::cuda {
@@ -14,19 +15,6 @@ namespace {
 
 constexpr int kGroup = 32;
 static_assert(kGroup == kWarp);
-
-// Of magnitudes as bits, whose order is that of the numbers, Inf and then NaN the largest.
-constexpr uint32_t kInfinity = 0x7f800000;
-
-MEMLM_DEVICE uint32_t magnitude(float x) { return as_bits(x) & 0x7fffffff; }
-
-MEMLM_DEVICE uint32_t largest_of_warp(uint32_t value) {
-  for (int mask = kWarp / 2; mask; mask /= 2) {
-    const uint32_t other = shuffle_xor(value, mask);
-    value = other > value ? other : value;
-  }
-  return value;
-}
 
 // How numbers whose largest magnitude is given are rounded.
 struct Rounding {

@@ -324,13 +324,32 @@ typedef struct {
 } memlm_decoder_args;
 
 /* Runs the new tokens of some sequences through `count` layers, appending their keys and values to
- * pools [count], one for each layer, of one shape; new tokens may go beyond the end of a block.  rows is sequences->rows[sequences->count].  The
- * workspace grows with rows: long inputs go in several calls.
- * After MEMLM_NO_MEMORY x and the new tokens' places in the pools hold anything. */
+ * pools [count], one for each layer, of one shape; new tokens may go beyond the end of a block.  rows is
+ * sequences->rows[sequences->count].  The workspace grows with rows: long inputs go in several calls. After
+ * MEMLM_NO_MEMORY x and the new tokens' places in the pools hold anything. */
 MEMLM_API memlm_status memlm_decoder_layers(const memlm_decoder_layer* layers, int64_t count,
                                             const memlm_kv_pool* pools,
                                             const memlm_sequences* sequences,
                                             const memlm_decoder_args* args);
+
+/* A step of AdamW (arXiv:1711.05101) with both moments in 8 bits, a scale for each 256 numbers
+ * (arXiv:2110.02861), in place.  memlm/dynamic_codes.py specifies the codes; moments of 0 are codes of 127
+ * and 0 with magnitudes of 0.  All arithmetic is f32, with the new moments before they are rounded. */
+typedef struct {
+  int64_t count;
+  void* param;             /* [count] */
+  const void* grad;        /* [count] */
+  memlm_dtype dtype;       /* of both */
+  uint8_t* exp_avg;        /* [count]: signed codes */
+  float* exp_avg_absmax;   /* [ceil(count / 256)]: the largest magnitude of each 256 */
+  uint8_t* exp_avg_sq;     /* [count]: unsigned codes */
+  float* exp_avg_sq_absmax;
+  double lr, beta1, beta2, eps, weight_decay; /* not negative and finite; betas below 1 */
+  int64_t step;            /* from 1 on */
+  int threads;             /* at most this many; the result does not depend on it */
+} memlm_adamw_8bit_args;
+
+MEMLM_API memlm_status memlm_adamw_8bit(const memlm_adamw_8bit_args* args);
 
 /* The instruction set in use.  The best that the CPU has is taken, or the one named by the
  * environment variable MEMLM_CPU_ISA. */

@@ -52,6 +52,10 @@ MEMLM_API memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void
                                                 int64_t x_group, int8_t* codes, float* scales,
                                                 memlm_cuda_queue* queue);
 
+/* Dense matrices, k up to 2,048.  MEMLM_W8A8 takes f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matmul_args* args, int64_t k,
+                                              float* values, int64_t* indices, memlm_cuda_queue* queue);
+
 /* Dense matrices; f32, f16 and bf16 on all devices. */
 MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                                              memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
@@ -60,6 +64,13 @@ MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, in
 MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, const int64_t* ids,
                                             int64_t count, memlm_dtype dtype, void* out,
                                             memlm_cuda_queue* queue);
+
+/* All of its arrays but levels lie in device memory.  The bits of memlm_quantize_weight. */
+MEMLM_API memlm_status memlm_cuda_quantize_weight(const memlm_quantize_args* args, memlm_cuda_queue* queue);
+
+/* Rows of a W of MEMLM_TWO_OF_FOUR or MEMLM_UNSTRUCTURED, as memlm_dequantize; f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
+                                                       memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
 
 MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                                    memlm_cuda_queue* queue);
@@ -73,6 +84,29 @@ MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int
 MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
                                                            const float* x, float* grad_values,
                                                            memlm_cuda_queue* queue);
+
+/* f32, f16 and bf16 on all devices.  A captured graph repeats the step's number: it must be captured again
+ * while 1 - beta^step changes. */
+MEMLM_API memlm_status memlm_cuda_adamw_8bit(const memlm_adamw_8bit_args* args, memlm_cuda_queue* queue);
+
+/* The cross entropy of z = hidden weight^T + bias, whose logits are not stored (arXiv:2411.09009):
+ * lse = log sum exp z of each row, and losses = lse - (1 - label_smoothing) z[target]
+ * - label_smoothing mean z; 0 where the target is ignore_index, and NaN where it is none of 0 .. v - 1. */
+typedef struct {
+  int64_t m, k, v;
+  const void* hidden; /* [m, k] */
+  const void* weight; /* [v, k] */
+  const void* bias;   /* [v], or NULL */
+  int64_t hidden_stride, weight_stride; /* elements from one row to the next, at least k */
+  memlm_dtype dtype;  /* of these three */
+  const int64_t* targets; /* [m] */
+  int64_t ignore_index;
+  float label_smoothing; /* 0 to 1 */
+  float *losses, *lse;   /* [m] */
+} memlm_cuda_linear_cross_entropy_args;
+
+MEMLM_API memlm_status memlm_cuda_linear_cross_entropy(const memlm_cuda_linear_cross_entropy_args* args,
+                                                       memlm_cuda_queue* queue);
 
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may

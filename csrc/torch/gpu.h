@@ -37,15 +37,22 @@ struct Gpu {
   static inline decltype(&memlm_cuda_w4_matmul) w4_matmul;
   static inline decltype(&memlm_cuda_w8_matmul) w8_matmul;
   static inline decltype(&memlm_cuda_w8a8_matmul) w8a8_matmul;
+  static inline decltype(&memlm_cuda_matmul_topk) matmul_topk;
   static inline decltype(&memlm_cuda_quantize_rows) quantize_rows;
   static inline decltype(&memlm_cuda_embedding) embedding;
   static inline decltype(&memlm_cuda_dequantize) dequantize;
+  static inline decltype(&memlm_cuda_quantize_weight) quantize_weight;
+  static inline decltype(&memlm_cuda_attention) attention;
+  static inline decltype(&memlm_cuda_attention_backward) attention_backward;
   static inline decltype(&memlm_cuda_kv_append) kv_append;
   static inline decltype(&memlm_cuda_paged_attention) paged_attention;
   static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
+  static inline decltype(&memlm_cuda_w4_sparse_dequantize) w4_sparse_dequantize;
   static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
   static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
   static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;
+  static inline decltype(&memlm_cuda_adamw_8bit) adamw_8bit;
+  static inline decltype(&memlm_cuda_linear_cross_entropy) linear_cross_entropy;
 
   // Runs a function on the device and stream of `at`.  Its workspace is a tensor, which torch gives to
   // nobody else on this stream before the kernels are done, and takes from a graph's pool during capture.

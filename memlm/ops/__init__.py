@@ -7,11 +7,13 @@ import torch
 from memlm._format import DEFAULT_MODES
 from memlm.formats import Format, Packed
 from memlm.ops._registry import implementations
+from memlm.ops.adamw_8bit import adamw_8bit
 from memlm.ops.attention import attention, attention_varlen
 from memlm.ops.block_sparse_matmul import block_sparse_matmul
 from memlm.ops.dequantize import dequantize
 from memlm.ops.embedding import embedding
 from memlm.ops.kv_append import kv_append
+from memlm.ops.linear_cross_entropy import linear_cross_entropy
 from memlm.ops.matmul_topk import matmul_topk
 from memlm.ops.paged_attention import paged_attention
 from memlm.ops.quantize_rows import quantize_rows
@@ -27,10 +29,10 @@ from memlm.sparse_formats import SparseFormat, SparsePacked
 MODES = ("fast", "accurate", "w8a8")
 
 __all__ = [
-    "MODES", "attention", "attention_varlen", "block_sparse_matmul", "dequantize", "embedding",
-    "implementations", "kv_append", "matmul", "matmul_topk", "paged_attention", "quantize_rows",
-    "quantize_weight", "w2_matmul", "w4_matmul", "w4_sparse_dequantize", "w4_sparse_matmul",
-    "w8_matmul", "w8a8_matmul",
+    "MODES", "adamw_8bit", "attention", "attention_varlen", "block_sparse_matmul", "dequantize",
+    "embedding", "implementations", "kv_append", "linear_cross_entropy", "matmul", "matmul_topk",
+    "paged_attention", "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul",
+    "w4_sparse_dequantize", "w4_sparse_matmul", "w8_matmul", "w8a8_matmul",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "reference.h"
+#include "reference_adamw.h"
 #include "reference_paged.h"
 #include "reference_sparse.h"
 
@@ -1217,6 +1218,73 @@ void check_paged() {
       check_paged_case(c);
 }
 
+// The step against f64, and all instruction sets against the first, bit by bit.
+void check_adamw() {
+  const Values levels[] = {moment_levels(true), moment_levels(false)};
+  const double u = std::ldexp(1.0, -24);
+  for (const memlm_dtype dtype : kDtypes)
+    for (const int64_t count : {1, 300, 13 * 256, 9000}) {
+      const auto spread = [] { return normal() * std::pow(10, uniform(-4, 0)); };
+      const Array param(dtype, filled(count, normal)), grad(dtype, filled(count, spread));
+      const int64_t blocks = (count + kMomentBlock - 1) / kMomentBlock;
+      Moment before[2];
+      for (int i = 0; i < 2; ++i) {
+        before[i].codes = filled<uint8_t>(count, [] { return static_cast<uint8_t>(integer(0, 255)); });
+        before[i].absmax = filled<float>(blocks, [&] { return static_cast<float>(uniform(0.1, 2)); });
+      }
+      memlm_adamw_8bit_args args{};
+      args.count = count, args.dtype = dtype, args.grad = grad.data();
+      args.lr = 0.01, args.beta1 = 0.9, args.beta2 = 0.99, args.eps = 1e-8, args.weight_decay = 0.1, args.step = 7;
+      Values exact[2] = {Values(count), Values(count)}, off[2] = {Values(count), Values(count)};
+      Values result(count), bound(count);
+      for (int64_t i = 0; i < count; ++i) {
+        const double g = grad.values[i], m = before[0].at(levels[0], i), v = before[1].at(levels[1], i);
+        exact[0][i] = args.beta1 * m + (1 - args.beta1) * g;
+        exact[1][i] = args.beta2 * v + (1 - args.beta2) * g * g;
+        const double size = args.beta1 * std::fabs(m) + (1 - args.beta1) * std::fabs(g);
+        off[0][i] = 8 * u * size;
+        off[1][i] = 8 * u * exact[1][i];
+        const double root = std::sqrt(exact[1][i] / (1 - std::pow(args.beta2, 7))) + args.eps;
+        const double of = args.lr / (1 - std::pow(args.beta1, 7)) / root;
+        const double decayed = param.values[i] * (1 - args.lr * args.weight_decay);
+        result[i] = decayed - of * exact[0][i];
+        bound[i] = 6 * u * std::fabs(decayed) + 40 * u * of * size;
+        const Float out(dtype);
+        bound[i] += out.roundoff() * (std::fabs(result[i]) + bound[i]) + out.smallest();
+      }
+      std::vector<uint8_t> first;
+      Moment first_moments[2];
+      on_every_isa([&] {
+        for (const int threads : {1, 3}) {
+          std::vector<uint8_t> got = param.bytes;
+          Moment moments[2] = {before[0], before[1]};
+          args.param = got.data() + Float(dtype).bytes;
+          args.exp_avg = moments[0].codes.data(), args.exp_avg_absmax = moments[0].absmax.data();
+          args.exp_avg_sq = moments[1].codes.data(), args.exp_avg_sq_absmax = moments[1].absmax.data();
+          args.threads = threads;
+          require(memlm_adamw_8bit(&args));
+          if (first.empty()) {
+            const Values y = decode(dtype, std::vector<uint8_t>(got.begin() + Float(dtype).bytes, got.end()));
+            for (int64_t i = 0; i < count; ++i)
+              if (!(std::fabs(y[i] - result[i]) <= bound[i]))
+                fail("adamw_8bit on %s: dtype %d: param[%d] is %.9g, should be %.9g within %.3g", memlm_isa(), dtype,
+                     static_cast<int>(i), y[i], result[i], bound[i]);
+            for (int i = 0; i < 2; ++i)
+              if (!holds(moments[i], levels[i], i == 0, exact[i], off[i]))
+                fail("adamw_8bit on %s: dtype %d: other codes of moment %d", memlm_isa(), dtype, i + 1);
+            first = got;
+            first_moments[0] = moments[0], first_moments[1] = moments[1];
+          }
+          bool same = got == first;
+          for (int i = 0; i < 2; ++i)
+            same = same && moments[i].codes == first_moments[i].codes && moments[i].absmax == first_moments[i].absmax;
+          if (!same) fail("adamw_8bit on %s: dtype %d: other bits", memlm_isa(), dtype);
+          ::count("adamw_8bit", count);
+        }
+      });
+    }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -1238,6 +1306,7 @@ int main(int argc, char**) {
   check_largest_magnitude();
   check_attention();
   check_paged();
+  check_adamw();
   if (telling < 0.8 * static_cast<double>(bounded)) fail("the bounds are so wide that zeros pass");
   for (const auto& [name, results] : compared)
     std::printf("%s: %lld\n", name.c_str(), static_cast<long long>(results));

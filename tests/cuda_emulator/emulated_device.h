@@ -214,6 +214,7 @@ MEMLM_DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 MEMLM_DEVICE float exp2_approx(float x) { return exp2f(x); }
 MEMLM_DEVICE float log2_approx(float x) { return log2f(x); }
 MEMLM_DEVICE float rsqrt_approx(float x) { return 1 / sqrtf(x); }
+MEMLM_DEVICE float square_root(float x) { return sqrtf(x); }
 MEMLM_DEVICE float fma_f32(float a, float b, float c) { return fmaf(a, b, c); }
 MEMLM_DEVICE float multiply(float a, float b) { return a * b; }
 MEMLM_DEVICE int round_int(float x) { return static_cast<int>(nearbyintf(x)); }
@@ -368,7 +369,8 @@ MEMLM_EMULATED void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t
   emulator::collective(emulator::Kind::kMmaInt8, MEMLM_HERE, &mine, emulated::run_mma_int8);
 }
 template <class T, int selector>
-MEMLM_EMULATED void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+MEMLM_EMULATED void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                               uint32_t places) {
   emulated::Operands<float> mine = {d, a, b, places};
   emulator::collective(emulator::Kind::kMmaSparse, MEMLM_HERE, &mine, emulated::run_mma_sparse<T, selector>);
 }
@@ -393,7 +395,9 @@ template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void*,
             Arguments... arguments) {
   using Values = std::tuple<void (*)(Parameters...), Parameters...>;
-  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes)) return true;
+  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads,
+                       shared_bytes))
+    return true;
   const Values values(kernel, static_cast<Parameters>(arguments)...);
   const auto run = [](const void* given) {
     std::apply([](auto kernel, auto... each) { kernel(each...); }, *static_cast<const Values*>(given));
