@@ -9,7 +9,7 @@ from memlm.sparse_formats import SparsePacked
 
 from . import numerics
 from .cuda_matmul_checks import DTYPES, in_range
-from .matmul_checks import random_case, weight_arguments
+from .matmul_checks import quantized, random_case, weight_arguments
 from .triton_matmul_checks import check, kernels, matmul
 from .triton_sparse_checks import Sparse
 
@@ -60,6 +60,18 @@ class TestBlockSparseMatmul(Sparse):
             w = SparsePacked(packed.format, 20, 96, packed.codes * size, starts=packed.starts, places=packed.places)
             y = matmul(self.OP, x.bfloat16(), w, None, SPACE[0])
             numerics.assert_within(y, *numerics.exact_matmul(x.bfloat16(), w, None, "mma"))
+
+    def test_every_part_of_floats_counts(self, dtype):
+        """Where sums cancel, what is left are the products of the smallest parts that two numbers are cut
+        into."""
+        sign, a = torch.tensor([1.0, -1.0]).repeat(16), 3 * 2.0**-10  # beyond the 8 bits of 1 and 1.5
+        thirds = sign[None], (1 + a + 3 * 2.0**-19 * sign).expand(16, 32)  # beyond the 8 bits of a
+        lows = 1.5 * sign[None] + a, torch.full((16, 32), 1 + 255 * 2.0**-16)
+        for x, w in (thirds, lows) if dtype == torch.float16 else (thirds,):
+            packed = quantized(w, "block/f32")
+            assert torch.equal(x.to(dtype).float(), x)
+            y = matmul(self.OP, x.to(dtype), packed, None, SPACE[0])
+            numerics.assert_within(y, *numerics.exact_matmul(x.to(dtype), packed, None, "mma"))
 
     def test_more_rows_than_a_grid_has(self):
         n = 16 * block_sparse_matmul.MOST_TILES + 1
