@@ -1,7 +1,8 @@
 # make demo   set up and quantise, measure and run a real model
 # make test   set up and run the tests
 # make test-gpu-proof   the complete proof of the GPU kernels, which needs no GPU
-# make test-gpu         the tests of the CUDA kernels on a GPU
+# make test-gpu         the tests of the CUDA and the Triton kernels on a GPU
+# make bench-gpu        measure them there; docs/gpu.md
 # make bench  set up and measure the kernels against their rivals; docs/results.md
 # make cuda   set up and compile the CUDA kernels, for all architectures or those of MEMLM_CUDA_ARCHS=80;90
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-gpu-proof bench build cuda clean
+.PHONY: demo test test-gpu test-gpu-proof bench bench-gpu build cuda clean
 demo: $(VENV)/.ready
 	$(BIN)/memlm demo
 
@@ -22,7 +23,10 @@ test-gpu-proof: $(VENV)/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile -m gpu_proof
 
 test-gpu: cuda
-	MEMLM_TEST_GPU=1 $(BIN)/python -m pytest -m '' tests/test_cuda_*.py
+	MEMLM_TEST_GPU=1 $(BIN)/python -m pytest -m '' tests/test_cuda_*.py tests/test_triton_*.py
+
+bench-gpu: cuda
+	$(BIN)/python -m benchmarks.bench_gpu --record
 
 bench: $(VENV)/.rivals
 	$(BIN)/python -m benchmarks.bench_w4_matmul --record

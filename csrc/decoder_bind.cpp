@@ -123,11 +123,11 @@ void bind_decoder(py::module_& m) {
            py::arg("down"), py::arg("window"));
   py::class_<Layers>(m, "DecoderLayers")
       .def(py::init<const std::vector<const memlm_decoder_layer*>&>(), py::arg("layers"))
-      .def("__call__", &run, py::arg("blocks"), py::arg("tails"), py::arg("pool"), py::arg("count"), py::arg("rows"),
-           py::arg("lengths"), py::arg("tables"), py::arg("table_stride"), py::arg("tail_of"), py::arg("x"),
-           py::arg("x_stride"), py::arg("dtype"), py::arg("hidden"), py::arg("heads"), py::arg("cos"),
-           py::arg("sin"), py::arg("angles"), py::arg("angle_stride"), py::arg("positions"),
-           py::arg("threads"),
+      .def("__call__", &run, py::arg("blocks"), py::arg("tails"), py::arg("pool"), py::arg("count"),
+           py::arg("rows"), py::arg("lengths"), py::arg("tables"), py::arg("table_stride"),
+           py::arg("tail_of"), py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("hidden"),
+           py::arg("heads"), py::arg("cos"), py::arg("sin"), py::arg("angles"), py::arg("angle_stride"),
+           py::arg("positions"), py::arg("threads"),
            "memlm_decoder_layers; pool: count, block_tokens, kv_heads, head_dim, type, bytes of a block, "
            "tails, bytes of a tail.");
 }

@@ -12,9 +12,13 @@ from importlib.util import find_spec
 
 # Operations of memlm.ops that have a Triton kernel.
 OPERATIONS = (
-    "adamw_8bit", "dequantize", "embedding", "linear_cross_entropy", "linear_cross_entropy_backward",
-    "quantize_rows", "w2_matmul", "w4_matmul", "w8_matmul", "w8a8_matmul",
+    "adamw_8bit", "attention", "attention_backward", "block_sparse_grad_values",
+    "block_sparse_grad_x", "block_sparse_matmul", "dequantize", "embedding", "kv_append",
+    "linear_cross_entropy", "linear_cross_entropy_backward", "matmul_topk", "paged_attention",
+    "quantize_rows", "quantize_weight", "w2_matmul", "w4_matmul", "w4_sparse_dequantize",
+    "w4_sparse_matmul", "w8_matmul", "w8a8_matmul",
 )  # fmt: skip
+
 
 
 class UnsupportedError(TypeError):

@@ -15,6 +15,7 @@ Where there are few programs, SPLITS of them share out k, and a second kernel ad
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -28,17 +29,40 @@ from memlm.ops import _matmul
 
 
 @triton.jit
+def _fields(words, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes [ROWS, COLUMNS] of words [ROWS, COLUMNS BITS / 32]."""
+    field = tl.arange(0, 32 // BITS)
+    shift = 8 * (field % 4) + BITS * (field // 4)
+    return tl.reshape((words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1), [ROWS, COLUMNS])
+
+
+@triton.jit
 def _unpack(q, levels, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, LEVELS: tl.constexpr):
-    """Codes as numbers of DTYPE."""
+    """Codes as numbers of DTYPE: f16, bf16, or f32."""
     if LEVELS:
-        return tl.load(levels + q).to(DTYPE)
-    if BITS == 8:
+        w = tl.load(levels + q).to(DTYPE)
+    elif BITS == 8:
         if DTYPE == tl.float16:
-            return ((q ^ 0x80) | 0x6400).to(tl.int16).to(DTYPE, bitcast=True) - 1152
-        return ((q ^ 0x80) - 128).to(tl.float32).to(DTYPE)
-    if DTYPE == tl.float16:
-        return (q | 0x6400).to(tl.int16).to(DTYPE, bitcast=True) - (1024 + ZERO)
-    return (q | 0x4300).to(tl.int16).to(DTYPE, bitcast=True) - (128 + ZERO)
+            w = ((q ^ 0x80) | 0x6400).to(tl.int16).to(DTYPE, bitcast=True) - 1152
+        else:
+            w = ((q ^ 0x80) - 128).to(tl.float32).to(DTYPE)
+    elif DTYPE == tl.float16:
+        w = (q | 0x6400).to(tl.int16).to(DTYPE, bitcast=True) - (1024 + ZERO)
+    elif DTYPE == tl.bfloat16:
+        w = (q | 0x4300).to(tl.int16).to(DTYPE, bitcast=True) - (128 + ZERO)
+    else:
+        w = (q - ZERO).to(DTYPE)
+    return w
+
+
+@triton.jit
+def _add_product(sums, x_tile, w, scales, offsets, place, inside, OFFSETS: tl.constexpr):
+    """sums + x_tile w, whose columns have the scales and offsets at ``place``."""
+    sums += tl.dot(x_tile, w) * tl.load(scales + place, inside, 0.0).to(tl.float32)[None, :]
+    if OFFSETS:
+        offset = tl.load(offsets + place, inside, 0.0).to(tl.float32)
+        sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]
+    return sums
 
 
 @triton.jit
@@ -53,17 +77,9 @@ def _add_step(
     block = step * (STEP // FIELDS) + tl.arange(0, STEP // FIELDS)
     inside = (column < n)[:, None] & (block < blocks)[None, :]
     word = tl.load(words + ((tile * blocks)[:, None] + block[None, :]) * 16 + row[:, None], inside, 0)
-    field = tl.arange(0, FIELDS)
-    shift = 8 * (field % 4) + BITS * (field // 4)
-    q = (word[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
-    w = _unpack(tl.reshape(q, [BLOCK_N, STEP]), levels, x_tile.dtype, BITS, ZERO, LEVELS)
+    w = _unpack(_fields(word, BITS, BLOCK_N, STEP), levels, x_tile.dtype, BITS, ZERO, LEVELS)
     place = (tile * groups + step // group_steps) * 16 + row
-    scale = tl.load(scales + place, column < n, 0.0).to(tl.float32)
-    sums += tl.dot(x_tile, tl.trans(w)) * scale[None, :]
-    if OFFSETS:
-        offset = tl.load(offsets + place, column < n, 0.0).to(tl.float32)
-        sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]
-    return sums
+    return _add_product(sums, x_tile, tl.trans(w), scales, offsets, place, column < n, OFFSETS)
 
 
 @triton.jit
@@ -82,6 +98,16 @@ def _finish(sums, up, at, column, bias, residual, y, m, n, BIAS: tl.constexpr, S
     if RESIDUAL:
         sums += tl.load(residual + place, inside, 0.0).to(tl.float32)
     tl.store(y + place, sums.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _store_share(sums, up, split, at, column, partial, m, n, SWIGLU: tl.constexpr):
+    """The sums of one of SPLITS programs, for add_splits_kernel."""
+    place = (split * m + at)[:, None].to(tl.int64) * n + column[None, :]
+    inside = (at < m)[:, None] & (column < (n // 2 if SWIGLU else n))[None, :]
+    tl.store(partial + place, sums, inside)
+    if SWIGLU:
+        tl.store(partial + place + n // 2, up, inside)
 
 
 @triton.jit
@@ -110,11 +136,7 @@ def weight_only_kernel(
     if SPLITS == 1:
         _finish(sums, up, at, column, bias, residual, y, m, n, BIAS, SWIGLU, RESIDUAL)
     else:
-        place = (split * m + at)[:, None].to(tl.int64) * n + column[None, :]
-        inside = (at < m)[:, None] & (column < (n // 2 if SWIGLU else n))[None, :]
-        tl.store(partial + place, sums, inside)
-        if SWIGLU:
-            tl.store(partial + place + n // 2, up, inside)
+        _store_share(sums, up, split, at, column, partial, m, n, SWIGLU)
 
 
 @triton.jit
@@ -161,10 +183,12 @@ def about(m: int) -> int:
     return min(256, triton.next_power_of_2(m))
 
 
-def pruned(target: Target, m: int, step: int, bits: int, swiglu: bool) -> list[triton.Config]:
+def pruned(
+    target: Target, m: int, step: int, bits: int, swiglu: bool, space: Iterable[triton.Config] = SPACE
+) -> list[triton.Config]:
     """The configurations that a target has room for and that waste no more than half of their rows."""
     found = []
-    for config in SPACE:
+    for config in space:
         rows, columns = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
         wide = columns * (2 if swiglu else 1)
         shared = config.num_stages * (rows * step * 2 + wide * step * bits // 8)
@@ -191,6 +215,11 @@ def target_of(device: torch.device) -> Target:
             "accepted are those from 7.5 on"
         )
     return max(known, key=lambda t: t.arch)
+
+
+def is_turing(device: torch.device) -> bool:
+    """Whether it is of sm_75, for which Triton multiplies nothing but f16 and f32."""
+    return device.type == "cuda" and target_of(device).arch == 75
 
 
 def _prune(_, named, **constants):
@@ -227,52 +256,71 @@ def in_best(run, kernel, tuned, config: triton.Config | None, m: int, columns: i
     return run(kernel[grid], splits, **settings), splits
 
 
-def weight_only(
-    x: torch.Tensor, packed: Packed, bias, norm, eps: float, swiglu: bool, residual,
-    config: triton.Config | None = None,
+def product(
+    x: torch.Tensor, packed, bias, norm, eps: float, swiglu: bool, residual, config: triton.Config | None,
+    kernel, tuned, weights: tuple, numbers: tuple, constants: dict, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The product and the layers around it, as memlm.ops.w4_matmul documents it; x is f16 or bf16.
+    """The product and the layers around it, as memlm.ops.w4_matmul documents it, by ``kernel``; x is f16
+    or bf16, ``packed`` W in any format.
 
-    ``config``: this one instead of the one that is found fastest.
+    ``config``: this one instead of the one that is found fastest, with ``tuned``.  Of the arguments of
+    ``kernel`` the caller gives ``weights``, tensors or None, between x and bias, ``numbers`` between
+    x_stride and rows_about, and ``constants``.  ``dtype`` of the result, by default x's.
 
     Raises UnsupportedError for an x of another dtype.
     """
     shape = _matmul.check(x, packed, bias, norm, swiglu, residual)
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedError(f"x: got {x.dtype}, Triton kernels take f16 and bf16")
-    format, n, k = packed.format, packed.n, packed.k
+    n, k = packed.n, packed.k
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = torch.empty(len(rows), shape[-1], dtype=x.dtype, device=x.device)
+    y = torch.empty(len(rows), shape[-1], dtype=dtype or x.dtype, device=x.device)
     if not len(rows):
         return y.view(shape)
     if norm is not None:
         rows = rms_norm(rows, norm, eps)
-    step = 32 if format.group == 32 else 64
-    padded = format.padded_k(k)
-    levels = None
-    if format.codebook == "nf":
-        levels = levels_on(x.device)
-    m, other = len(rows), y  # what is not there is not read
+    m = len(rows)
     residual = None if residual is None else residual.reshape(y.shape).contiguous()
     flags = {"BIAS": bias is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None}
-    given = [other if t is None else t for t in (packed.offsets, levels, bias, residual)]
+    weights, around = ([y if t is None else t for t in some] for some in (weights, (bias, residual)))  # nothing reads y
 
     def run(chosen, splits: int, **settings):
         """The product with at most so many splits."""
         partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if splits > 1 else y
         chosen(
-            rows, packed.codes.view(torch.int32), packed.scales, *given, y, partial,
-            m, n, k, rows.stride(0), padded * format.bits // 32, format.groups(k),
-            triton.cdiv(format.group or padded, step), triton.cdiv(padded, step), about(m),
-            BITS=format.bits, ZERO=ZEROS[format.bits] if format.symmetric else 0,
-            LEVELS=levels is not None, OFFSETS=packed.offsets is not None, STEP=step, **flags, **settings,
+            rows, *weights, *around, y, partial, m, n, k, rows.stride(0), *numbers, about(m),
+            **constants, **flags, **settings,
         )  # fmt: skip
         return partial
 
-    partial, splits = in_best(run, weight_only_kernel, tuned_kernel, config, m, y.shape[1])
+    partial, splits = in_best(run, kernel, tuned, config, m, y.shape[1])
     if splits > 1:
         add_splits_kernel[tiles_of_sums(m, y.shape[1])](
-            partial, given[2], given[3], y, m, n, SPLITS=splits, **SUM_TILE, **flags
+            partial, *around, y, m, n, SPLITS=splits, **SUM_TILE, **flags
         )
     return y.view(shape)
+
+
+def weight_only(
+    x: torch.Tensor, packed: Packed, bias, norm, eps: float, swiglu: bool, residual,
+    config: triton.Config | None = None, dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`product` over a dense W."""
+    format = packed.format
+    step = 32 if format.group == 32 else 64
+    padded = format.padded_k(packed.k)
+    levels = levels_on(packed.codes.device) if format.codebook == "nf" else None
+    return product(
+        x, packed, bias, norm, eps, swiglu, residual, config, weight_only_kernel, tuned_kernel,
+        (packed.codes.view(torch.int32), packed.scales, packed.offsets, levels),
+        (
+            padded * format.bits // 32, format.groups(packed.k), triton.cdiv(format.group or padded, step),
+            triton.cdiv(padded, step),
+        ),
+        {
+            "BITS": format.bits, "ZERO": ZEROS[format.bits] if format.symmetric else 0,
+            "LEVELS": levels is not None, "OFFSETS": packed.offsets is not None, "STEP": step,
+        },
+        dtype,
+    )  # fmt: skip

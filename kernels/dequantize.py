@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from memlm.formats import ZEROS, Packed
-from memlm.kernels._weight_only import levels_on
+from memlm.kernels._weight_only import _fields, _unpack, levels_on
 from memlm.ops import _matmul
 
 
@@ -29,15 +29,7 @@ def rows_kernel(
     block = tl.program_id(1) * (BLOCK_K // FIELDS) + tl.arange(0, BLOCK_K // FIELDS)
     place = ((tile * blocks)[:, None] + block[None, :]) * 16 + lane[:, None]
     word = tl.load(words + place, exists[:, None] & (block < blocks)[None, :], 0)
-    field = tl.arange(0, FIELDS)
-    shift = 8 * (field % 4) + BITS * (field // 4)
-    q = tl.reshape((word[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1), [BLOCK_R, BLOCK_K])
-    if LEVELS:
-        value = tl.load(levels + q)
-    elif BITS == 8:
-        value = ((q ^ 0x80) - 128).to(tl.float32)
-    else:
-        value = (q - ZERO).to(tl.float32)
+    value = _unpack(_fields(word, BITS, BLOCK_R, BLOCK_K), levels, tl.float32, BITS, ZERO, LEVELS)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = exists[:, None] & (column < k)[None, :]
     of = ((tile * groups)[:, None] + (column // group)[None, :]) * 16 + lane[:, None]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._weight_only import (
-    SPACE, SUM_TILE, _finish, about, in_best, pruned, target_of, tiles_of_sums,
+    SPACE, SUM_TILE, _finish, _store_share, about, in_best, is_turing, pruned, target_of, tiles_of_sums,
 )  # fmt: skip
 from memlm.kernels.quantize_rows import quantize_rows
 from memlm.ops import _matmul
@@ -89,11 +89,7 @@ def w8a8_kernel(
             up = _scaled(up, x_scales, at, m, scales, column + n // 2, n)
         _finish(sums, up, at, column, bias, residual, y, m, n, BIAS, SWIGLU, RESIDUAL)
     else:
-        place = (split * m + at)[:, None].to(tl.int64) * n + column[None, :]
-        inside = (at < m)[:, None] & (column < (n // 2 if SWIGLU else n))[None, :]
-        tl.store(partial + place, sums, inside)
-        if SWIGLU:
-            tl.store(partial + place + n // 2, up, inside)
+        _store_share(sums, up, split, at, column, partial, m, n, SWIGLU)
 
 
 @triton.jit
@@ -157,7 +153,7 @@ def w8a8_matmul(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     x_groups = x_scales.shape[-1]
     x_scales = x_scales.reshape(-1, x_groups).contiguous()
-    integers = x.device.type == "cpu" or target_of(x.device).arch != 75
+    integers = not is_turing(x.device)
     step = step_of(group, x_group, integers)
     padded = packed.format.padded_k(k)
     steps, m = triton.cdiv(padded, step), len(rows)

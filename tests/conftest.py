@@ -2,8 +2,10 @@
 
 import os
 
-# Before anything imports Triton, which reads it once: its kernels are interpreted (tests/triton_interpreter.py).
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before anything imports Triton, which reads it once: its kernels are interpreted (tests/triton_interpreter.py),
+# unless a GPU runs them.
+if not os.environ.get("MEMLM_TEST_GPU"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

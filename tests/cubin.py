@@ -120,6 +120,8 @@ def parse(listing: str, report: str, arch: int) -> list[Kernel]:
     """The kernels in what ``nvdisasm -c`` prints, and ``ptxas -v``."""
     sections = re.split(r"\n\t\.section\t\.text\.", listing)[1:]
     mangled = [section.split(",")[0] for section in sections]
+    if not mangled:
+        return []
     names = subprocess.run(["c++filt", "-p", *mangled], check=True, capture_output=True, text=True)
     found = []
     for symbol, name, section in zip(mangled, names.stdout.splitlines(), sections):
@@ -151,8 +153,8 @@ def _resources(report: str, symbol: str) -> tuple[int, int, int, int]:
 
 
 def short(name: str) -> str:
-    """``f<T>`` of the demangled ``void memlm::cuda::(anonymous namespace)::f<memlm::T>``."""
-    return re.sub(r"memlm::|cuda::|\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+    """``f<T, 1>`` of the demangled ``void memlm::cuda::(anonymous namespace)::f<memlm::T, (an_enum)1>``."""
+    return re.sub(r"memlm::|cuda::|\(anonymous namespace\)::|\(memlm_kv_type\)|^void |\(.*\)$", "", name)
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from .matmul_checks import off_by_one, quantized, random_case
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
 
 
-def check_density(op: str, name: str, n: int, k: int, m: int, density: float, dtype, arch: int = 800):
-    """A share of the weights, next to none and all included; with one row of tiles without any."""
+def check_density(multiply, name: str, n: int, k: int, m: int, density: float, dtype):
+    """A share of the weights, next to none and all included; with one row of tiles without any:
+    ``multiply(x, packed, bias)``."""
     format = SparseFormat.parse(name)
     w = sparse.random_weights(format, n, k, density)
     w[16:32] = 0
@@ -24,7 +25,7 @@ def check_density(op: str, name: str, n: int, k: int, m: int, density: float, dt
     generator = torch.Generator().manual_seed(1)
     x = in_range(torch.randn(m, k, generator=generator), dtype)
     bias = torch.randn(n, generator=generator).to(dtype)
-    y = emulator.matmul(op, x, packed, bias, arch=arch)
+    y = multiply(x, packed, bias)
     numerics.assert_within(y, *numerics.exact_matmul(x, packed, bias, "mma"))
     assert torch.equal(y[:, 16:32], bias[16:32].expand_as(y[:, 16:32]))
     if density == 0:
@@ -41,17 +42,20 @@ class Sparse(WeightOnly):
         if "some" in metafunc.fixturenames:
             metafunc.parametrize("some", self.SOME)
 
+    def multiply(self, x, packed, bias):
+        return emulator.matmul(self.OP, x, packed, bias)
+
     @pytest.mark.parametrize("density", DENSITIES)
     def test_densities(self, some, density):
         for m in (1, 12):
-            check_density(self.OP, some, 40, 300, m, density, torch.float16)
+            check_density(self.multiply, some, 40, 300, m, density, torch.float16)
 
     @pytest.mark.gpu_proof
     @pytest.mark.parametrize("density", DENSITIES)
     def test_every_density(self, format, dtype, density):
         for n, k in ((33, 2111), (130, 1057)):
             for m in (1, 9, 33):
-                check_density(self.OP, format, n, k, m, density, dtype)
+                check_density(self.multiply, format, n, k, m, density, dtype)
 
     @pytest.mark.gpu_proof
     @pytest.mark.parametrize("shape", SHAPES + COMPLETE_SHAPES, ids=str)

@@ -38,7 +38,7 @@ def set_up() -> None:
     torch.version.cuda = "13.0"
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors hold NaN
     kernels = types.ModuleType("memlm.kernels")
-    kernels.OPERATIONS, kernels.available = ("w4_matmul", "quantize_weight"), lambda: True
+    kernels.OPERATIONS, kernels.available = ("w4_matmul",), lambda: True
     sys.modules["memlm.kernels"] = kernels
     import memlm
     memlm.kernels = kernels
@@ -148,7 +148,6 @@ def registered() -> None:
         assert list(ops.implementations(name, "cuda")) == ["reference", "cuda", *triton]
         assert list(ops.implementations(name, "cpu")) == ["reference", "cpp"]
     assert _registry.selected("w4_matmul", "cuda") == ("cuda", "")
-    assert _registry.selected("quantize_weight", "cuda") == ("triton", "")  # there is none in C++
     for name, kernels in _registry._cuda_kernels.items():
         if not kernels:
             assert _registry.selected(name, "cuda") == ("reference", f"{name} has no CUDA kernel")
@@ -193,6 +192,83 @@ def paged() -> None:
         ran_well()
         assert torch.equal(y, cuda_kv.paged_attention(*given))
         emulator_may_touch_all()
+
+
+def others() -> None:
+    """w4_sparse_dequantize, quantize_weight and matmul_topk: each argument reaches the kernel, in every type."""
+    import torch
+
+    from memlm import ops, sparse_formats
+
+    from . import test_cuda_matmul_topk, test_quantize_weight, test_w4_sparse_dequantize
+    from .cuda_matmul_checks import in_range
+    from .matmul_checks import random_case
+
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    for name in test_w4_sparse_dequantize.FORMATS:
+        packed = test_w4_sparse_dequantize.packed_of(name, 40, 300)
+        for dtype in types:
+            given = test_w4_sparse_dequantize.arguments(packed, 7, 20, dtype)
+            rows = ops.emulated("w4_sparse_dequantize")(*given)
+            assert torch.equal(rows, sparse_formats.dequantize(packed, dtype)[7:27])
+    for name in ("int8-row", "int4a-g32", "nf4-g64", "ternary-g64"):
+        w = test_quantize_weight.normal(20, 150)
+        for some, scale_dtype in zip((w, w.half().T.contiguous().T, w[:, 5:90].bfloat16()), types[:2] * 2):
+            given = test_quantize_weight.arguments(some, name, scale_dtype)
+            expected = ops.implementations("quantize_weight")["reference"](*given)
+            test_quantize_weight.assert_same(ops.emulated("quantize_weight")(*given), expected, name)
+    for format, mode, dtype in (("int4a-g32", 0, types[1]), ("nf4-g64", 1, types[2]), ("int8-row", 2, types[0])):
+        x, packed, bias = random_case(format, 40, 96, 6, torch.float32)
+        x, bias, norm = in_range(x, dtype), bias.to(dtype), torch.linspace(1, 2, 96).to(dtype)
+        parts = (packed.codes, packed.scales, packed.offsets, packed.format.bits, int(format == "nf4-g64"))
+        given = (*parts, 40, 96, packed.format.group, bias, mode, norm, 1e-5, 5)
+        values, indices = ops.emulated("matmul_topk")(x.view(2, 3, 96), *given)
+        ran_well()
+        of_c = test_cuda_matmul_topk.topk(x, packed, bias, test_cuda_matmul_topk.MODES[mode], norm, 1e-5, 5)
+        assert torch.equal(values.view(6, 5), of_c[0]) and torch.equal(indices.view(6, 5), of_c[1])
+        emulator_may_touch_all()
+
+
+def attention() -> None:
+    """Arguments reach the kernels as a C call gives them, forward and backward; each of them matters."""
+    import torch
+
+    from memlm import ops
+
+    from . import cuda_attention
+
+    random = torch.Generator().manual_seed(3)
+
+    def normal(*shape, dtype=torch.float16):
+        return torch.randn(shape, generator=random).to(dtype)
+
+    def compared(q, k, v, mask=None, offsets=(None, None), block_mask=None, seed=None, **options):
+        rules = {"scale": 0.2, "left": -1, "right": -1, "to_end": False, "softcap": 0.0, "slopes": None}
+        rules = rules | {"sinks": None, "dropout": 0.0} | options
+        given = (mask, block_mask, 32, *offsets, *rules.values(), None if seed is None else torch.tensor(seed))
+        out, lse = ops.emulated("attention")(q, k, v, *given)
+        grad = normal(*q.shape[:3], v.shape[3], dtype=q.dtype)
+        want_mask = mask is not None and mask.is_floating_point()
+        found = ops.emulated("attention_backward")(grad, q, k, v, out, lse, *given, want_mask)
+        ran_well()
+        rules = rules | {"seed": seed, "block_mask": block_mask, "mask_block": 32}
+        of_c = cuda_attention.forward(q, k, v, mask, offsets, **rules)
+        assert torch.equal(out, of_c[0]) and torch.equal(lse, of_c[1])
+        of_c = cuda_attention.backward(grad, q, k, v, mask, offsets, **rules)
+        for name, x in zip(("q", "k", "v"), found):
+            assert torch.equal(x, of_c[name]), name
+        assert not want_mask or torch.equal(found[3].sum_to_size(mask.shape), of_c["mask"])
+        assert rules["sinks"] is None or torch.equal(found[4], of_c["sinks"])
+        emulator_may_touch_all()
+
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (normal(2, 9, heads, dim, dtype=dtype).transpose(1, 2) for heads, dim in ((4, 40), (2, 40), (2, 24)))
+        heads = {"slopes": torch.rand(4, generator=random), "sinks": torch.randn(4, generator=random)}
+        compared(q, k, v, normal(2, 1, 9, 9, dtype=dtype), right=0, softcap=5.0, **heads)
+        compared(q, k, v, torch.rand(9, 9, generator=random).lt(0.8)[None, None], left=4, dropout=0.3, seed=7)
+        compared(q[:1], k[:1], v[:1], offsets=(torch.tensor([0, 4, 9]),) * 2, right=0, to_end=True)
+    q, k, v = (normal(1, 2, 70, 16) for _ in range(3))
+    compared(q, k, v, block_mask=torch.rand(1, 2, 3, 3, generator=random).lt(0.6))
 
 
 def adamw_8bit() -> None:

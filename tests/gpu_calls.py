@@ -1,24 +1,33 @@
-"""Calls of the CUDA kernels that between them launch each kernel there is: for the table of compiled code."""
+"""Calls of the CUDA kernels that between them launch each kernel there is: for the table of compiled code.
+The emulator notes what they would launch, and runs nothing."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from memlm import formats
 from memlm.formats import Format, Packed
+from memlm.kv_formats import TYPES
 from memlm.sparse_formats import SparseFormat
 
-from . import adamw_cases, cross_entropy_cases, emulator
+from . import adamw_cases, cross_entropy_cases, cuda_attention, cuda_kv, emulator
 from .matmul_checks import random_case
+from .paged import paged
 from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
+from .test_cuda_dequantize import dequantize
 from .test_cuda_linear_cross_entropy import forward as linear_cross_entropy
+from .test_cuda_matmul_topk import topk
 from .test_cuda_quantize_rows import quantize_rows
+from .test_cuda_quantize_weight import quantize
+from .test_cuda_w4_sparse_dequantize import dequantize as sparse_rows
 
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+Calls = Iterator[Callable]
+
 WEIGHT_ONLY = {
     "w2_matmul": ["int2-g64"],
     "w4_matmul": ["int4-g64", "nf4-g64"],
@@ -31,6 +40,15 @@ SPARSE = {
     ],
 }
 ROWS = (1, 16, 32, 64)  # one for each size of tile
+HEADS = (64, 128, 256)  # the largest head of each size of tile
+# Kernels that no launcher starts on compute capability 7.5: all of bf16, dense blocks of floats, and
+# gradients of heads above 128, which need more shared memory than it has.
+NOT_ON_75 = r"bf16|Floats|grad_\w+kernel<f16, 256"
+
+
+def types(arch: int) -> list[torch.dtype]:
+    """Of 16 bits."""
+    return [torch.float16] if arch < 80 else [torch.float16, torch.bfloat16]
 
 
 def packed(format: str, n: int, k: int) -> Packed:
@@ -40,10 +58,8 @@ def packed(format: str, n: int, k: int) -> Packed:
     return Packed(parsed, n, k, **{name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in parts.items()})
 
 
-def all_calls(arch: int):
-    """Functions that each call one."""
-    types = [d for d in DTYPES.values() if arch >= 80 or d != torch.bfloat16]
-    for dtype in types:
+def weight_only(arch: int) -> Calls:
+    for dtype in types(arch):
         norm = torch.zeros(4096, dtype=dtype)
         for op, names in WEIGHT_ONLY.items():
             for name in names:
@@ -51,47 +67,99 @@ def all_calls(arch: int):
                 for m in ROWS:
                     x = torch.zeros(m, 4096, dtype=dtype)
                     yield partial(emulator.matmul, op, x, w, None, norm=norm, eps=1e-5)
-        for op, names in SPARSE.items():
-            for name in names:
-                if arch < 80 and SparseFormat.parse(name).is_float:
-                    continue
-                w = random_case(name, 64, 128, 1, torch.float32)[1]
+
+
+def sparse(arch: int) -> Calls:
+    for op, names in SPARSE.items():
+        for name in names:
+            if arch < 80 and SparseFormat.parse(name).is_float:
+                continue
+            w = random_case(name, 64, 128, 1, torch.float32)[1]
+            for dtype in types(arch):
                 for m in ROWS:
                     yield partial(emulator.matmul, op, torch.zeros(m, 128, dtype=dtype), w, None)
-    w8 = packed("int8-row", 4096, 4096)
-    for dtype in (torch.float32, *DTYPES.values()):
-        for group in (0, 32):
-            yield partial(quantize_rows, torch.zeros(4, 100, dtype=dtype), group)
-            weights = w8 if group == 0 else packed("int8-g32", 4096, 4096)
-            for m in ROWS:
-                x = torch.zeros(m, 4096, dtype=dtype)
-                yield partial(w8a8, x, weights, group)
-                codes, scales = torch.zeros(m, 4096, dtype=torch.int8), torch.ones(m, 128 if group else 1)
-                for q in (codes, codes[:, :4095]):  # the second is made ready
-                    w = weights if q.shape[1] == 4096 else packed(weights.format.name, 4096, 4095)
-                    yield partial(w8a8, q, w, group, scales, dtype)
+
+
+def sparse_gradients(arch: int) -> Calls:
+    grad, rows = torch.zeros(4, 64), ctypes.c_int64(4)
     for name in SPARSE["block_sparse_matmul"]:
         w = random_case(name, 64, 128, 1, torch.float32)[1]
-        grad, rows = torch.zeros(4, 64), ctypes.c_int64(4)
         given = ("grad_x", w, w.format.bits, rows, grad)
         yield partial(run_gradient, *given, out=torch.empty(4, 128), arch=800)
     w = random_case("block/f32", 64, 128, 1, torch.float32)[1]
     given = ("grad_values", w, rows, grad, torch.zeros(4, 128))
     yield partial(run_gradient, *given, out=torch.empty_like(w.codes), arch=800)
-    yield from training_calls(arch)
 
 
-def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:
-    """w8a8_matmul of numbers, or of codes and scales."""
-    after = (ctypes.c_void_p(emulator.pointer(scales)), ctypes.c_int64(group))
-    emulator.matmul("w8a8_matmul", x, w, None, after=after, read=[scales], dtype=dtype or x.dtype)
+def others(arch: int) -> Calls:
+    """w4_sparse_dequantize, quantize_weight and matmul_topk."""
+    for name in ("2:4/int4-g32", "unstructured/int4-g32"):
+        w = random_case(name, 64, 128, 1, torch.float32)[1]
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield partial(sparse_rows, w, 0, 64, dtype)
+    for name in ("int8-row", "int4-g128", "int4a-g128", "nf4-g128"):
+        yield partial(quantize, torch.zeros(64, 128), name)
+    yield partial(topk, torch.zeros(4, 4096, dtype=torch.float16), packed("int4-g64", 4096, 4096), top=50)
 
 
-def training_calls(arch: int):
-    """Of the kernels for training."""
-    for dtype in (torch.float32, *DTYPES.values()):
+def int8(arch: int) -> Calls:
+    def w8a8(x, w: Packed, group: int, scales=None, dtype=None) -> None:
+        """w8a8_matmul of numbers, or of codes and scales."""
+        after = (ctypes.c_void_p(emulator.pointer(scales)), ctypes.c_int64(group))
+        emulator.matmul("w8a8_matmul", x, w, None, after=after, read=[scales], dtype=dtype or x.dtype)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for group, name in ((0, "int8-row"), (32, "int8-g32")):
+            yield partial(quantize_rows, torch.zeros(4, 100, dtype=dtype), group)
+            for m in ROWS:
+                x = torch.zeros(m, 4096, dtype=dtype)
+                yield partial(w8a8, x, packed(name, 4096, 4096), group)
+                codes, scales = torch.zeros(m, 4096, dtype=torch.int8), torch.ones(m, 128 if group else 1)
+                for q in (codes, codes[:, :4095]):  # the second is made ready
+                    yield partial(w8a8, q, packed(name, 4096, q.shape[1]), group, scales, dtype)
+
+
+def rows(arch: int) -> Calls:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for name in ("int2-g64", "int4-g64", "int8-g64"):
+            yield partial(dequantize, packed(name, 64, 64), 0, 64, dtype)
+
+
+def attention(arch: int) -> Calls:
+    for dtype in types(arch):
+        for dim in HEADS:
+            x = torch.zeros(1, 1, 64, dim, dtype=dtype)
+            yield partial(cuda_attention.forward, x, x, x)
+            if arch >= 80 or dim <= 128:
+                yield partial(cuda_attention.backward, x, x, x, x, sinks=torch.zeros(1))
+
+
+def paged_cache(arch: int) -> Calls:
+    for dtype in types(arch):
+        for type in TYPES:
+            for dim in (64, 256):  # two sizes of head
+                made = paged(type, dim, [1024], 1, dtype=dtype)
+                for heads in (1, 32):  # of a key-value head: two sizes of tile; and long enough to be split
+                    q = torch.zeros(1, heads, dim, dtype=dtype)
+                    step = made.step([1])
+                    given = (q, made.pool, made.tails, *step, 1.0, 0, 0.0, None, None)
+                    yield partial(cuda_kv.paged_attention, *given)
+                k = torch.zeros(1, 1, dim, dtype=dtype)
+                yield partial(cuda_kv.kv_append, made.pool, made.tails, k, k, *step)
+
+
+def training(arch: int) -> Calls:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))
-    for dtype in DTYPES.values():
-        if arch >= 80 or dtype != torch.bfloat16:
-            given = cross_entropy_cases.random_case(cross_entropy_cases.Case(4, 8, 9), dtype)
-            yield partial(linear_cross_entropy, given)
+    for dtype in types(arch):
+        given = cross_entropy_cases.random_case(cross_entropy_cases.Case(4, 8, 9), dtype)
+        yield partial(linear_cross_entropy, given)
+
+
+ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache, others, training)
+
+
+def all_calls(arch: int) -> Calls:
+    """Functions that each call one."""
+    for calls in ALL:
+        yield from calls(arch)

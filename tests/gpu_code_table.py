@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,18 +53,14 @@ def launches(arch: int) -> dict[str, emulator.Launch]:
 
 
 def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
-    """Every kernel of the sources that can be launched on an architecture.  (bf16 on sm_75 cannot.)
-    Sources of which tests/gpu_calls.py launches none are left out."""
+    """Every kernel of the sources that can be launched on an architecture."""
     started = launches(arch)
     found = []
     for source in sources or cubin.sources():
-        kernels = cubin.kernels(source, arch)
-        if not any(kernel.name in started for kernel in kernels):
-            continue
-        for kernel in kernels:
+        for kernel in cubin.kernels(source, arch):
             if kernel.name in started:
                 found.append(Row(kernel, source, started[kernel.name]))
-            elif not (arch < 80 and "bf16" in kernel.name):
+            elif arch >= 80 or not re.search(gpu_calls.NOT_ON_75, kernel.name):
                 raise LookupError(f"{kernel.name}: tests/gpu_calls.py has no call that launches it")
     return sorted(found, key=lambda row: (row.source, row.kernel.name))
 
@@ -98,25 +95,47 @@ def _cell(row: Row) -> str:
     return f"{row.kernel.registers} r, {row.warps} w{spilled}{stack}"
 
 
+LOOPS = (  # whose main loops are told of, and for which kernels
+    ("w4_matmul.cu", r"Dense<f16, Integers"), ("w8a8_matmul.cu", r"w8a8_kernel"), ("attention.cu", r"<f16"),
+)  # fmt: skip
+# Marlin's loop for 16 tokens, as its published kernel has it (arXiv:2408.11743): a lane's 16 bytes are 32 weights
+# of 8 products; 4 weights take 2 LOP3 and half a shift, a subtraction and an FMA of pairs, and 2 products of pairs
+# with their scales.
+MARLIN = {
+    "tensor core": 1, "to shared memory, asynchronous": 1 / 8, "shared memory": 1 / 8 + 1 / 8, "16-bit pairs": 4,
+    "bits and bytes": 2.5,
+}  # fmt: skip
+
+
 def mix_table() -> str:
-    """The instructions of w4_matmul's main loop, per product of 16 x 8 x 16, and what the schedulers take
-    to begin all of one tile of tokens: were they the only limit."""
+    """The instructions of main loops, for each of the tensor cores'."""
+    kinds, lines = (*cubin.CLASSES, "integers, moves"), []
+    for source, wanted in LOOPS:
+        for kernel in sorted(cubin.kernels(source, 80), key=lambda kernel: kernel.name):
+            if re.search(wanted, kernel.name):
+                loop = kernel.loop(r"HMMA") if source != "w8a8_matmul.cu" else kernel.loop("IMMA")
+                found = cubin.classes(loop)
+                units = found["tensor core"]
+                mix = (f"{found[kind] / units:.2f}" for kind in kinds)
+                lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *mix])
+    published = (f"{MARLIN[kind]:.2f}" if kind in MARLIN else "?" for kind in kinds)
+    lines.append(["Marlin, 16 tokens, as published", "", "", *published])
+    return table(["kernel", "tensor core's in the loop", "instructions for each", *kinds], lines)
+
+
+def issue_table() -> str:
+    """How long the schedulers take to begin all instructions of w4_matmul's main loop."""
     lines = []
-    for kernel in cubin.kernels("w4_matmul.cu", 80):
-        if "<Dense<f16, Integers" not in kernel.name:
+    for kernel in sorted(cubin.kernels("w4_matmul.cu", 80), key=lambda kernel: kernel.name):
+        if not re.search(LOOPS[0][1], kernel.name):
             continue
-        loop = kernel.loop("HMMA")
-        found = cubin.classes(loop)
-        units = found["tensor core"]
-        kinds = [f"{found[kind] / units:.2f}" for kind in (*cubin.CLASSES, "integers, moves")]
+        loop, tiles = kernel.loop("HMMA"), int(kernel.name.split(", ")[-1].rstrip(">"))
         # A step of 32 rows and 32 k has 4 of a tile of 8 tokens, and 2 more where there are offsets.
-        steps = units // (6 * int(kernel.name.split(", ")[-1].rstrip(">")))
+        steps = cubin.classes(loop)["tensor core"] // (6 * tiles)
         begun = N // 32 * (K // 32) // steps * len(loop)
-        times = [f"{1e6 * device.issue_seconds(begun):.1f}" for device in gpu_limits.DEVICES]
-        lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *kinds, *times])
-    lines.sort()
-    head = ["kernel", "HMMA in the loop", "instructions per HMMA", *cubin.CLASSES, "integers, moves"]
-    return table([*head, *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], lines)
+        times = (f"{1e6 * device.issue_seconds(begun):.1f}" for device in gpu_limits.DEVICES)
+        lines.append([str(8 * tiles), *times])
+    return table(["tokens", *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], lines)
 
 
 N = K = 4096
@@ -164,12 +183,15 @@ memory as the launcher asks for it on sm_80; tensor-core instructions and loads 
 memory in the code for sm_80.
 
 {code_table(of_arch)}
-The main loop of `w4_matmul` on sm_80, instructions for each product of 16 x 16 by 16 x 8, those of
-branches not taken included (offsets, f32 scales), and how long four schedulers for each multiprocessor
-take to begin all of them for n = k = {N} and one tile of 8, 16, 32 or 64 tokens.  (With 64 the loop is
-over steps and does not hold the copies.)
+Main loops on sm_80: instructions for each of the tensor cores', m16n8k16 or int8's m16n8k32, those of
+branches not taken included (offsets, f32 scales, masks).  (With 64 tokens `w4_matmul`'s loop is over steps
+and does not hold the copies.)
 
 {mix_table()}
+How long four schedulers for each multiprocessor take to begin all of `w4_matmul`'s for n = k = {N} and one tile
+of tokens:
+
+{issue_table()}
 Bytes that the emulator counts (sectors of 32 bytes, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64
 rows), and the time that bandwidth and tensor cores leave on paper, whichever is longer:
 

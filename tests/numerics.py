@@ -71,9 +71,9 @@ def mma_weights(packed: Packed | SparsePacked, dtype: torch.dtype) -> torch.Tens
     return formats.dequantize_with(dense, values, torch.float64)
 
 
-def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str):
+def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str, y_dtype=None):
     """The product in f64 over the unpacked weights, of the numbers that the arithmetic works with,
-    and the bound on a kernel's distance from it."""
+    and the bound on a kernel's distance from it; its result is of ``y_dtype``, by default x's."""
     rows, u = x.reshape(-1, packed.k).float(), ROUNDOFF[torch.float32]
     w, size_w, terms = dequantize(packed), magnitudes(packed), packed.k
     if arithmetic == "int8":
@@ -97,9 +97,14 @@ def exact_matmul(x, packed: Packed | SparsePacked, bias, arithmetic: str):
     roundings = 8 if arithmetic == "bf16x3" else 4
     bound = (roundings + 5 * math.sqrt(terms)) * u * size
     flushed = FLUSHED[arithmetic] * 2 * (rows.abs().sum(1)[:, None] + w.abs().sum(1) + packed.k)
-    bound += flushed + ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
+    bound += flushed + _rounding(y_dtype or x.dtype, y, bound)
     shape = (*x.shape[:-1], packed.n)
     return y.view(shape), bound.view(shape)
+
+
+def _rounding(dtype: torch.dtype, y: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Of numbers so far from y, once more."""
+    return ROUNDOFF[dtype] * (y.abs() + bound) + SMALLEST[dtype]
 
 
 def product_bound(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,7 @@ def product_bound(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def exact_around(
-    x, packed: Packed | SparsePacked, arithmetic: str, norm=None, eps=0.0, swiglu=False, residual=None
+    x, packed: Packed | SparsePacked, arithmetic: str, norm=None, eps=0.0, swiglu=False, residual=None, y_dtype=None
 ):
     """As exact_matmul, for a product with the layers around it.
 
@@ -146,7 +151,7 @@ def exact_around(
     if residual is not None:
         rows = residual.reshape(y.shape).double()
         y, bound = y + rows, bound + u * (y.abs() + rows.abs())
-    bound += ROUNDOFF[x.dtype] * (y.abs() + bound) + SMALLEST[x.dtype]
+    bound += _rounding(y_dtype or x.dtype, y, bound)
     shape = (*x.shape[:-1], y.shape[-1])
     return y.view(shape), bound.view(shape)
 

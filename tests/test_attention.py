@@ -42,18 +42,21 @@ def random_case(batch, heads, q_len, k_len, dim, v_dim=None, dtype=F32, seed=0, 
 
 
 def run(implementation, q, k, v, grad=None, mask=None, offsets=(None, None), **options):
-    """Results by name, of the ops themselves."""
+    """Results by name, of the ops themselves; ``implementation``: its name, or both callables."""
+    if isinstance(implementation, str):
+        both = ("attention", "attention_backward")
+        implementation = [implementations(name)[implementation] for name in both]
+    forward, backward = implementation
     o = {"scale": q.shape[-1] ** -0.5, "left": -1, "right": -1, "to_end": False, "softcap": 0.0}
     o |= {"slopes": None, "sinks": None, "dropout": 0.0, "seed": None}
     o |= {"block_mask": None, "mask_block": 128} | options
     seed = None if o["seed"] is None else torch.tensor(o["seed"])
     rules = [o["scale"], o["left"], o["right"], o["to_end"], o["softcap"], o["slopes"], o["sinks"]]
     rest = (mask, o["block_mask"], o["mask_block"], *offsets, *rules, o["dropout"], seed)
-    out, lse = implementations("attention")[implementation](q, k, v, *rest)
+    out, lse = forward(q, k, v, *rest)
     results = {"out": out, "lse": lse}
     if grad is not None:
         want = mask is not None and mask.is_floating_point()
-        backward = implementations("attention_backward")[implementation]
         dq, dk, dv, dmask, dsinks = backward(grad, q, k, v, out, lse, *rest, want)
         results |= {"q": dq, "k": dk, "v": dv}
         if want:

@@ -22,7 +22,7 @@ needs_gpu = pytest.mark.skipif(
 FORMATS = {"w2_matmul": "int2a-g64", "w4_matmul": "int4a-g32", "w8_matmul": "int8-row"}
 
 
-@pytest.mark.parametrize("what", ["weight_only", "unsupported", "registered", "paged", "device_runner"])
+@pytest.mark.parametrize("what", ["weight_only", "unsupported", "registered", "paged", "attention", "others", "device_runner"])
 def test_over_the_emulator(what, tmp_path):
     emulated_torch.start(what, tmp_path)
 

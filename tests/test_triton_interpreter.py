@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from .triton_interpreter import interpret
+from . import device
+from .triton_interpreter import interpret, on_device
 
 interpret()
+pytestmark = pytest.mark.skipif(device.wanted(), reason="the interpreter is for machines without a GPU")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -99,3 +101,21 @@ def test_products_are_summed_in_f32():
     dot_kernel[(1,)](a, b, out, SIZE=16)
     error = (out.double() - a.double() @ b.double()).abs()
     assert (error <= 16 * 2.0**-24 * (a.double().abs() @ b.double().abs())).all()
+
+
+def test_on_device():
+    """As the kernels' tests run on a GPU: tensors go there and back, what is written to as well."""
+    seen = []
+
+    def kernel(pool, tails, k, v, rows, lengths, tables, tail_of, type, block_tokens):
+        seen.append(pool)
+        pool.fill_(7)
+
+    def product(*args):
+        return args[0] + 1
+
+    there = {"kv_append": kernel, "dequantize": product}
+    pool, k = torch.zeros(2, 3), torch.zeros(1)
+    assert on_device(there.get, "cpu")("kv_append")(pool, None, k, k, k, k, k, None, 0, 64) is None
+    assert bool((pool == 7).all()) and seen[0].data_ptr() != pool.data_ptr()
+    assert torch.equal(on_device(there.get, "cpu")("dequantize")(pool), pool + 1)

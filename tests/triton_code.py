@@ -85,8 +85,8 @@ def compile_all(only: str, targets: list[str]) -> list[Code]:
             if not re.search(only, specimen.name):
                 continue
             source = ASTSource(
-                fn=specimen.kernel, signature=specimen.signature, constexprs=specimen.constants,
-                attrs={(i,): [["tt.divisibility", 16]] for i in specimen.aligned},
+                fn=specimen.kernel, signature=specimen.signature, constexprs=specimen.constexprs,
+                attrs={path: [["tt.divisibility", 16]] for path in specimen.aligned},
             )  # fmt: skip
             options = {"num_warps": specimen.warps, "num_stages": specimen.stages}
             about = (specimen.name, name, specimen.config, specimen.warps)

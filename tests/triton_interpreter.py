@@ -13,13 +13,45 @@ import os
 
 import ml_dtypes
 import numpy as np
+import torch
+
+from . import device
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def on_device(implementation, device: str):
+    """``memlm.kernels.implementation`` whose callables take and give tensors of the host, and run on a
+    device.  What the operation writes to is copied back."""
+
+    def moved(name: str):
+        run = implementation(name)
+        arguments = getattr(torch.ops.memlm, name).default._schema.arguments
+        written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+
+        def call(*args, **settings):
+            there = [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
+            result = run(*there, **settings)
+            for mine, its, out in zip(args, there, written):
+                if out and isinstance(mine, torch.Tensor):
+                    mine.copy_(its)
+            if isinstance(result, torch.Tensor):
+                return result.cpu()
+            return result and tuple(r.cpu() for r in result)
+
+        return call
+
+    return moved
+
+
 @functools.cache
 def interpret() -> None:
-    """Puts the interpreter right, once."""
+    """Puts the interpreter right, once; with MEMLM_TEST_GPU the kernels run on the GPU instead."""
+    if device.wanted():
+        from memlm import kernels
+
+        kernels.implementation = on_device(kernels.implementation, "cuda")
+        return
     assert os.environ.get("TRITON_INTERPRET") == "1", "Triton's functions are compiled here"
     import triton.language as tl
     from triton.runtime import interpreter
@@ -80,6 +112,18 @@ def interpret() -> None:
 
         return run
 
+    def reduced(original):
+        """Of tl.sort's exclusive or, which Triton calls for each pair of elements."""
+
+        def run(self, input):
+            if self.combine_fn is not tl.standard._xor_combine:
+                return original(self, input)
+            data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+            return self.to_tensor(data, input[0].dtype)
+
+        return run
+
+    interpreter.ReduceOps.apply_impl = reduced(interpreter.ReduceOps.apply_impl)
     interpreter._get_np_dtype = with_bf16
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(builder, name, cast(getattr(builder, name)))

@@ -33,24 +33,27 @@ def check(op: str, format: str, n: int, k: int, m: int, dtype: torch.dtype, conf
         numerics.assert_within(y, *numerics.exact_matmul(x, packed, b, "mma"))
 
 
-SPLIT = next(config for config in SPACE if config.kwargs["SPLITS"] > 1)
+def split(space):
+    """The first of these configurations whose programs share out k."""
+    return next(config for config in space if config.kwargs["SPLITS"] > 1)
 
 
 class WeightOnly:
-    """``OP``: the operation; ``FORMATS`` that it takes."""
+    """``OP``: the operation; ``FORMATS`` that it takes; ``SPACE``: its configurations."""
 
     OP: str
     FORMATS: list[str]
+    SPACE = SPACE
 
     def pytest_generate_tests(self, metafunc):
-        values = {"format": self.FORMATS, "dtype": DTYPES, "config": SPACE}
+        values = {"format": self.FORMATS, "dtype": DTYPES, "config": self.SPACE}
         for name in metafunc.fixturenames:
             if name in values:
                 metafunc.parametrize(name, values[name], ids=str)
 
     def test_against_fp64(self, format, dtype):
         for case in FAST:
-            check(self.OP, format, *case, dtype, [SPACE[0], SPLIT])
+            check(self.OP, format, *case, dtype, [self.SPACE[0], split(self.SPACE)])
 
     @pytest.mark.gpu_proof
     def test_every_shape_and_configuration(self, format, dtype, config):
@@ -60,7 +63,7 @@ class WeightOnly:
 
     def test_around(self, format, dtype):
         """Norm, swiglu and residual, each and together."""
-        for config in (SPACE[0], SPLIT):
+        for config in (self.SPACE[0], split(self.SPACE)):
             for x, packed, around in around_cases(format, 40, 96, 9, dtype):
                 y = matmul(self.OP, x, packed, None, config, **around)
                 numerics.assert_within(y, *numerics.exact_around(x, packed, "mma", **around))
@@ -74,23 +77,23 @@ class WeightOnly:
     def test_strides_and_shapes(self, dtype):
         x, packed, _ = random_case(self.FORMATS[0], 40, 96, 6, torch.float32)
         x = in_range(x, dtype)
-        expected = matmul(self.OP, x, packed, None, SPACE[0])
+        expected = matmul(self.OP, x, packed, None, self.SPACE[0])
         wide = torch.full((6, 104), float("nan"), dtype=dtype)
         wide[:, :96] = x
         for same in (off_by_one(x), wide[:, :96], x.T.contiguous().T):
-            assert torch.equal(matmul(self.OP, same, packed, None, SPACE[0]), expected)
-        assert torch.equal(matmul(self.OP, x.view(2, 3, 96), packed, None, SPACE[0]), expected.view(2, 3, 40))
-        assert matmul(self.OP, x[:0], packed, None, SPACE[0]).shape == (0, 40)
+            assert torch.equal(matmul(self.OP, same, packed, None, self.SPACE[0]), expected)
+        assert torch.equal(matmul(self.OP, x.view(2, 3, 96), packed, None, self.SPACE[0]), expected.view(2, 3, 40))
+        assert matmul(self.OP, x[:0], packed, None, self.SPACE[0]).shape == (0, 40)
 
     def test_not_finite(self, dtype):
         """What is not finite stays in its own row."""
         x, packed, _ = random_case(self.FORMATS[0], 20, 70, 9, torch.float32)
         x = in_range(x, dtype)
-        clean = matmul(self.OP, x, packed, None, SPACE[0])
+        clean = matmul(self.OP, x, packed, None, self.SPACE[0])
         for value in (float("nan"), float("inf")):
             bad = x.clone()
             bad[1, 69] = value
-            y = matmul(self.OP, bad, packed, None, SPACE[0])
+            y = matmul(self.OP, bad, packed, None, self.SPACE[0])
             others = [row for row in range(9) if row != 1]
             assert torch.equal(y[others], clean[others]) and not y[1].isfinite().all()
 
@@ -100,10 +103,10 @@ class WeightOnly:
         packed = quantized(w, format)
         assert packed.scales.dtype == torch.float32
         x = torch.randn(9, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
-        y = matmul(self.OP, x, packed, None, SPACE[0])
+        y = matmul(self.OP, x, packed, None, self.SPACE[0])
         numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, "mma"))
 
     def test_f32_is_refused(self):
         x, packed, _ = random_case(self.FORMATS[0], 20, 96, 6, torch.float32)
         with pytest.raises(TypeError, match="x: got torch.float32, Triton kernels take f16 and bf16"):
-            matmul(self.OP, x, packed, None, SPACE[0])
+            matmul(self.OP, x, packed, None, self.SPACE[0])

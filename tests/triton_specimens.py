@@ -3,18 +3,29 @@ has room for."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memlm.kernels import _rows, _weight_only, adamw_8bit, dequantize, linear_cross_entropy, linear_cross_entropy_backward, quantize_rows, w8a8_matmul
+import triton.language as tl
+
+from memlm.kernels import (
+    _attention, _kv, _rows, _weight_only, adamw_8bit, attention, attention_backward, block_sparse_grad_values,
+    block_sparse_grad_x, block_sparse_matmul, dequantize, kv_append, linear_cross_entropy,
+    linear_cross_entropy_backward, matmul_topk, paged_attention, quantize_rows, quantize_weight,
+    w4_sparse_dequantize, w4_sparse_matmul, w8a8_matmul,
+)  # fmt: skip
 from memlm.kernels._targets import Target
+from memlm.kv_formats import KvFormat
 
 
 @dataclass(frozen=True)
 class Specimen:
     name: str
     kernel: object
-    types: dict[str, str]  # of pointers; other arguments are 32-bit integers unless constants
+    # Of pointers and tuples; other arguments are 32-bit integers unless constants.  "i32:16" are multiples of 16,
+    # None and numbers stand for themselves.
+    types: dict[str, object]
     constants: dict = field(default_factory=dict)
     config: str = ""
     warps: int = 4
@@ -22,14 +33,40 @@ class Specimen:
     divisible: tuple[str, ...] = ()  # integers that are multiples of 16
 
     @property
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, object]:
         kinds = {name: "constexpr" for name in self.constants} | self.types
-        return {name: kinds.get(name, "i32") for name in self.kernel.arg_names}
+        return {name: _signature(kinds.get(name, "i32")) for name in self.kernel.arg_names}
+
+    def _leaves(self) -> list[tuple[tuple[int, ...], object]]:
+        names = enumerate(self.kernel.arg_names)
+        return [leaf for i, name in names if name in self.types for leaf in _leaves(self.types[name], (i,))]
 
     @property
-    def aligned(self) -> list[int]:
-        wanted = {n for n, kind in self.types.items() if kind.startswith("*")} | set(self.divisible)
-        return [i for i, name in enumerate(self.kernel.arg_names) if name in wanted]
+    def constexprs(self) -> dict[tuple[int, ...], object]:
+        """By place among the arguments, and within them."""
+        named = {(self.kernel.arg_names.index(name),): value for name, value in self.constants.items()}
+        return named | {path: kind for path, kind in self._leaves() if not isinstance(kind, str)}
+
+    @property
+    def aligned(self) -> list[tuple[int, ...]]:
+        """Places of pointers, and of integers that are multiples of 16."""
+        named = [(self.kernel.arg_names.index(name),) for name in self.divisible]
+        of_types = [path for path, kind in self._leaves() if isinstance(kind, str) and (kind[0] == "*" or ":" in kind)]
+        return named + of_types
+
+
+def _leaves(kind, path: tuple[int, ...]) -> list[tuple[tuple[int, ...], object]]:
+    if isinstance(kind, tuple):
+        return [leaf for i, part in enumerate(kind) for leaf in _leaves(part, (*path, i))]
+    return [(path, kind)]
+
+
+def _signature(kind):
+    """As Triton writes it."""
+    if isinstance(kind, tuple):
+        parts = [_signature(part) for part in kind]
+        return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
+    return kind.split(":")[0] if isinstance(kind, str) else "constexpr"
 
 
 FORMATS = {  # bits, zero, levels, offsets, step
@@ -40,16 +77,16 @@ FORMATS = {  # bits, zero, levels, offsets, step
     },
     "w8_matmul": {"int8-g32": (8, 0, False, False, 32), "int8-row": (8, 0, False, False, 64)},
 }  # fmt: skip
-NAMES = {"fp16": "f16", "bf16": "bf16"}
+NAMES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
 
 
 def _dtypes(target: Target) -> tuple[str, ...]:
     return ("fp16",) if target.arch == 75 else ("fp16", "bf16")
 
 
-def _configs(target: Target, step: int, bits: int, swiglu: bool) -> list:
+def _configs(target: Target, step: int, bits: int, swiglu: bool, space=_weight_only.SPACE) -> list:
     """Those for many rows and for few, whose sums are split, with their names."""
-    of = (step, bits, swiglu)
+    of = (step, bits, swiglu, space)
     found = {id(c): c for rows in (128, _weight_only.SPLIT_ROWS) for c in _weight_only.pruned(target, rows, *of)}
     named = []
     for config in found.values():
@@ -154,6 +191,176 @@ def _row_specimens(target: Target) -> Iterator[Specimen]:
             )  # fmt: skip
 
 
+def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
+    """What is left of matmul_topk, whose product is that of others, and quantize_weight."""
+    for top in (64, matmul_topk.MOST_TOP):
+        yield Specimen(
+            f"topk_chunk {top}", matmul_topk.chunk_kernel, {"logits": "*fp32", "keys": "*i64"},
+            {"CHUNK": matmul_topk.CHUNK, "TOP": top}, warps=8, divisible=("features",),
+        )  # fmt: skip
+        yield Specimen(
+            f"topk_row {top}", matmul_topk.row_kernel, {"keys": "*i64", "values": "*fp32", "indices": "*i64"},
+            {"LAST": True, "TOP": top},
+        )  # fmt: skip
+    numbers = {"ZERO": 0, "LEVELS": False, "OFFSETS": False, "WHOLE": False}
+    for name, constants in {
+        "int8-row": {"BITS": 8, "FIRST": -127.0, "LAST": 127.0, "WHOLE": True},
+        "int4-g32": {"BITS": 4, "FIRST": -8.0, "LAST": 7.0, "ZERO": 8},
+        "int4a-g32": {"BITS": 4, "FIRST": 0.0, "LAST": 15.0, "OFFSETS": True},
+        "nf4-g64": {"BITS": 4, "FIRST": -8.0, "LAST": 7.0, "LEVELS": True},
+    }.items():
+        yield Specimen(
+            f"quantize_weight {name} f16", quantize_weight.quantize_kernel,
+            {
+                "w": "*fp16", "words": "*i32", "scales": "*fp16", "offsets": "*fp16", "largest": "*fp32",
+                "tables": "*fp32",
+            },
+            {**numbers, **constants, "LANES": quantize_weight.LANES},
+            divisible=("rows", "padded_rows", "k", "span"),
+        )  # fmt: skip
+
+
+def _kv_specimens(target: Target) -> Iterator[Specimen]:
+    for type, sizes in {"f32": (128,), "bf16": (80, 128), "int8": (128,), "int4": (128, 256)}.items():
+        for dim in sizes:
+            format = KvFormat(type, 64, dim)
+            number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
+            arrays = {
+                "pool": number, "scales": "*fp16", "tails": "*bf16", "rows": "*i64", "lengths": "*i64",
+                "tables": "*i32", "tail_of": "*i32",
+            }  # fmt: skip
+            layout = {"F": _kv.layout_of(format), "TAIL": format.tail and _kv.layout_of(format.tail)}
+            for dtype in _dtypes(target):
+                yield Specimen(
+                    f"kv_append {type} {NAMES[dtype]}", kv_append.kv_append_kernel,
+                    arrays | dict.fromkeys(("k", "v", "q", "turned"), f"*{dtype}")
+                    | {"pool": number or "*u8", "cos": "*fp32", "sin": "*fp32", "positions": "*i64"},
+                    layout | {
+                        "CHANNELS": kv_append.channels_of(format), "ROPE": True, "POSITIONS": True, "GROUP": 4,
+                    },
+                    str(dim), kv_append.warps_of(format), 3,
+                    ("k_stride", "v_stride", "q_stride", "turned_stride", "angle_stride"),
+                )  # fmt: skip
+                if dtype == "bf16" and (type != "bf16" or dim != 128):
+                    continue  # it needs fewer parts of numbers than f16
+                yield from _paged_attention_specimens(target, f"{type} {NAMES[dtype]}", dtype, dim, layout, {
+                    **arrays, "pool": number or "*i32", "q": f"*{dtype}", "out": f"*{dtype}",
+                    **dict.fromkeys(("slopes", "sinks", "sums_of", "most_of", "total_of"), "*fp32"),
+                    "scale": "fp32", "softcap": "fp32",
+                })  # fmt: skip
+
+
+def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Iterator[Specimen]:
+    f16, f = target.arch == 75, layout["F"]
+    exact = not f.coded and dtype == ("fp16" if f16 else "bf16")
+    flags = {"GROUP": 4, "WINDOW": True, "SINKS": True, "SLOTS_ARE_ROWS": False}
+    for config in paged_attention.pruned(target, f, 128):
+        yield Specimen(
+            f"paged_attention {name}", paged_attention.paged_attention_kernel, types,
+            layout | flags | {
+                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
+                "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
+                **config.kwargs,
+            },
+            f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
+            config.num_warps, config.num_stages, ("q_stride",),
+        )  # fmt: skip
+    kernel = paged_attention.combine_kernel
+    used = {key: kind for key, kind in types.items() if key in kernel.arg_names}
+    yield Specimen(f"paged_attention_combine {name}", kernel, used, {"F": f, "HEADS": 4, **flags}, str(dim))
+
+
+BLOCKS = {  # bits, zero, levels, offsets
+    "int4a-g32": (4, 0, False, True), "int8-g32": (8, 0, False, False), "int2-g32": (2, 1, False, False),
+    "nf4-g32": (4, 0, True, False), "bf16": (16, 0, False, False), "f32": (32, 0, False, False),
+}  # fmt: skip
+CODES = {16: "*bf16", 32: "*fp32"}
+
+
+def _sparse_variants(target: Target, all_of_them: bool, space: list) -> Iterator[tuple]:
+    """x's type, swiglu, a label and a configuration; swiglu and bf16 make the difference that they make
+    in other formats, too."""
+    kinds = [("fp16", False)]
+    if all_of_them:
+        kinds += [(dtype, True) for dtype in _dtypes(target)]
+    for dtype, swiglu in kinds:
+        for label, config in _configs(target, 32, 4, False, space):
+            yield dtype, swiglu, f"{label}{' swiglu' if swiglu else ''}", config
+
+
+def _around(dtype: str) -> dict[str, str]:
+    return {name: f"*{dtype}" for name in ("x", "bias", "residual", "y")} | {"partial": "*fp32"}
+
+
+def _block_specimens(target: Target) -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        variants = _sparse_variants(target, format in ("int4a-g32", "f32"), block_sparse_matmul.SPACE)
+        for dtype, swiglu, label, config in variants:
+            yield Specimen(
+                f"block_sparse_matmul {format} {NAMES[dtype]}", block_sparse_matmul.block_sparse_kernel,
+                {
+                    **_around(dtype), "starts": "*i64", "places": "*i32", "codes": CODES.get(bits, "*i32"),
+                    "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                },
+                {
+                    "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                    "CUT": target.arch != 75, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True,
+                    **config.kwargs,
+                },
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+
+
+def _compressed_specimens(target: Target) -> Iterator[Specimen]:
+    for format, bitmap, levels in (
+        ("2:4/int4-g32", False, False), ("2:4/nf4-g64", False, True),
+        ("unstructured/int4-g32", True, False), ("unstructured/nf4-g64", True, True),
+    ):  # fmt: skip
+        types = {
+            "codes": "*i32" if bitmap else "*u8", "places": "*i32", "starts": "*i64", "scales": "*fp16",
+            "levels": "*fp32",
+        }  # fmt: skip
+        constants = {"BITMAP": bitmap, "LEVELS": levels}
+        for dtype, swiglu, label, config in _sparse_variants(target, not levels, w4_sparse_matmul.SPACE):
+            yield Specimen(
+                f"w4_sparse_matmul {format} {NAMES[dtype]}", w4_sparse_matmul.w4_sparse_kernel,
+                {**_around(dtype), **types},
+                {**constants, "BIAS": True, "SWIGLU": swiglu, "RESIDUAL": True, **config.kwargs},
+                label,
+                config.num_warps, config.num_stages, ("n", "k", "x_stride"),
+            )  # fmt: skip
+        yield Specimen(
+            f"w4_sparse_dequantize {format} f16", w4_sparse_dequantize.sparse_rows_kernel,
+            {**types, "y": "*fp16"}, {**constants, "BLOCK_K": w4_sparse_dequantize.BLOCK_K},
+            divisible=("k",),
+        )  # fmt: skip
+
+
+def _gradient_specimens() -> Iterator[Specimen]:
+    for format, (bits, zero, levels, offsets) in BLOCKS.items():
+        yield Specimen(
+            f"block_sparse_grad_x {format}", block_sparse_grad_x.grad_x_kernel,
+            {
+                "grad": "*fp32", "order": "*i64", "tiles": "*i64", "begins": "*i64",
+                "codes": CODES.get(bits, "*i32"), "scales": "*fp16", "offsets": "*fp16", "levels": "*fp32",
+                "out": "*fp32",
+            },
+            {
+                "BITS": bits, "ZERO": zero, "LEVELS": levels, "OFFSETS": offsets,
+                "BLOCK_M": block_sparse_grad_x.BLOCK_M,
+            },
+            divisible=("n", "k"),
+        )  # fmt: skip
+    yield Specimen(
+        "block_sparse_grad_values f32", block_sparse_grad_values.grad_values_kernel,
+        {"grad": "*fp32", "x": "*fp32", "tiles": "*i64", "places": "*i32", "out": "*fp32"},
+        {"CHUNK": block_sparse_grad_values.CHUNK}, warps=2, divisible=("n", "k"),
+    )  # fmt: skip
+
+
+
+
 def _training_specimens(target: Target) -> Iterator[Specimen]:
     for dtype in ("fp32", *_dtypes(target)):
         floats = "beta1 rest1 beta2 rest2 decay step_size unbias eps".split()
@@ -194,10 +401,64 @@ def _cross_entropy_specimens(target: Target) -> Iterator[Specimen]:
     )  # fmt: skip
 
 
+ATTENTION = (
+    ("attention", attention.attention_kernel, attention.room),
+    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room),
+    ("attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room),
+)
+
+
+def _attention_specimens(target: Target) -> Iterator[Specimen]:
+    """Causal; and with all options at once but packed sequences, which exclude masks."""
+    strides = ("i32:16", "i32:16", "i32:16", 1)
+    causal = _attention.Rules(**(
+        dict.fromkeys(_attention.Rules._fields)
+        | dict.fromkeys("heads group q_len k_len sequences left right to_end".split(), "i32")
+        | {"scale": "fp32", "kept": "fp32"}
+    ))  # fmt: skip
+    tensors = "q k v out grad grad_q grad_k grad_v".split()
+    for options, dtype in ((False, "fp16"), (True, _dtypes(target)[-1]), (False, "fp32")):
+        rules, size, mask_block = causal, 4 if dtype == "fp32" else 2, 128 if options else 0
+        if options:
+            rules = causal._replace(
+                softcap="fp32", slopes="*fp32", mask=f"*{dtype}", mask_strides=strides, block_mask="*u8",
+                block_strides=("i32", "i32", "i32", 1), dropped="i32", seed_low="i32", seed_high="i32",
+            )  # fmt: skip
+        types = {
+            **dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys((f"{name}_strides" for name in tensors), strides),
+            **dict.fromkeys(("lse", "delta", "sinks"), "*fp32"), "grad_mask": "*fp32" if options else None,
+            "scale": "fp32", "a": rules, "about": (1, 1, 1),
+        }  # fmt: skip
+        of = f"{'options' if options else 'causal'} {NAMES[dtype]}"
+        for dim, (name, kernel, room) in itertools.product((64, 128, 256), ATTENTION):
+            for config in _attention.pruned(target, room, size, options, mask_block, dim, dim):
+                own, step = config.kwargs["OWN"], config.kwargs["STEP"]
+                yield Specimen(
+                    f"{name} {of}", kernel, {key: types[key] for key in kernel.arg_names if key in types},
+                    {"dim": dim, "v_dim": dim, "DIM": dim, "V_DIM": dim, "MASK_BLOCK": mask_block, **config.kwargs},
+                    f"{dim} {own}x{step} {config.num_warps} warps", config.num_warps, config.num_stages,
+                )  # fmt: skip
+        yield Specimen(
+            f"attention_backward delta {of}", attention_backward.delta_kernel,
+            {key: types[key] for key in ("grad", "out", "delta", "grad_strides", "out_strides")},
+            {"v_dim": 128, "V_DIM": 128, "OWN": attention_backward.DELTA_ROWS},
+        )  # fmt: skip
+    yield Specimen(
+        "attention_backward sinks", attention_backward.grad_sinks_kernel,
+        dict.fromkeys(("sinks", "lse", "delta", "grad_sinks"), "*fp32"), {"BLOCK": attention_backward.SINKS_BLOCK},
+    )  # fmt: skip
+
+
 def specimens(target: Target) -> Iterator[Specimen]:
     yield from _weight_only_specimens(target)
     yield from _int8_specimens(target)
     yield from _row_specimens(target)
+    yield from _block_specimens(target)
+    yield from _compressed_specimens(target)
+    yield from _gradient_specimens()
     yield from _other_specimens(target)
+    yield from _top_and_weight_specimens(target)
+    yield from _kv_specimens(target)
     yield from _training_specimens(target)
+    yield from _attention_specimens(target)
     yield from _cross_entropy_specimens(target)

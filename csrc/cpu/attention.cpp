@@ -56,7 +56,8 @@ memlm_status check(const memlm_attention_args* args) {
   }
   if (a.block_mask && (a.mask_block < 32 || a.mask_block > INT32_MAX || a.mask_block % 32))
     return fail(MEMLM_INVALID, "mask_block: got %lld, accepted are multiples of 32", (ll)a.mask_block);
-  if (!(a.scale - a.scale == 0)) return fail(MEMLM_INVALID, "scale: got %g, accepted is a finite one", a.scale);
+  if (!(a.scale - a.scale == 0))
+    return fail(MEMLM_INVALID, "scale: got %g, accepted is a finite one", a.scale);
   if (!(a.softcap >= 0) || a.softcap - a.softcap != 0)
     return fail(MEMLM_INVALID, "softcap: got %g, accepted is 0 or above", a.softcap);
   if (!(a.dropout >= 0 && a.dropout < 1))

@@ -227,8 +227,9 @@ class BackwardPassage {
       float *p = room.p + r * kMatrixRow, *ds = room.ds + r * kMatrixRow;
       with_rows(mt, [&](auto n) {
         constexpr int MT = n.value;
-        multiply<MT>(q.tile(tiles, t), 1, MT, Tiles<float>{room.k_turned + from * a.head_dim, a.head_dim * 16},
-                     blocks, a.head_dim, nullptr, p + from, kMatrixRow);
+        multiply<MT>(q.tile(tiles, t), 1, MT,
+                     Tiles<float>{room.k_turned + from * a.head_dim, a.head_dim * 16}, blocks, a.head_dim,
+                     nullptr, p + from, kMatrixRow);
         multiply<MT>(grad.tile(tiles, t), 1, MT, Tiles<float>{room.v_turned + from * a.v_dim, a.v_dim * 16},
                      blocks, a.v_dim, nullptr, ds + from, kMatrixRow);
         for (int m = 0; m < MT; ++m) {

@@ -68,7 +68,8 @@ constexpr int64_t kFastRecord = kActGroup + 4 + 4;
 // Adds the products of a panel of bytes (Fast draws it): one function for all weights whose integer
 // sums are the same, A.
 template <class A, int MT>
-__attribute__((noinline)) void multiply_bytes(const Runs& runs, const char* p, const char* x_tile, float* sums) {
+__attribute__((noinline)) void multiply_bytes(const Runs& runs, const char* p, const char* x_tile,
+                                              float* sums) {
   constexpr int64_t kScales = 64 * (A::kOffsets ? 2 : 1);
   IntegerSums<A, MT> acc(sums);
   for (int64_t i = 0; i < runs.count; ++i, p += kScales + 8 * kBlock) {

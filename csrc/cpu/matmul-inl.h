@@ -77,8 +77,8 @@ struct Columns {
 
 // Writes the 16 sums of a tile of y (and its gate's before them), with what comes after the product,
 // to y[row, 16 * tile ...], leaving out columns beyond n.
-__attribute__((always_inline)) inline void store_tile(const Columns& columns, const memlm_matmul_args& args, int64_t tile,
-                       int64_t row, const F* sums) {
+__attribute__((always_inline)) inline void store_tile(const Columns& columns, const memlm_matmul_args& args,
+                                                      int64_t tile, int64_t row, const F* sums) {
   const int64_t n0 = tile * kTileRows;
   const int64_t left = columns.n - n0, count = left < kTileRows ? left : kTileRows;
   const int64_t size = args.dtype == MEMLM_F32 ? 4 : 2;
@@ -305,7 +305,8 @@ memlm_status many_rows(const W& codec, const memlm_packed& w, const memlm_matmul
       }
       for (int64_t t = t0; t < t1; ++t) {
         const int mt = x_tiles.rows_of(t);
-        if (block.k1 == longest) prefetch_tiles(columns, args, whole.tile0, whole.tiles, t * x_tiles.rows, mt);
+        if (block.k1 == longest)
+          prefetch_tiles(columns, args, whole.tile0, whole.tiles, t * x_tiles.rows, mt);
         if constexpr (Mode::kTiles) {
           const char* at = x_tile(t) + Mode::bytes_before(block.k0, mt);
           Mode::multiply(block, count, at, padded, mt, sums_of(t), sums_next);

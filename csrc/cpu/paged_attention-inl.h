@@ -75,7 +75,8 @@ struct PagedPassage {
     const int64_t from = at(row, call.args.q_stride), dim = call.block.dim;
     int64_t d = 0;
     for (; d < dim; d += 16)
-      f_store(to + d, f_mul(load_floats(call.args.q, call.args.dtype, from + d, dim - d < 16 ? dim - d : 16), scale));
+      f_store(to + d,
+              f_mul(load_floats(call.args.q, call.args.dtype, from + d, dim - d < 16 ? dim - d : 16), scale));
     for (; d < padded; d += 16) f_store(to + d, f_zero());
   }
 };

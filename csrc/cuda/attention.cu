@@ -1,14 +1,15 @@
 // softmax(scale q k^T + bias) v in one pass over the keys (FlashAttention-2, arXiv:2307.08691).
 //
-// A thread block takes 64 queries of a head, a warp 16.  Keys and values come to shared memory some at a time,
-// the next while these are multiplied.  The scores of a warp are sums of m16n8k16 and stay in registers: as
-// probabilities, rounded to 16 bits, they are the A operand of the product with the values, in the very lanes
-// that hold them.
+// A thread block takes 64 queries of a head, a warp 16.  Keys and values come to shared memory some at a
+// time, the next while these are multiplied.  The scores of a warp are sums of m16n8k16 and stay in
+// registers: as probabilities, rounded to 16 bits, they are the A operand of the product with the values, in
+// the very lanes that hold them.
 //
 //   shared memory:  queries [64][kDim] | stage 0: keys, values [kKeys][kDim] | stage 1 | ...
 //
-// Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights relative
-// to the largest score so far, rounded to T, their sum taken of those unrounded; results rounded once.
+// Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
+// relative to the largest score so far, rounded to T, their sum taken of those unrounded; results rounded
+// once.
 #include "attention.h"
 
 namespace memlm::cuda {
@@ -72,7 +73,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 
   const int row0 = warp() * 16, i0 = place.first + row0 + lane() / 4;  // the lane's rows: i0, i0 + 8
   uint32_t hashes[2] = {0, 0};
-  for (int r = 0; a.dropped && r < 2; r++) hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
+  for (int r = 0; a.dropped && r < 2; r++)
+    hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
   float sums[kDim / 8][4] = {};
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
 
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 
     const uint32_t bits = shown(j);
     const int first_row = place.first + row0;
-    if (plain && bits == (1u << keys / kMaskUnit) - 1 && scores.all_seen(first_row, first_row + 15, j, j + keys - 1)) {
+    if (plain && bits == (1u << keys / kMaskUnit) - 1 &&
+        scores.all_seen(first_row, first_row + 15, j, j + keys - 1)) {
 #pragma unroll
       for (int t = 0; t < keys / 8; t++) {
 #pragma unroll
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     const bool empty = total[r] == 0;
     factor = empty ? 0 : factor / total[r] * a.kept;
     if (lane() % 4 == 0) {
-      const int64_t at = (static_cast<int64_t>(place.batch) * a.heads + place.head) * a.q_len + place.q_first + i;
+      const int64_t at =
+          (static_cast<int64_t>(place.batch) * a.heads + place.head) * a.q_len + place.q_first + i;
       a.lse[at] = empty ? -INFINITY : (most[r] + log2_approx(total[r])) * kLn2;
     }
     T* const out = reinterpret_cast<T*>(a.out.row(place.batch, place.head, place.q_first + i));
@@ -186,9 +190,10 @@ memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) 
   // Rows of a thread block are of one row of the block mask.
   const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile;
   const int64_t blocks = Place::count(a, true, rows) * a.heads * (a.q_offsets ? 1 : a.batch);
-  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1", static_cast<ll>(blocks));
-  return started(launch(&attention_kernel<T, kDim>, {blocks}, kAttentionThreads, shared_bytes<kDim>(gpu.arch), stream, a,
-                        rows, a.plain()));
+  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1",
+              static_cast<ll>(blocks));
+  return started(launch(&attention_kernel<T, kDim>, {blocks}, kAttentionThreads, shared_bytes<kDim>(gpu.arch),
+                        stream, a, rows, a.plain()));
 }
 
 template <class T>
@@ -203,7 +208,9 @@ memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) 
 
 Rows4 rows4(const void* p, const int64_t* strides, int64_t dim) {
   const auto fits = [](int64_t elements) { return elements % 8 == 0; };
-  return {static_cast<uint16_t*>(const_cast<void*>(p)), {strides[0], strides[1], strides[2]}, static_cast<int>(dim),
+  return {static_cast<uint16_t*>(const_cast<void*>(p)),
+          {strides[0], strides[1], strides[2]},
+          static_cast<int>(dim),
           is_aligned(p, 16) && fits(strides[0]) && fits(strides[1]) && fits(strides[2]) && fits(dim)};
 }
 
@@ -220,19 +227,23 @@ memlm_status prepare_attention(const memlm_attention_args* args, Gpu* gpu, Atten
                {"k_len", a.k_len, 0, kFar - 1},        {"head_dim", a.head_dim, 1, kMostDim},
                {"v_dim", a.v_dim, 1, kMostDim}};
   for (const auto& size : sizes) {
-    MEMLM_CHECK(size.value >= size.least && size.value <= size.most, "%s: got %lld, accepted are %lld to %lld",
-                size.name, static_cast<ll>(size.value), static_cast<ll>(size.least), static_cast<ll>(size.most));
+    MEMLM_CHECK(size.value >= size.least && size.value <= size.most,
+                "%s: got %lld, accepted are %lld to %lld", size.name, static_cast<ll>(size.value),
+                static_cast<ll>(size.least), static_cast<ll>(size.most));
   }
-  MEMLM_CHECK(a.heads % a.kv_heads == 0, "heads: %lld are no multiple of %lld kv_heads", static_cast<ll>(a.heads),
-              static_cast<ll>(a.kv_heads));
+  MEMLM_CHECK(a.heads % a.kv_heads == 0, "heads: %lld are no multiple of %lld kv_heads",
+              static_cast<ll>(a.heads), static_cast<ll>(a.kv_heads));
   MEMLM_CHECK(!a.batch || !a.q_len || (a.q && a.out && a.lse), "q, out, lse: NULL");
   MEMLM_CHECK(!a.batch || !a.k_len || (a.k && a.v), "k, v: NULL");
   MEMLM_CHECK(!a.q_offsets == !a.k_offsets, "q_offsets, k_offsets: one is NULL, the other is not");
-  MEMLM_CHECK(!a.q_offsets || (!a.mask && !a.block_mask), "mask, block_mask: are not for sequences with offsets");
-  MEMLM_CHECK(!a.block_mask || (a.mask_block >= kMaskUnit && a.mask_block <= kFar && a.mask_block % kMaskUnit == 0),
-              "mask_block: got %lld, accepted are multiples of 32 up to 2^30", static_cast<ll>(a.mask_block));
+  MEMLM_CHECK(!a.q_offsets || (!a.mask && !a.block_mask),
+              "mask, block_mask: are not for sequences with offsets");
+  MEMLM_CHECK(
+      !a.block_mask || (a.mask_block >= kMaskUnit && a.mask_block <= kFar && a.mask_block % kMaskUnit == 0),
+      "mask_block: got %lld, accepted are multiples of 32 up to 2^30", static_cast<ll>(a.mask_block));
   MEMLM_CHECK(a.scale - a.scale == 0, "scale: got %g, accepted is a finite one", a.scale);
-  MEMLM_CHECK(a.softcap >= 0 && a.softcap - a.softcap == 0, "softcap: got %g, accepted is 0 or above", a.softcap);
+  MEMLM_CHECK(a.softcap >= 0 && a.softcap - a.softcap == 0, "softcap: got %g, accepted is 0 or above",
+              a.softcap);
   MEMLM_CHECK(a.dropout >= 0 && a.dropout < 1, "dropout: got %g, accepted is 0 to below 1", a.dropout);
 
   const auto limit = [](int64_t keys) { return static_cast<int>(keys < 0 || keys > kFar ? kFar : keys); };
@@ -248,7 +259,8 @@ memlm_status prepare_attention(const memlm_attention_args* args, Gpu* gpu, Atten
   to.scale = a.scale * kLog2E;
   to.mask = a.mask, to.mask_is_bool = a.mask_is_bool;
   to.block_mask = a.block_mask, to.mask_block = static_cast<int>(a.mask_block);
-  for (int i = 0; i < 4; i++) to.mask_strides[i] = a.mask_strides[i], to.block_mask_strides[i] = a.block_mask_strides[i];
+  for (int i = 0; i < 4; i++)
+    to.mask_strides[i] = a.mask_strides[i], to.block_mask_strides[i] = a.block_mask_strides[i];
   to.softcap = a.softcap, to.slopes = a.slopes, to.sinks = a.sinks;
   to.dropped = dropout_threshold(a.dropout), to.kept = 1 / (1 - a.dropout), to.seed = a.seed;
   return MEMLM_OK;

@@ -2,8 +2,8 @@
 // products of tiles, and scores.
 //
 // Tiles are [rows][kDim], 16-bit; kDim is 64, 128 or 256, and what is beyond head_dim or v_dim is 0.  The
-// pieces of 16 bytes of a row are turned about by the row's number, so that 8 rows of one column, and 8 pieces
-// of one row, meet all banks:
+// pieces of 16 bytes of a row are turned about by the row's number, so that 8 rows of one column, and 8
+// pieces of one row, meet all banks:
 //
 //           piece 0   1   2   3   4   5   6   7  | 8 ...
 //   row 0         0   1   2   3   4   5   6   7
@@ -110,7 +110,8 @@ MEMLM_DEVICE uint8_t* piece_at(uint8_t* tile, int row, int piece) {
 // Begins to copy rows first .. first + kRows - 1 of those from `from` on; those for which `there(row)` does
 // not hold become 0, and are not read.
 template <int kDim, int kRows, class There>
-MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, uint8_t* tile, const There& there) {
+MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, uint8_t* tile,
+                            const There& there) {
   constexpr int pieces = kDim / 8;
 #pragma unroll 4
   for (int i = thread(); i < kRows * pieces; i += kAttentionThreads) {
@@ -157,7 +158,8 @@ MEMLM_DEVICE void multiply_weights(const float (&w)[kRows][4], uint8_t* b, float
 #pragma unroll
   for (int k = 0; k < kRows / 2; k++) {
     const float(&w0)[4] = w[2 * k], (&w1)[4] = w[2 * k + 1];
-    const uint32_t x[4] = {pair<T>(w0[0], w0[1]), pair<T>(w0[2], w0[3]), pair<T>(w1[0], w1[1]), pair<T>(w1[2], w1[3])};
+    const uint32_t x[4] = {pair<T>(w0[0], w0[1]), pair<T>(w0[2], w0[3]), pair<T>(w1[0], w1[1]),
+                           pair<T>(w1[2], w1[3])};
 #pragma unroll
     for (int t = 0; t < kDim / 8; t += 2) {
       uint32_t y[4];
@@ -182,13 +184,18 @@ struct Scores {
   const uint8_t* blocks;
 
   MEMLM_DEVICE Scores(const Attention& a, const Place& place, int head)
-      : a(a), place(place), shift(place.shift(a)), slope(a.slopes ? a.slopes[head] * kLog2E : 0), mask(nullptr),
+      : a(a),
+        place(place),
+        shift(place.shift(a)),
+        slope(a.slopes ? a.slopes[head] * kLog2E : 0),
+        mask(nullptr),
         blocks(nullptr) {
     if (a.mask) {
       const int64_t at = place.batch * a.mask_strides[0] + head * a.mask_strides[1];
       mask = static_cast<const uint8_t*>(a.mask) + at * (a.mask_is_bool ? 1 : 2);
     }
-    if (a.block_mask) blocks = a.block_mask + place.batch * a.block_mask_strides[0] + head * a.block_mask_strides[1];
+    if (a.block_mask)
+      blocks = a.block_mask + place.batch * a.block_mask_strides[0] + head * a.block_mask_strides[1];
   }
 
   // Whether the block mask shows key j to query i.
@@ -197,9 +204,11 @@ struct Scores {
            blocks[i / a.mask_block * a.block_mask_strides[2] + j / a.mask_block * a.block_mask_strides[3]];
   }
 
-  // Whether all queries from i to i_last see all keys from j to j_last, if block mask and mask do not say otherwise.
+  // Whether all queries from i to i_last see all keys from j to j_last, if block mask and mask do not say
+  // otherwise.
   MEMLM_DEVICE bool all_seen(int i, int i_last, int j, int j_last) const {
-    return i_last < place.q_len && j_last < place.k_len && j >= i_last + shift - a.left && j_last <= i + shift + a.right;
+    return i_last < place.q_len && j_last < place.k_len && j >= i_last + shift - a.left &&
+           j_last <= i + shift + a.right;
   }
 
   // The score of query i and key j, both of the sequence, of their product; -Inf where not seen.  *factor:
@@ -207,7 +216,8 @@ struct Scores {
   MEMLM_DEVICE float score(int i, int j, float product, float* factor) const {
     const int position = i + shift;
     *factor = 1;
-    if (i >= place.q_len || j >= place.k_len || j < position - a.left || j > position + a.right) return -INFINITY;
+    if (i >= place.q_len || j >= place.k_len || j < position - a.left || j > position + a.right)
+      return -INFINITY;
     float s = product * a.scale;
     if (a.softcap > 0) {
       // tanh(x) = 1 - 2 / (exp(2 x) + 1)

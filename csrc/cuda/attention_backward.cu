@@ -4,11 +4,11 @@
 //     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
 //
 // Three kernels after another, so that each sum has one order: delta; dK and dV by thread blocks that take 64
-// keys and go through the queries of all heads that share them; dQ by thread blocks that take 64 queries and go
-// through the keys.  Both compute S and dP, or what is turned of them, with their own rows as A, so that P and
-// dS lie in the lanes that the next product needs them in.
+// keys and go through the queries of all heads that share them; dQ by thread blocks that take 64 queries and
+// go through the keys.  Both compute S and dP, or what is turned of them, with their own rows as A, so that P
+// and dS lie in the lanes that the next product needs them in.
 //
-//   shared memory:  two operands of own rows [64][kDim] | stage: two of others [32][kDim] | ... | statistics
+//   shared memory:  two operands of own rows [64][kDim] | stages: two of others [kOthers][kDim] | statistics
 //
 // Arithmetic: P and dS are rounded to T before they are multiplied; everything else is f32.
 #include "attention.h"
@@ -18,8 +18,11 @@ namespace {
 
 using ll = long long;
 
-constexpr int kOthers = 32;  // rows of the other side at a time
-constexpr int kStatistics = 3 * kOthers * 4;  // bytes of a stage: lse, delta, hash of each query
+// Rows of the other side at a time: few where the sums take half of the registers.
+template <int kDim>
+constexpr int kOthers = kDim == 256 ? 16 : 32;
+template <int kDim>
+constexpr int kStatistics = 3 * kOthers<kDim> * 4;  // bytes of a stage: lse, delta, hash of each query
 enum Wanted { kGradK = 1, kGradV = 2 };
 
 template <int kDim>
@@ -28,7 +31,8 @@ constexpr int stages_of(int arch) {
 }
 template <int kDim>
 constexpr int shared_bytes(int arch) {
-  return 2 * 2 * kDim * (kRowTile + stages_of<kDim>(arch) * kOthers) + stages_of<kDim>(arch) * kStatistics;
+  return 2 * 2 * kDim * (kRowTile + stages_of<kDim>(arch) * kOthers<kDim>) +
+         stages_of<kDim>(arch) * kStatistics<kDim>;
 }
 
 struct Backward {
@@ -61,7 +65,8 @@ __global__ void __launch_bounds__(kAttentionThreads) delta_kernel(const Backward
 }
 
 // A thread block takes a head: each thread's rows in order, then those of lanes, then those of warps.
-__global__ void __launch_bounds__(kAttentionThreads) sinks_kernel(const Backward p, int batch, float* grad_sinks) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    sinks_kernel(const Backward p, int batch, float* grad_sinks) {
   const int head = block_x();
   const float sink = p.a.sinks[head] * kLog2E;
   float sum = 0;
@@ -81,10 +86,11 @@ __global__ void __launch_bounds__(kAttentionThreads) sinks_kernel(const Backward
   grad_sinks[head] = sum;
 }
 
-// p of a score relative to its row, and dp, become what is multiplied: P with dropout, without its factor, and dS.
+// p of a score relative to its row, and dp, become what is multiplied: P with dropout, without its factor,
+// and dS.
 template <class T>
-MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, float base, float delta, uint32_t hash,
-                         float& p, float& dp, float* grad_mask) {
+MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, float base, float delta,
+                         uint32_t hash, float& p, float& dp, float* grad_mask) {
   const Attention& a = scores.a;
   float factor = 1;
   const float s = visible ? scores.score(i, j, p, &factor) : -INFINITY;
@@ -118,8 +124,9 @@ MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int6
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q_kernel(const Backward p, int rows) {
-  constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
+    grad_q_kernel(const Backward p, int rows) {
+  constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, true, rows, a.heads);
   if (place.first >= place.q_len) return;
@@ -130,25 +137,26 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
   uint8_t* const ring = grads + kRowTile * kDim * 2;
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
   const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries, exists);
-  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first, grads,
+  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
                             exists);
+  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first,
+                            grads, exists);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
-  begin = begin > 0 ? begin / kOthers * kOthers : 0;
+  begin = begin > 0 ? begin / others * others : 0;
   const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
   const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
   const auto next_shown = [&](int j) {
-    while (j < end && !scores.shown(place.first, j)) j += kOthers;
+    while (j < end && !scores.shown(place.first, j)) j += others;
     return j;
   };
   const auto copy = [&](int j, int stage) {
     if (j < end) {
       const auto there = [&](int r) { return j + r < end; };
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, kOthers>(a.k, k, j, to, there);
-      copy_rows<kDim, kOthers>(a.v, v, j, to + tile_bytes, there);
+      copy_rows<kDim, others>(a.k, k, j, to, there);
+      copy_rows<kDim, others>(a.v, v, j, to + tile_bytes, there);
     }
     commit_copies();
   };
@@ -167,7 +175,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
   int j = next_shown(begin), stage = 0;
   copy(j, 0);
   while (j < end) {
-    const int next = next_shown(j + kOthers);
+    const int next = next_shown(j + others);
     if (stages == 2) {
       copy(next, stage ^ 1);
       wait_copies<1>();
@@ -176,32 +184,36 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2) grad_q
     }
     MEMLM_SYNC_THREADS();
     uint8_t* const tile = ring + stage * 2 * tile_bytes;
-    float s[kOthers / 8][4] = {}, ds[kOthers / 8][4] = {};
-    multiply_rows<T, kDim, kOthers / 8>(queries, row0, tile, 0, s);
-    multiply_rows<T, kDim, kOthers / 8>(grads, row0, tile + tile_bytes, 0, ds);
+    float s[others / 8][4] = {}, ds[others / 8][4] = {};
+    multiply_rows<T, kDim, others / 8>(queries, row0, tile, 0, s);
+    multiply_rows<T, kDim, others / 8>(grads, row0, tile + tile_bytes, 0, ds);
 #pragma unroll
-    for (int t = 0; t < kOthers / 8; t++) {
+    for (int t = 0; t < others / 8; t++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = row0 + lane() / 4 + e / 2 * 8, i = place.first + row;
-        float* const mask = p.grad_mask && row < rows_here ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len : nullptr;
-        soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2], hashes[e / 2],
-               s[t][e], ds[t][e], mask);
+        float* const mask = p.grad_mask && row < rows_here
+                                ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len
+                                : nullptr;
+        soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2],
+               hashes[e / 2], s[t][e], ds[t][e], mask);
       }
     }
-    multiply_weights<T, kDim, kOthers / 8>(ds, tile, sums);
+    multiply_weights<T, kDim, others / 8>(ds, tile, sums);
     MEMLM_SYNC_THREADS();
     if (stages == 1) copy(next, 0);
     else stage ^= 1;
     j = next;
   }
   wait_copies<0>();
-  store_rows<T, kDim>(p.grad_q, place, place.head, place.q_first + place.first, row0, rows_here, sums, p.scale);
+  store_rows<T, kDim>(p.grad_q, place, place.head, place.q_first + place.first, row0, rows_here, sums,
+                      p.scale);
 }
 
 template <class T, int kDim, int wanted>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv_kernel(const Backward p, int rows) {
-  constexpr int stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * kOthers;
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
+    grad_kv_kernel(const Backward p, int rows) {
+  constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, false, rows, a.heads / a.group);
   if (place.first >= place.k_len) return;
@@ -212,13 +224,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
   const int rows_here = rows < place.k_len - place.first ? rows : place.k_len - place.first;
   const auto exists = [&](int r) { return r < rows_here; };
   copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, keys, exists);
-  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values, exists);
+  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values,
+                            exists);
   // The queries that see any of the block's keys: begin to end - 1.
   const int shift = place.shift(a);
   int begin = place.first - a.right - shift;
   const int64_t most = static_cast<int64_t>(place.first) + rows_here + a.left - shift;
   const int end = most < place.q_len ? static_cast<int>(most) : place.q_len;
-  begin = begin > 0 ? begin / kOthers * kOthers : 0;
+  begin = begin > 0 ? begin / others * others : 0;
 
   const int row0 = warp() * 16;
   float grad_k[wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[wanted & kGradV ? kDim / 8 : 1][4] = {};
@@ -227,22 +240,23 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
     const uint16_t* const q = a.q.row(place.batch, head, place.q_first);
     const uint16_t* const grad_out = p.grad_out.row(place.batch, head, place.q_first);
     const auto next_shown = [&](int i) {
-      while (i < end && !scores.shown(i, place.first)) i += kOthers;
+      while (i < end && !scores.shown(i, place.first)) i += others;
       return i;
     };
     const auto copy = [&](int i, int stage) {
       if (i < end) {
         const auto there = [&](int r) { return i + r < end; };
         uint8_t* const to = ring + stage * 2 * tile_bytes;
-        copy_rows<kDim, kOthers>(a.q, q, i, to, there);
-        copy_rows<kDim, kOthers>(p.grad_out, grad_out, i, to + tile_bytes, there);
-        if (thread() < kOthers) {
-          float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics);
+        copy_rows<kDim, others>(a.q, q, i, to, there);
+        copy_rows<kDim, others>(p.grad_out, grad_out, i, to + tile_bytes, there);
+        if (thread() < others) {
+          float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>);
           const int64_t at = statistic_at(a, place, head, i + thread());
           const bool valid = there(thread());
           of[thread()] = valid ? base_of(a.lse[at]) : INFINITY;
-          of[kOthers + thread()] = valid ? p.delta[at] : 0;
-          of[2 * kOthers + thread()] = as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
+          of[others + thread()] = valid ? p.delta[at] : 0;
+          of[2 * others + thread()] =
+              as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
         }
       }
       commit_copies();
@@ -250,7 +264,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
     int i = next_shown(begin), stage = 0;
     copy(i, 0);
     while (i < end) {
-      const int next = next_shown(i + kOthers);
+      const int next = next_shown(i + others);
       if (stages == 2) {
         copy(next, stage ^ 1);
         wait_copies<1>();
@@ -259,21 +273,22 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
       }
       MEMLM_SYNC_THREADS();
       uint8_t* const tile = ring + stage * 2 * tile_bytes;
-      const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics);
-      float s[kOthers / 8][4] = {}, ds[kOthers / 8][4] = {};
-      multiply_rows<T, kDim, kOthers / 8>(keys, row0, tile, 0, s);
-      if (wanted & kGradK) multiply_rows<T, kDim, kOthers / 8>(values, row0, tile + tile_bytes, 0, ds);
+      const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
+      float s[others / 8][4] = {}, ds[others / 8][4] = {};
+      multiply_rows<T, kDim, others / 8>(keys, row0, tile, 0, s);
+      if (wanted & kGradK) multiply_rows<T, kDim, others / 8>(values, row0, tile + tile_bytes, 0, ds);
 #pragma unroll
-      for (int t = 0; t < kOthers / 8; t++) {
+      for (int t = 0; t < others / 8; t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int at = t * 8 + lane() % 4 * 2 + e % 2, row = row0 + lane() / 4 + e / 2 * 8;
-          soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[kOthers + at],
-                 as_bits(of[2 * kOthers + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
+          soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[others + at],
+                 as_bits(of[2 * others + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
         }
       }
-      if constexpr ((wanted & kGradV) != 0) multiply_weights<T, kDim, kOthers / 8>(s, tile + tile_bytes, grad_v);
-      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, kOthers / 8>(ds, tile, grad_k);
+      if constexpr ((wanted & kGradV) != 0)
+        multiply_weights<T, kDim, others / 8>(s, tile + tile_bytes, grad_v);
+      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, others / 8>(ds, tile, grad_k);
       MEMLM_SYNC_THREADS();
       if (stages == 1) copy(next, 0);
       else stage ^= 1;
@@ -283,32 +298,43 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1) grad_kv
   }
   wait_copies<0>();
   const int64_t first = place.k_first + place.first;
-  if constexpr ((wanted & kGradV) != 0) store_rows<T, kDim>(p.grad_v, place, place.head, first, row0, rows_here, grad_v, a.kept);
-  if constexpr ((wanted & kGradK) != 0) store_rows<T, kDim>(p.grad_k, place, place.head, first, row0, rows_here, grad_k, p.scale);
+  if constexpr ((wanted & kGradV) != 0)
+    store_rows<T, kDim>(p.grad_v, place, place.head, first, row0, rows_here, grad_v, a.kept);
+  if constexpr ((wanted & kGradK) != 0)
+    store_rows<T, kDim>(p.grad_k, place, place.head, first, row0, rows_here, grad_k, p.scale);
 }
 
 template <class T, int kDim>
 memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   const Attention& a = p.a;
-  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile, batch = a.q_offsets ? 1 : a.batch;
+  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile,
+            batch = a.q_offsets ? 1 : a.batch;
   const int64_t q_blocks = Place::count(a, true, rows) * a.heads * batch;
   const int64_t k_blocks = Place::count(a, false, rows) * (a.heads / a.group) * batch;
-  MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX, "batch, heads, q_len, k_len: %lld and %lld tiles, accepted are up to 2^31 - 1",
+  MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX,
+              "batch, heads, q_len, k_len: %lld and %lld tiles, accepted are up to 2^31 - 1",
               static_cast<ll>(q_blocks), static_cast<ll>(k_blocks));
   const int bytes = shared_bytes<kDim>(gpu.arch);
   if (bytes > gpu.shared_bytes) {
-    return fail(MEMLM_UNSUPPORTED, "head_dim, v_dim: gradients of more than 128 need %d bytes of shared memory, the device has %d",
-                bytes, gpu.shared_bytes);
+    return fail(
+        MEMLM_UNSUPPORTED,
+        "head_dim, v_dim: gradients of more than 128 need %d bytes of shared memory, the device has %d",
+        bytes, gpu.shared_bytes);
   }
   if (k_blocks) {
     if constexpr (kDim == 256) {  // whose sums do not fit the registers together
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(
+          launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(
+          launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
     } else {
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads,
+                                bytes, stream, p, rows)));
     }
   }
-  return q_blocks ? started(launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows)) : MEMLM_OK;
+  return q_blocks
+             ? started(launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows))
+             : MEMLM_OK;
 }
 
 template <class T>
@@ -316,10 +342,12 @@ memlm_status launch_backward(const Backward& p, float* grad_sinks, const Gpu& gp
   const int batch = p.a.q_offsets ? 1 : p.a.batch;
   const int64_t rows = static_cast<int64_t>(batch) * p.a.heads * p.a.q_len;
   const int64_t blocks = ceil_div(rows, kAttentionThreads / kWarp);
-  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld rows, accepted are up to 2^33", static_cast<ll>(rows));
+  MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld rows, accepted are up to 2^33",
+              static_cast<ll>(rows));
   if (rows) MEMLM_PASS(started(launch(&delta_kernel<T>, {blocks}, kAttentionThreads, 0, stream, p, rows)));
   if (grad_sinks) {
-    MEMLM_PASS(started(launch(&sinks_kernel, {p.a.heads}, kAttentionThreads, kAttentionThreads / kWarp * 4, stream, p, batch, grad_sinks)));
+    MEMLM_PASS(started(launch(&sinks_kernel, {p.a.heads}, kAttentionThreads, kAttentionThreads / kWarp * 4,
+                              stream, p, batch, grad_sinks)));
   }
   const int dim = p.a.q.dim > p.a.v.dim ? p.a.q.dim : p.a.v.dim;
   if (dim <= 64) return launch_kernels<T, 64>(p, gpu, stream);
@@ -333,22 +361,25 @@ memlm_status launch_backward(const Backward& p, float* grad_sinks, const Gpu& gp
 using namespace memlm;
 using namespace memlm::cuda;
 
-memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args, const memlm_attention_grads* grads,
-                                           memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args,
+                                           const memlm_attention_grads* grads, memlm_cuda_queue* queue) {
   Gpu gpu;
   Backward p = {};
   MEMLM_PASS(prepare_attention(args, &gpu, &p.a));
   MEMLM_CHECK(grads, "grads: NULL");
   const memlm_attention_grads& g = *grads;
-  MEMLM_PASS(check_arrays(args->dtype, "grad_out, grad_q, grad_k, grad_v", {g.grad_out, g.grad_q, g.grad_k, g.grad_v}));
+  MEMLM_PASS(check_arrays(args->dtype, "grad_out, grad_q, grad_k, grad_v",
+                          {g.grad_out, g.grad_q, g.grad_k, g.grad_v}));
   MEMLM_CHECK(!args->batch || !args->q_len || (g.grad_out && g.grad_q), "grad_out, grad_q: NULL");
   MEMLM_CHECK(!args->batch || !args->k_len || (g.grad_k && g.grad_v), "grad_k, grad_v: NULL");
   MEMLM_CHECK(!g.grad_mask || !args->q_offsets, "grad_mask: is not for sequences with offsets");
   MEMLM_CHECK(!g.grad_sinks || args->sinks, "grad_sinks: there are no sinks");
   const int64_t rows = (args->q_offsets ? 1 : args->batch) * args->heads * args->q_len;
   MEMLM_PASS(need(queue, rows * 4));
-  p.grad_out = rows4(g.grad_out, g.grad_out_strides, args->v_dim), p.grad_v = rows4(g.grad_v, g.grad_v_strides, args->v_dim);
-  p.grad_q = rows4(g.grad_q, g.grad_q_strides, args->head_dim), p.grad_k = rows4(g.grad_k, g.grad_k_strides, args->head_dim);
+  p.grad_out = rows4(g.grad_out, g.grad_out_strides, args->v_dim),
+  p.grad_v = rows4(g.grad_v, g.grad_v_strides, args->v_dim);
+  p.grad_q = rows4(g.grad_q, g.grad_q_strides, args->head_dim),
+  p.grad_k = rows4(g.grad_k, g.grad_k_strides, args->head_dim);
   p.grad_mask = g.grad_mask, p.delta = static_cast<float*>(queue->workspace), p.scale = args->scale;
   if (g.grad_mask) MEMLM_PASS(started(clear(g.grad_mask, rows * args->k_len * 4, queue->stream)));
   return args->dtype == MEMLM_F16 ? launch_backward<f16>(p, g.grad_sinks, gpu, queue->stream)

@@ -2,9 +2,9 @@
 // fused multiply-adds, one row of W (or of x) after the other.
 //
 // grad_x = grad W.  The blocks are stored by rows of W and are needed by columns: a first kernel writes, for
-// each column of 32 k and each tile, which block stands there.  Then a thread block takes a column and 64 rows
-// of grad, and goes through the column's blocks in the order of the tiles, 4 at a time: their weights and their
-// 64 columns of grad come to shared memory as f32, a thread computes 4 rows x 4 k.
+// each column of 32 k and each tile, which block stands there.  Then a thread block takes a column and 64
+// rows of grad, and goes through the column's blocks in the order of the tiles, 4 at a time: their weights
+// and their 64 columns of grad come to shared memory as f32, a thread computes 4 rows x 4 k.
 //
 //   map, int32 [columns][tiles]: 1 + the block's number, or 0
 //
@@ -21,7 +21,8 @@ constexpr int kSome = 4;              // blocks of W at a time
 constexpr int kRows = 64;             // of grad, of a thread block of grad_x
 constexpr int kGradStride = kRows + 4;  // between columns of them, so that writes meet 8 banks
 constexpr int kChunk = 32;            // rows of grad and x at a time, for grad_values
-constexpr int kGradXFloats = kSome * kTile * (kBlockK + kGradStride), kGradValuesFloats = kChunk * (kTile + kSome * kBlockK);
+constexpr int kGradXFloats = kSome * kTile * (kBlockK + kGradStride),
+              kGradValuesFloats = kChunk * (kTile + kSome * kBlockK);
 
 // What reads a block's weights.
 struct Blocks {
@@ -59,7 +60,8 @@ __global__ void map_kernel(const int64_t* starts, const int32_t* places, int til
 }
 
 __global__ void __launch_bounds__(kThreads, 8)
-    grad_x_kernel(const Blocks w, const int* map, const float* grad, int64_t m, int n, int k, int tiles, float* grad_x) {
+    grad_x_kernel(const Blocks w, const int* map, const float* grad, int64_t m, int n, int k, int tiles,
+                  float* grad_x) {
   // [block and row][k], [block and row][row of grad]
   float* const weights = shared<float>();
   float* const grads = weights + kSome * kTile * kBlockK;
@@ -105,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 8)
     }
     MEMLM_SYNC_THREADS();
     for (int r = 0; r < found * kTile; r++) {
-      const Vec4 ws = load<Vec4>(weights + r * kBlockK + across), gs = load<Vec4>(grads + r * kGradStride + down);
+      const Vec4 ws = load<Vec4>(weights + r * kBlockK + across),
+                 gs = load<Vec4>(grads + r * kGradStride + down);
       const float wf[4] = {as_float(ws.x), as_float(ws.y), as_float(ws.z), as_float(ws.w)};
       const float gf[4] = {as_float(gs.x), as_float(gs.y), as_float(gs.z), as_float(gs.w)};
 #pragma unroll
@@ -121,13 +124,14 @@ __global__ void __launch_bounds__(kThreads, 8)
 }
 
 __global__ void __launch_bounds__(kThreads, 8)
-    grad_values_kernel(const int64_t* starts, const int32_t* places, const float* grad, const float* x, int64_t m,
-                       int n, int k, float* grad_values) {
+    grad_values_kernel(const int64_t* starts, const int32_t* places, const float* grad, const float* x,
+                       int64_t m, int n, int k, float* grad_values) {
   // [row][row of W], [row][block and k]
   float* const grads = shared<float>();
   float* const xs = grads + kChunk * kTile;
   const int tile = block_x(), across = thread() / 4 * 4, down = thread() % 4 * 4;
-  const int64_t first = starts[tile] + static_cast<int64_t>(block_y()) * kSome, left = starts[tile + 1] - first;
+  const int64_t first = starts[tile] + static_cast<int64_t>(block_y()) * kSome,
+                left = starts[tile + 1] - first;
   const int count = left < kSome ? static_cast<int>(left) : kSome;
   if (count <= 0) return;
 
@@ -147,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 8)
     }
     MEMLM_SYNC_THREADS();
     for (int row = 0; row < kChunk; row++) {
-      const Vec4 gs = load<Vec4>(grads + row * kTile + down), xv = load<Vec4>(xs + row * kSome * kBlockK + across);
+      const Vec4 gs = load<Vec4>(grads + row * kTile + down),
+                 xv = load<Vec4>(xs + row * kSome * kBlockK + across);
       const float gf[4] = {as_float(gs.x), as_float(gs.y), as_float(gs.z), as_float(gs.w)};
       const float xf[4] = {as_float(xv.x), as_float(xv.y), as_float(xv.z), as_float(xv.w)};
 #pragma unroll
@@ -196,12 +201,13 @@ memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int
   blocks.has_levels = w->levels != nullptr;
   for (int i = 0; w->levels && i < 16; i++) blocks.levels[i] = w->levels[i];
   return started(launch(&grad_x_kernel, {ceil_div(m, kRows), columns}, kThreads,
-                        kGradXFloats * 4 + (2 * kSome + 1) * 4, queue->stream, blocks, map, grad, m, w->n, w->k,
-                        tiles, grad_x));
+                        kGradXFloats * 4 + (2 * kSome + 1) * 4, queue->stream, blocks, map, grad, m, w->n,
+                        w->k, tiles, grad_x));
 }
 
-memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad, const float* x,
-                                                 float* grad_values, memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
+                                                 const float* x, float* grad_values,
+                                                 memlm_cuda_queue* queue) {
   MEMLM_PASS(check_blocks(w, 32));
   MEMLM_PASS(check_rows(m, m > 0 && (!grad || !x)));
   Gpu gpu;
@@ -211,6 +217,6 @@ memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t 
   MEMLM_CHECK(most <= 65535, "k: got %lld, at most %d are accepted", static_cast<long long>(w->k),
               65535 * kSome * kBlockK);
   return started(launch(&grad_values_kernel, {ceil_div(w->n, kTile), most}, kThreads, kGradValuesFloats * 4,
-                        queue->stream, w->starts, static_cast<const int32_t*>(w->places), grad, x, m, w->n, w->k,
-                        grad_values));
+                        queue->stream, w->starts, static_cast<const int32_t*>(w->places), grad, x, m, w->n,
+                        w->k, grad_values));
 }

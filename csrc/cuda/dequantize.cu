@@ -29,10 +29,6 @@ struct Rows {
   int at_once;                  // numbers of out that may be stored at once: 8, of 16 bits, 4 or 1
 };
 
-MEMLM_DEVICE float scale_at(const uint8_t* array, int bytes, int64_t i) {
-  return bytes == 2 ? to_float(reinterpret_cast<const f16*>(array)[i]) : reinterpret_cast<const float*>(array)[i];
-}
-
 template <class T, int bits>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* out) {
   constexpr int kNumbers = 32 / bits, kFields = 8 / bits;  // of a word, of a byte

@@ -28,6 +28,11 @@ MEMLM_DEVICE void load_scales(const uint8_t* from, int bytes, float (&to)[4]) {
   }
 }
 
+// One of them.
+MEMLM_DEVICE float scale_at(const uint8_t* array, int bytes, int64_t i) {
+  return bytes == 2 ? to_float(reinterpret_cast<const f16*>(array)[i]) : reinterpret_cast<const float*>(array)[i];
+}
+
 // To an array that is aligned to all four.
 template <class T>
 MEMLM_DEVICE void store_four(T* to, const float (&v)[4]) {

@@ -179,8 +179,8 @@ MEMLM_DEVICE void store_scales(uint8_t* block, const KvLayout& f, bool is_value,
   for (int i = thread(); i < kKvTile * f.groups; i += kThreads) {
     const int slot = i % kKvTile, g = i / kKvTile;
     if (!slots.has(slot)) continue;
-    to[is_value ? g * f.tokens + slots.place + slot : (slots.place / kKvTile * f.groups + g) * kKvTile + slot] =
-        s.scales[slot * f.groups + g];
+    to[is_value ? g * f.tokens + slots.place + slot
+                : (slots.place / kKvTile * f.groups + g) * kKvTile + slot] = s.scales[slot * f.groups + g];
   }
 }
 
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const Append a) {
 }
 
 memlm_status append(const memlm_kv_pool* pool, const memlm_sequences* sequences, const void* k, const void* v,
-                    int64_t stride, memlm_dtype dtype, const memlm_cuda_bounds* bounds, const memlm_cuda_rope* rope,
-                    memlm_cuda_queue* queue) {
+                    int64_t stride, memlm_dtype dtype, const memlm_cuda_bounds* bounds,
+                    const memlm_cuda_rope* rope, memlm_cuda_queue* queue) {
   Gpu gpu;
   MEMLM_PASS(find_gpu(dtype, &gpu));
   Append a = {};
@@ -267,7 +267,8 @@ memlm_status append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
   const KvLayout& f = a.cache.layout;
   if (!sequences->count || !bounds->rows) return MEMLM_OK;
   MEMLM_CHECK(k && v && is_aligned(k, 2) && is_aligned(v, 2), "k, v: NULL, or not aligned to an element");
-  MEMLM_CHECK(stride >= pool->kv_heads * f.dim, "stride: got %lld, at least kv_heads * head_dim = %lld is needed",
+  MEMLM_CHECK(stride >= pool->kv_heads * f.dim,
+              "stride: got %lld, at least kv_heads * head_dim = %lld is needed",
               static_cast<long long>(stride), static_cast<long long>(pool->kv_heads * f.dim));
   a.k = k, a.v = v, a.stride = stride;
   if (rope) {
@@ -275,12 +276,14 @@ memlm_status append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
     MEMLM_CHECK(rope->cos && rope->sin && rope->angle_stride >= f.dim / 2,
                 "rope: cos or sin is NULL, or angle_stride less than head_dim / 2");
     MEMLM_CHECK(rope->heads >= 0 && rope->heads % pool->kv_heads == 0,
-                "rope: got heads = %lld, expected a multiple of the pool's %lld", static_cast<long long>(rope->heads),
-                static_cast<long long>(pool->kv_heads));
-    MEMLM_CHECK(!rope->heads || (rope->q && rope->turned && is_aligned(rope->q, 2) && is_aligned(rope->turned, 2) &&
-                                 rope->q_stride >= rope->heads * f.dim && rope->turned_stride >= rope->heads * f.dim),
-                "rope: q or turned is NULL or not aligned, or a stride less than heads * head_dim");
-    a.q = rope->q, a.turned = rope->turned, a.q_stride = rope->q_stride, a.turned_stride = rope->turned_stride;
+                "rope: got heads = %lld, expected a multiple of the pool's %lld",
+                static_cast<long long>(rope->heads), static_cast<long long>(pool->kv_heads));
+    MEMLM_CHECK(
+        !rope->heads || (rope->q && rope->turned && is_aligned(rope->q, 2) && is_aligned(rope->turned, 2) &&
+                         rope->q_stride >= rope->heads * f.dim && rope->turned_stride >= rope->heads * f.dim),
+        "rope: q or turned is NULL or not aligned, or a stride less than heads * head_dim");
+    a.q = rope->q, a.turned = rope->turned, a.q_stride = rope->q_stride,
+    a.turned_stride = rope->turned_stride;
     a.group = static_cast<int>(rope->heads / pool->kv_heads);
     a.cos = rope->cos, a.sin = rope->sin, a.angle_stride = rope->angle_stride, a.positions = rope->positions;
   }
@@ -295,13 +298,13 @@ memlm_status append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
 using namespace memlm;
 
 memlm_status memlm_cuda_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences, const void* k,
-                                  const void* v, int64_t stride, memlm_dtype dtype, const memlm_cuda_bounds* bounds,
-                                  memlm_cuda_queue* queue) {
+                                  const void* v, int64_t stride, memlm_dtype dtype,
+                                  const memlm_cuda_bounds* bounds, memlm_cuda_queue* queue) {
   return cuda::append(pool, sequences, k, v, stride, dtype, bounds, nullptr, queue);
 }
 
-memlm_status memlm_cuda_rope_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences, const void* k,
-                                       const void* v, int64_t stride, memlm_dtype dtype,
+memlm_status memlm_cuda_rope_kv_append(const memlm_kv_pool* pool, const memlm_sequences* sequences,
+                                       const void* k, const void* v, int64_t stride, memlm_dtype dtype,
                                        const memlm_cuda_bounds* bounds, const memlm_cuda_rope* rope,
                                        memlm_cuda_queue* queue) {
   if (!rope) return cuda::fail(MEMLM_INVALID, "rope: NULL");

@@ -1,15 +1,15 @@
 // paged_attention: over keys and values in blocks, read as they are stored (csrc/kv_blocks.h).
 //
-// Tiles of keys have 16 tokens as rows, tiles of values 16 channels, both with k behind: each is the A operand
-// of a product as it lies.  The columns of B are query rows: the query heads of one key-value head, times its
-// new tokens.  So the cache is read once for all of them:
+// Tiles of keys have 16 tokens as rows, tiles of values 16 channels, both with k behind: each is the A
+// operand of a product as it lies.  The columns of B are query rows: the query heads of one key-value head,
+// times its new tokens.  So the cache is read once for all of them:
 //
 //     scores^T [tokens, queries]  = keys [tokens, channels] queries^T
 //     out^T [channels, queries]  += values^T [channels, tokens] weights^T
 //
 // A block has 8 or 32 query rows of one sequence and key-value head, and goes through its tokens in stages.
-// In each the tiles of keys are dealt out to warps, then, for the sums, the tiles of channels: nothing is read
-// from shared memory twice.  While one half of the pair is worked on the other is on its way:
+// In each the tiles of keys are dealt out to warps, then, for the sums, the tiles of channels: nothing is
+// read from shared memory twice.  While one half of the pair is worked on the other is on its way:
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
@@ -17,8 +17,8 @@
 //   codes    a 32-bit word for each row; of 4 bits the half of one
 //   floats   pairs come out of the matrices by ldmatrix.trans; f32 one by one
 //
-// Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends on
-// the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
+// Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
+// on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
 // tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
 // Arithmetic, of products in bf16, on compute capability 7.5 in f16 (called M): sums are f32.
@@ -390,7 +390,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvL
 
 // The sums [width] of a row, in shared memory, times factor: to out, transformed back by way of scratch.
 template <class T>
-MEMLM_DEVICE void finish(const Attention& a, float* sums, float* scratch, float factor, int64_t row, int head) {
+MEMLM_DEVICE void finish(const Attention& a, float* sums, float* scratch, float factor, int64_t row,
+                         int head) {
   const KvLayout& f = a.cache.layout;
   const float* from = sums;
   if (a.cache.piece > 1) {
@@ -452,7 +453,8 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
   const Deal deal = {a.group, kRows, 1};
   const int sequence = sequence_of(cache.rows, cache.sequences, deal, block_x());
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
-  const int64_t length = cache.lengths[sequence], first = (block_x() - first_item(cache.rows, sequence, deal)) * kRows;
+  const int64_t length = cache.lengths[sequence],
+                first = (block_x() - first_item(cache.rows, sequence, deal)) * kRows;
   if (first >= count * a.group) return;
   const Work w = {sequence, block_y(), static_cast<int>(least(kRows, count * a.group - first)), first_row,
                   length - count, static_cast<int>(first), cache.piece > 1 ? 1 : a.scale};
@@ -485,11 +487,13 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
   } else {
     const int64_t newest = (length - 1) / f.tokens * f.tokens;
     if (lo < newest) {
-      attend<Nibbles<5>, Nibbles<4>, kParts, kWeightParts>(a, w, room, f, nullptr, lo, least(hi, newest), state);
+      attend<Nibbles<5>, Nibbles<4>, kParts, kWeightParts>(a, w, room, f, nullptr, lo, least(hi, newest),
+                                                           state);
     }
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, most(lo, newest), hi, state);
+      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, most(lo, newest), hi,
+                                                       state);
     }
   }
 
@@ -572,7 +576,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a, in
 using Kernel = void (*)(Attention);
 template <class T, memlm_kv_type type>
 Kernel kernel_of(int rows, bool wide) {
-  if (rows == 8) return wide ? &paged_attention_kernel<T, type, 1, 4> : &paged_attention_kernel<T, type, 1, 2>;
+  if (rows == 8)
+    return wide ? &paged_attention_kernel<T, type, 1, 4> : &paged_attention_kernel<T, type, 1, 2>;
   return wide ? &paged_attention_kernel<T, type, 4, 4> : &paged_attention_kernel<T, type, 4, 2>;
 }
 template <class T>
@@ -587,7 +592,8 @@ Kernel kernel_of(memlm_kv_type type, int rows, bool wide) {
 
 template <class K, class V>
 int stage_bytes(const KvLayout& f) {
-  const int codes = K::kStage * (static_cast<int>(round_up(f.channels, 16)) * K::kBits + f.width * V::kBits) / 8;
+  const int codes =
+      K::kStage * (static_cast<int>(round_up(f.channels, 16)) * K::kBits + f.width * V::kBits) / 8;
   return codes + (K::kCoded ? K::kStage * f.groups * 4 : 0);
 }
 int stage_bytes(memlm_kv_type type, const KvCache& c) {
@@ -618,8 +624,8 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   const Grid grid = {items(rows, a.cache.sequences, {a.group, tile, 1}), a.heads / a.group, a.splits};
   MEMLM_PASS(started(launch(kernel_of<T>(type, tile, width > 128), grid, kThreads, bytes, stream, a)));
   if (a.splits == 1) return MEMLM_OK;
-  return started(launch(&combine_kernel<T>, {ceil_div(rows * a.heads, kWarps)}, kThreads, kWarps * 2 * width * 4,
-                        stream, a, rows));
+  return started(launch(&combine_kernel<T>, {ceil_div(rows * a.heads, kWarps)}, kThreads,
+                        kWarps * 2 * width * 4, stream, a, rows));
 }
 
 }  // namespace
@@ -629,8 +635,8 @@ using namespace memlm;
 using namespace memlm::cuda;
 
 memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_sequences* sequences,
-                                        const memlm_paged_attention_args* args, const memlm_cuda_bounds* bounds,
-                                        memlm_cuda_queue* queue) {
+                                        const memlm_paged_attention_args* args,
+                                        const memlm_cuda_bounds* bounds, memlm_cuda_queue* queue) {
   Gpu gpu;
   MEMLM_PASS(find_gpu(args->dtype, &gpu));
   Attention a = {};

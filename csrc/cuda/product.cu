@@ -46,6 +46,11 @@ memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, 
                      stream, plan);
 }
 
+void store_f32(Product* p) {
+  p->f32_y = true;
+  p->wide = p->y_stride % 4 == 0 && is_aligned(p->y, 16);
+}
+
 memlm_status begin_product(char* workspace, const Plan& plan, Product* p) {
   if (!plan.counter_bytes) return MEMLM_OK;
   p->counters = reinterpret_cast<int*>(workspace);

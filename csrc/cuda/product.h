@@ -33,6 +33,7 @@ struct Product {
   void* y;
   int64_t y_stride, residual_stride;
   bool swiglu, wide;  // wide: four features of y may be stored at once
+  bool f32_y;         // whatever type bias has; no residual then
   // Blocks along y share out k: [splits][blocks][sums][kThreads] sums of each thread, and counters.
   void* partial;
   int* counters;
@@ -120,6 +121,8 @@ MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond])
 
 // ---- Behind the product ----
 
+using FloatElements = Elements<float>;
+
 MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
 
 // Rounds value(t, r, j), row r and token j of token tile t, once: y <- it + bias, then swiglu, then + residual.
@@ -145,9 +148,11 @@ MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place, cons
     }
     const int64_t at = token * p.y_stride + n0;
     if (p.wide && n0 + 4 <= columns) {
-      elements.write_four(p.y, at, values);
+      p.f32_y ? FloatElements::write_four(p.y, at, values) : elements.write_four(p.y, at, values);
     } else {
-      for (int r = 0; r < 4 && n0 + r < columns; r++) elements.write(p.y, at + r, values[r]);
+      for (int r = 0; r < 4 && n0 + r < columns; r++) {
+        p.f32_y ? FloatElements::write(p.y, at + r, values[r]) : elements.write(p.y, at + r, values[r]);
+      }
     }
   }
 }
@@ -177,6 +182,9 @@ memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t
 // describe_product, and the plan for pairs of tiles and stages of kStageK k.
 memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, const Gpu& gpu, void* stream,
                           Product* p, Plan* plan);
+
+// Has a product that is described store its y [m, n] as f32.
+void store_f32(Product* p);
 
 // Gives the product its part of the workspace, the first counter_bytes + sum_bytes of it.
 memlm_status begin_product(char* workspace, const Plan& plan, Product* p);

@@ -14,14 +14,13 @@
 // Where the codes of 16 rows x 4 k begin, in an unstructured matrix, follows from the bits before them.  A
 // warp counts them twice: those before its slice of k as it begins, and those of a stage, a lane for each
 // 16 x 4 of both tiles, as it begins to copy the stage's codes; bits are read a stage ahead.
+#include "compressed.h"
 #include "weight_only.h"
 
 namespace memlm::cuda {
 namespace {
 
-constexpr int kFour = 4;                             // k that places speak of
 constexpr int kStepFours = kStep / kFour, kStageFours = kStageK / kFour;
-constexpr int kPlaceBytes = 8;                       // of 16 rows x 4 k
 constexpr int kPlacesBytes = 2 * kStageFours * kPlaceBytes;  // of a warp's stage
 
 struct Compressed : WeightOnly {
@@ -153,7 +152,7 @@ struct TwoOfFour {
         const Vec2 v = places(2 * c + i);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          const uint32_t place = (r % 2 ? v.y : v.x) >> (2 * in_tile + r / 2) * 4;
+          const uint32_t place = place_of_row(v, 4 * in_tile + r);
           const uint32_t mask = 1u << (place & 3) | 1u << (place >> 2 & 3);
           expand(mask, stored[r], 0, w[r][2 * i], w[r][2 * i + 1]);
         }
@@ -205,7 +204,7 @@ struct Unstructured {
     const bool have = tile < p.tiles && step0 < p.steps;
     int bytes = 0;
     if (have) {
-      for (int i = lane() % 16; i < step0 * kStepFours; i += 16) bytes += bytes_of(read_bits(p, tile, i));
+      for (int i = lane() % 16; i < step0 * kStepFours; i += 16) bytes += code_bytes(read_bits(p, tile, i));
       at = p.starts[tile];
     }
     for (int mask = 1; mask < 16; mask *= 2) bytes += shuffle_xor(bytes, mask);
@@ -213,7 +212,6 @@ struct Unstructured {
     if (have) bits = read_stage_bits(p, tile, step0);
   }
 
-  static MEMLM_DEVICE int bytes_of(Vec2 bits) { return (count_bits(bits.x) + count_bits(bits.y) + 1) / 2; }
   static MEMLM_DEVICE Vec2 read_bits(const Compressed& p, int tile, int four) {
     const int64_t fours = static_cast<int64_t>(p.steps) * kStepFours;
     return load<Vec2>(p.places + (tile * fours + four) * kPlaceBytes);
@@ -229,7 +227,7 @@ struct Unstructured {
     const Vec2 now = valid ? bits : Vec2{0, 0};
     const int of_pair = tile_of(p, here.at, tile);
     bits = of_pair < p.tiles ? read_stage_bits(p, of_pair, step0 + kStageSteps) : Vec2{0, 0};
-    const int bytes = bytes_of(now);
+    const int bytes = code_bytes(now);
     int end = bytes;  // of those up to this one
     for (int by = 1; by < 16; by *= 2) {
       const int before = shuffle_up(end, by);
@@ -294,6 +292,17 @@ memlm_status launch_sparse(const memlm_packed* w, const Compressed& p, const Pla
 }
 
 }  // namespace
+
+memlm_status check_compressed(const memlm_packed* w) {
+  MEMLM_CHECK(w && (w->pattern == MEMLM_TWO_OF_FOUR || w->pattern == MEMLM_UNSTRUCTURED),
+              "w: NULL, or its pattern is neither 2:4 nor unstructured");
+  MEMLM_CHECK(w->codes && w->scales && w->places, "w: its codes, scales or places are NULL");
+  MEMLM_CHECK(w->pattern == MEMLM_TWO_OF_FOUR || w->starts, "starts: NULL");
+  MEMLM_CHECK(!w->offsets, "w: sparse 4-bit weights have no offsets");
+  MEMLM_CHECK(is_aligned(w->places, 16), "w: its places must be 16-byte aligned");
+  return check_values(w, 4);
+}
+
 }  // namespace memlm::cuda
 
 using namespace memlm;
@@ -301,13 +310,7 @@ using namespace memlm::cuda;
 
 memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                          memlm_cuda_queue* queue) {
-  MEMLM_CHECK(w && (w->pattern == MEMLM_TWO_OF_FOUR || w->pattern == MEMLM_UNSTRUCTURED),
-              "w: NULL, or its pattern is neither 2:4 nor unstructured");
-  MEMLM_CHECK(w->codes && w->scales && w->places, "w: its codes, scales or places are NULL");
-  MEMLM_CHECK(w->pattern == MEMLM_TWO_OF_FOUR || w->starts, "starts: NULL");
-  MEMLM_CHECK(!w->offsets, "w: sparse 4-bit weights have no offsets");
-  MEMLM_CHECK(is_aligned(w->places, 16), "w: its places must be 16-byte aligned");
-  MEMLM_PASS(check_values(w, 4));
+  MEMLM_PASS(check_compressed(w));
   MEMLM_PASS(check_matmul(w, args));
   Gpu gpu;
   MEMLM_PASS(find_gpu(args->dtype, &gpu));

@@ -16,9 +16,10 @@
 // 2^20, are exact, are multiplied by those scales that change along k, and are added up in f32.
 //
 //   stage of the pipeline, 64 k:  [warp][codes | scales]  [slice][x: tokens x 64 | its scales: 2 x tokens]
+#include "w8a8_matmul.h"
+
 #include <type_traits>
 
-#include "product.h"
 #include "quantize_rows.h"
 
 namespace memlm::cuda {
@@ -213,7 +214,34 @@ memlm_status launch_w8a8(const W8A8& p, const Plan& plan) {
   return started(launch(kernel, plan.grid, kThreads, bytes, plan.stream, p));
 }
 
+// The kernel's parameters but for x and what lies in the workspace.
+void describe(const memlm_packed* w, const memlm_matmul_args* args, W8A8* p) {
+  p->codes = static_cast<const uint8_t*>(w->codes);
+  p->scales = static_cast<const uint8_t*>(w->scales);
+  p->scale_bytes = w->scale_dtype == MEMLM_F16 ? 2 : 4;
+  p->groups = w->group ? static_cast<int>(padded_k(w) / w->group) : 1;
+  p->group_shift = w->group ? shift_of_group(w->group) : -1;
+  p->dtype = args->dtype;
+  p->k = static_cast<int>(w->k);
+  p->x_steps = static_cast<int>(ceil_div(w->k, kStep));
+}
+
 }  // namespace
+
+memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args, const ReadyRows& x, const Gpu& gpu,
+                            char* workspace, void* stream) {
+  W8A8 p = {};
+  Plan plan;
+  MEMLM_PASS(plan_product(w, args, gpu, stream, &p, &plan));
+  describe(w, args, &p);
+  store_f32(&p);
+  MEMLM_PASS(begin_product(workspace, plan, &p));
+  p.x = x.codes;
+  p.x_stride = x.stride;
+  p.x_scales = x.scales;
+  return w->group ? launch_w8a8<false>(p, plan) : launch_w8a8<true>(p, plan);
+}
+
 }  // namespace memlm::cuda
 
 using namespace memlm;
@@ -221,10 +249,9 @@ using namespace memlm::cuda;
 
 memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args, const float* x_scales,
                                     int64_t x_group, memlm_cuda_queue* queue) {
-  constexpr int64_t most_k = 65536;  // of int32 sums
   MEMLM_PASS(check_packed(w, kBits));
-  MEMLM_CHECK(w->k <= most_k, "k: got %lld, at most %lld are accepted", static_cast<long long>(w->k),
-              static_cast<long long>(most_k));
+  MEMLM_CHECK(w->k <= kMostIntK, "k: got %lld, at most %lld are accepted", static_cast<long long>(w->k),
+              static_cast<long long>(kMostIntK));
   MEMLM_PASS(check_matmul(w, args, x_scales != nullptr));
   MEMLM_CHECK(x_group == 0 || x_group == kStep, "x_group: got %lld, accepted are 0 and 32",
               static_cast<long long>(x_group));
@@ -237,14 +264,7 @@ memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_ar
   W8A8 p = {};
   Plan plan;
   MEMLM_PASS(plan_product(w, args, gpu, queue->stream, &p, &plan));
-  p.codes = static_cast<const uint8_t*>(w->codes);
-  p.scales = static_cast<const uint8_t*>(w->scales);
-  p.scale_bytes = w->scale_dtype == MEMLM_F16 ? 2 : 4;
-  p.groups = w->group ? static_cast<int>(padded_k(w) / w->group) : 1;
-  p.group_shift = w->group ? shift_of_group(w->group) : -1;
-  p.dtype = args->dtype;
-  p.k = static_cast<int>(w->k);
-  p.x_steps = static_cast<int>(ceil_div(w->k, kStep));
+  describe(w, args, &p);
 
   // Workspace: the product's, then codes and scales of x, where they are not given as they are needed.
   const int64_t stride = round_up(w->k, 16), by_step = round_up(args->m, 4);

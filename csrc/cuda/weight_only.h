@@ -394,6 +394,9 @@ template <template <class> class Codec>
 constexpr Launchers kLaunchers = {&launch_weight_only<Dense<f16, Codec<f16>>>,
                                   &launch_weight_only<Dense<bf16, Codec<bf16>>>};
 
+// Those of each kind of codes, which w<bits>_matmul.cu has.
+extern const Launchers kLaunchersOf2, kLaunchersOf4, kLaunchersOfLevels, kLaunchersOf8;
+
 // memlm_cuda_w<bits>_matmul.
 memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
                          const Launchers& launchers);

@@ -324,9 +324,9 @@ typedef struct {
 } memlm_decoder_args;
 
 /* Runs the new tokens of some sequences through `count` layers, appending their keys and values to
- * pools [count], one for each layer, of one shape; new tokens may go beyond the end of a block.  rows is sequences->rows[sequences->count].  The
- * workspace grows with rows: long inputs go in several calls.
- * After MEMLM_NO_MEMORY x and the new tokens' places in the pools hold anything. */
+ * pools [count], one for each layer, of one shape; new tokens may go beyond the end of a block.  rows is
+ * sequences->rows[sequences->count].  The workspace grows with rows: long inputs go in several calls. After
+ * MEMLM_NO_MEMORY x and the new tokens' places in the pools hold anything. */
 MEMLM_API memlm_status memlm_decoder_layers(const memlm_decoder_layer* layers, int64_t count,
                                             const memlm_kv_pool* pools,
                                             const memlm_sequences* sequences,

@@ -52,6 +52,10 @@ MEMLM_API memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void
                                                 int64_t x_group, int8_t* codes, float* scales,
                                                 memlm_cuda_queue* queue);
 
+/* Dense matrices, k up to 2,048.  MEMLM_W8A8 takes f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matmul_args* args, int64_t k,
+                                              float* values, int64_t* indices, memlm_cuda_queue* queue);
+
 /* Dense matrices; f32, f16 and bf16 on all devices. */
 MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                                              memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
@@ -60,6 +64,13 @@ MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, in
 MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, const int64_t* ids,
                                             int64_t count, memlm_dtype dtype, void* out,
                                             memlm_cuda_queue* queue);
+
+/* All of its arrays but levels lie in device memory.  The bits of memlm_quantize_weight. */
+MEMLM_API memlm_status memlm_cuda_quantize_weight(const memlm_quantize_args* args, memlm_cuda_queue* queue);
+
+/* Rows of a W of MEMLM_TWO_OF_FOUR or MEMLM_UNSTRUCTURED, as memlm_dequantize; f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
+                                                       memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
 
 MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                                    memlm_cuda_queue* queue);

@@ -6,6 +6,7 @@
 #include <list>
 #include <string>
 
+#include "attention.h"
 #include "dense.h"
 #include "gpu.h"
 #include "paged.h"
@@ -62,7 +63,8 @@ struct Operation {
 
 template <auto op, class Function>
 Operation operation(const char* name, Function*& function) {
-  return {name, reinterpret_cast<void**>(&function), TORCH_BOX(op), &OrReference<op>::run, &OrReference<op>::name};
+  return {name, reinterpret_cast<void**>(&function), TORCH_BOX(op), &OrReference<op>::run,
+          &OrReference<op>::name};
 }
 
 const Operation kOperations[] = {
@@ -70,12 +72,17 @@ const Operation kOperations[] = {
     operation<&w4_matmul<Gpu>>("w4_matmul", Gpu::w4_matmul),
     operation<&w8_matmul<Gpu>>("w8_matmul", Gpu::w8_matmul),
     operation<&w8a8_matmul<Gpu>>("w8a8_matmul", Gpu::w8a8_matmul),
+    operation<&matmul_topk<Gpu>>("matmul_topk", Gpu::matmul_topk),
     operation<&quantize_rows<Gpu>>("quantize_rows", Gpu::quantize_rows),
     operation<&embedding<Gpu>>("embedding", Gpu::embedding),
     operation<&dequantize<Gpu>>("dequantize", Gpu::dequantize),
+    operation<&quantize_weight<Gpu>>("quantize_weight", Gpu::quantize_weight),
+    operation<&attention<Gpu>>("attention", Gpu::attention),
+    operation<&attention_backward<Gpu>>("attention_backward", Gpu::attention_backward),
     operation<&kv_append<Gpu>>("kv_append", Gpu::kv_append),
     operation<&paged_attention<Gpu>>("paged_attention", Gpu::paged_attention),
     operation<&w4_sparse_matmul<Gpu>>("w4_sparse_matmul", Gpu::w4_sparse_matmul),
+    operation<&w4_sparse_dequantize<Gpu>>("w4_sparse_dequantize", Gpu::w4_sparse_dequantize),
     operation<&block_sparse_matmul<Gpu>>("block_sparse_matmul", Gpu::block_sparse_matmul),
     operation<&block_sparse_grad_x<Gpu>>("block_sparse_grad_x", Gpu::block_sparse_grad_x),
     operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
@@ -102,7 +109,8 @@ MEMLM_API const char* memlm_torch_open_cuda(const char* path) {
 
 // Registers operation `name`, which is to be defined in `library`, for a dispatch key: alone, or with
 // memlm_reference::<name> for what it does not support.  0: the open library does not have it.
-MEMLM_API int memlm_torch_register_cuda(const char* library, const char* key, const char* name, int or_reference) {
+MEMLM_API int memlm_torch_register_cuda(const char* library, const char* key, const char* name,
+                                        int or_reference) {
   static std::list<StableLibrary> kept;  // what is registered ends with its library
   for (const Operation& operation : kOperations) {
     if (strcmp(operation.name, name) != 0 || !*operation.function) continue;

@@ -30,8 +30,9 @@ struct Layout {
 };
 
 // W, which lies where `at` does.
-inline memlm_packed packed(const Tensor& at, const Tensor& codes, const Tensor& scales, const OptionalTensor& offsets,
-                    int64_t bits, int64_t n, int64_t k, int64_t group, int64_t codebook = kNumbers) {
+inline memlm_packed packed(const Tensor& at, const Tensor& codes, const Tensor& scales,
+                           const OptionalTensor& offsets, int64_t bits, int64_t n, int64_t k, int64_t group,
+                           int64_t codebook = kNumbers) {
   check_format(bits, n, k, group);
   STD_TORCH_CHECK(codebook == kNumbers || codebook == kNf4, "codebook: accepted are 0, 1");
   STD_TORCH_CHECK(codes.scalar_type() == (bits == 8 ? ScalarType::Char : ScalarType::Byte),
@@ -196,6 +197,43 @@ Tensor dequantize(Tensor codes, Tensor scales, OptionalTensor offsets, int64_t b
   On::call(codes, On::dequantize, &w, static_cast<int>(bits), row, rows, dtype_of(dtype, "dtype"),
            out.mutable_data_ptr());
   return out;
+}
+
+template <class On>
+std::tuple<Tensor, Tensor, Tensor> quantize_weight(Tensor w, int64_t bits, int64_t codebook,
+                                                   int64_t group, bool has_offsets,
+                                                   ScalarType scale_dtype) {
+  STD_TORCH_CHECK(w.dim() == 2, "w: must be a matrix");
+  const int64_t n = w.size(0), k = w.size(1);
+  check_format(bits, n, k, group);
+  STD_TORCH_CHECK(codebook == kNumbers || (codebook == kNf4 && bits == 4) ||
+                      (codebook == kTernary && bits == 2),
+                  "codebook: accepted are 0, for 4 bits 1, for 2 bits 2");
+  if (w.stride(1) != 1 || w.stride(0) < k) w = torch::stable::contiguous(w);
+  const Layout layout(bits, n, k, group);
+  const std::vector<int64_t> none = {0};
+  const ScalarType code_type = bits == 8 ? ScalarType::Char : ScalarType::Byte;
+  Tensor codes = torch::stable::new_empty(w, layout.codes, code_type);
+  Tensor scales = torch::stable::new_empty(w, layout.scales, scale_dtype);
+  Tensor offsets =
+      torch::stable::new_empty(w, has_offsets ? layout.scales : none, scale_dtype);
+  memlm_quantize_args args = {};
+  args.n = n;
+  args.k = k;
+  args.w = w.const_data_ptr();
+  args.w_stride = std::max(w.stride(0), k);
+  args.dtype = dtype_of(w.scalar_type(), "w");
+  args.bits = static_cast<int>(bits);
+  args.ternary = codebook == kTernary;
+  args.group = group;
+  args.levels = codebook == kNf4 ? memlm_nf4_levels : nullptr;
+  args.scale_dtype = dtype_of(scale_dtype, "scale_dtype");
+  args.codes = codes.mutable_data_ptr();
+  args.scales = scales.mutable_data_ptr();
+  args.offsets = has_offsets ? offsets.mutable_data_ptr() : nullptr;
+  args.threads = threads();
+  On::call(w, On::quantize_weight, &args);
+  return {codes, scales, offsets};
 }
 
 }  // namespace memlm_torch

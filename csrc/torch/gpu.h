@@ -37,12 +37,17 @@ struct Gpu {
   static inline decltype(&memlm_cuda_w4_matmul) w4_matmul;
   static inline decltype(&memlm_cuda_w8_matmul) w8_matmul;
   static inline decltype(&memlm_cuda_w8a8_matmul) w8a8_matmul;
+  static inline decltype(&memlm_cuda_matmul_topk) matmul_topk;
   static inline decltype(&memlm_cuda_quantize_rows) quantize_rows;
   static inline decltype(&memlm_cuda_embedding) embedding;
   static inline decltype(&memlm_cuda_dequantize) dequantize;
+  static inline decltype(&memlm_cuda_quantize_weight) quantize_weight;
+  static inline decltype(&memlm_cuda_attention) attention;
+  static inline decltype(&memlm_cuda_attention_backward) attention_backward;
   static inline decltype(&memlm_cuda_kv_append) kv_append;
   static inline decltype(&memlm_cuda_paged_attention) paged_attention;
   static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
+  static inline decltype(&memlm_cuda_w4_sparse_dequantize) w4_sparse_dequantize;
   static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
   static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
   static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;

@@ -89,18 +89,20 @@ void kv_append(Tensor pool, OptionalTensor tails, Tensor k, Tensor v, Tensor row
   const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, k.size(2),
                     k.size(0));
   const int64_t stride = k.size(0) > 1 ? k.stride(0) : k.size(1) * k.size(2);
-  paged.call<On>(k, On::kv_append, &paged.pool, &paged.sequences, k.const_data_ptr(), v.const_data_ptr(), stride,
-                 dtype_of(k.scalar_type(), "k"));
+  paged.call<On>(k, On::kv_append, &paged.pool, &paged.sequences, k.const_data_ptr(), v.const_data_ptr(),
+                 stride, dtype_of(k.scalar_type(), "k"));
 }
 
 template <class On>
 Tensor paged_attention(Tensor q, Tensor pool, OptionalTensor tails, Tensor rows, Tensor lengths,
-                       Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens, double scale, int64_t window, double softcap,
-                       OptionalTensor slopes, OptionalTensor sinks) {
+                       Tensor tables, OptionalTensor tail_of, int64_t type, int64_t block_tokens,
+                       double scale, int64_t window, double softcap, OptionalTensor slopes,
+                       OptionalTensor sinks) {
   check_heads(q, pool, "q");
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
   const Paged paged(pool, rows, lengths, tables, tails, tail_of, type, block_tokens, dim, tokens);
-  for (const auto& [t, name] : {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
+  for (const auto& [t, name] :
+       {std::pair<OptionalTensor*, const char*>{&slopes, "slopes"}, {&sinks, "sinks"}}) {
     if (!*t) continue;
     check_part(**t, q, name, {heads});
     STD_TORCH_CHECK((*t)->scalar_type() == ScalarType::Float, name, ": expected float32");

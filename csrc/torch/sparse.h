@@ -95,9 +95,9 @@ Tensor block_sparse_matmul(Tensor x, Tensor starts, Tensor places, Tensor codes,
 
 enum Pattern { kTwoOfFour = MEMLM_TWO_OF_FOUR, kUnstructured = MEMLM_UNSTRUCTURED };
 
-inline memlm_packed compressed(const Tensor& at, const Tensor& codes, const Tensor& places, const OptionalTensor& starts,
-                        const Tensor& scales, int64_t pattern, int64_t codebook, int64_t n, int64_t k,
-                        int64_t group) {
+inline memlm_packed compressed(const Tensor& at, const Tensor& codes, const Tensor& places,
+                               const OptionalTensor& starts, const Tensor& scales, int64_t pattern,
+                               int64_t codebook, int64_t n, int64_t k, int64_t group) {
   check_sizes(n, k);
   STD_TORCH_CHECK(group == 32 || group == 64 || group == 128, "group: accepted are 32, 64, 128");
   STD_TORCH_CHECK(pattern == kTwoOfFour || pattern == kUnstructured, "pattern: accepted are 1, 2");
@@ -148,7 +148,7 @@ Tensor w4_sparse_dequantize(Tensor codes, Tensor places, OptionalTensor starts, 
   STD_TORCH_CHECK(row >= 0 && rows >= 0 && row <= n && rows <= n - row, "row, rows: W has ", n, " rows");
   const memlm_dtype type = dtype_of(dtype, "dtype");
   Tensor out = torch::stable::new_empty(codes, {rows, k}, dtype);
-  On::call(codes, On::dequantize, &w, 4, row, rows, type, out.mutable_data_ptr());
+  On::call(codes, On::w4_sparse_dequantize, &w, row, rows, type, out.mutable_data_ptr());
   return out;
 }
 

@@ -32,7 +32,8 @@ inline void check_device(const Tensor& t, const Tensor& at, const char* name) {
 
 // What the C ABI cannot see: the device, that of `at`, contiguity, and that the memory holds what n, k,
 // group claim.
-inline void check_part(const Tensor& t, const Tensor& at, const char* name, const std::vector<int64_t>& shape) {
+inline void check_part(const Tensor& t, const Tensor& at, const char* name,
+                       const std::vector<int64_t>& shape) {
   check_device(t, at, name);
   STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
   const auto sizes = t.sizes();

@@ -369,7 +369,8 @@ MEMLM_EMULATED void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t
   emulator::collective(emulator::Kind::kMmaInt8, MEMLM_HERE, &mine, emulated::run_mma_int8);
 }
 template <class T, int selector>
-MEMLM_EMULATED void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+MEMLM_EMULATED void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                               uint32_t places) {
   emulated::Operands<float> mine = {d, a, b, places};
   emulator::collective(emulator::Kind::kMmaSparse, MEMLM_HERE, &mine, emulated::run_mma_sparse<T, selector>);
 }
@@ -394,7 +395,9 @@ template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void*,
             Arguments... arguments) {
   using Values = std::tuple<void (*)(Parameters...), Parameters...>;
-  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes)) return true;
+  if (emulator::logged(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads,
+                       shared_bytes))
+    return true;
   const Values values(kernel, static_cast<Parameters>(arguments)...);
   const auto run = [](const void* given) {
     std::apply([](auto kernel, auto... each) { kernel(each...); }, *static_cast<const Values*>(given));

@@ -208,7 +208,8 @@ void check_read(Byte& byte, const Thread& now, bool shared, const void* where) {
 
 void check_write(Byte& byte, const Thread& now, const void* where) {
   if (byte.pending) fail("write to where cp.async is to write", where);
-  if (!ordered(byte.writer, now)) fail("race: write over what another thread wrote, no barrier between", where);
+  if (!ordered(byte.writer, now))
+    fail("race: write over what another thread wrote, no barrier between", where);
   const Access& r = byte.reader;
   const bool same_time = r.thread >= 0 && r.block_time == now.block_time;
   if (same_time && (byte.readers_of_many_warps || !ordered(r, now) ||
@@ -248,7 +249,8 @@ void access(const void* address, size_t size, bool write, const void* where) {
   if (!current || (address >= stacks && address < stacks + kMostThreads * kStack)) return;
   Thread& now = self();
   const auto first = reinterpret_cast<uintptr_t>(address);
-  if (!write && (contains(parameters_of_launch, first, size) || contains(fibers_array(), first, size))) return;
+  if (!write && (contains(parameters_of_launch, first, size) || contains(fibers_array(), first, size)))
+    return;
   if (first % size) fail("misaligned access", where);
   if (shared_has(address)) {
     const size_t offset = static_cast<const unsigned char*>(address) - shared_memory;
@@ -279,7 +281,8 @@ void add_counts() {
       if (request.shared) {
         // A pass serves 128 bytes: of 16-byte accesses those of 8 lanes, of 8-byte ones those of 16.
         // Within it a bank gives one word of 4 bytes, to all who want it.
-        const int size = request.lanes.front().size, lanes = std::max(1, std::min(kWarp, 128 / std::max(4, size)));
+        const int size = request.lanes.front().size,
+                  lanes = std::max(1, std::min(kWarp, 128 / std::max(4, size)));
         counted.shared_requests++;
         for (int from = 0; from < kWarp; from += lanes) {
           std::unordered_set<uintptr_t> words[kBanks];
@@ -492,12 +495,13 @@ bool logged(const void* kernel, Place blocks, int threads, int shared_bytes) {
   return true;
 }
 
-bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes, Place blocks,
-            int threads, int shared_bytes) {
+bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes,
+            Place blocks, int threads, int shared_bytes) {
   if (failed) return false;
   if (!stacks) {
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    stacks = static_cast<unsigned char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+    stacks = static_cast<unsigned char*>(
+        mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
     shared_memory = static_cast<unsigned char*>(mmap(nullptr, kShared, PROT_READ | PROT_WRITE, flags, -1, 0));
     shadow = new Byte[kShared];
   }

@@ -40,7 +40,17 @@ extern Place block, grid;
 extern unsigned char* shared_memory;
 
 // What the lanes of a warp do together.
-enum class Kind { kNone, kSyncThreads, kSyncWarp, kShuffle, kBallot, kLoadMatrices, kMma, kMmaInt8, kMmaSparse };
+enum class Kind {
+  kNone,
+  kSyncThreads,
+  kSyncWarp,
+  kShuffle,
+  kBallot,
+  kLoadMatrices,
+  kMma,
+  kMmaInt8,
+  kMmaSparse
+};
 // Waits for the whole warp.  The last lane to come calls run(operands of the lanes, in their order) for all.
 // `site` tells apart what stands at different places of the source.
 void collective(Kind kind, const void* site, void* operands, void (*run)(void* const* lanes));
@@ -67,8 +77,8 @@ Device current_device();
 bool logged(const void* kernel, Place blocks, int threads, int shared_bytes);
 
 // Runs kernel(parameters) over a grid; false after an error.  Threads may read the parameters.
-bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes, Place blocks,
-            int threads, int shared_bytes);
+bool launch(void (*kernel)(const void* parameters), const void* parameters, size_t parameter_bytes,
+            Place blocks, int threads, int shared_bytes);
 
 }  // namespace emulator
 

@@ -8,9 +8,24 @@ namespace {
 constexpr int kThreads = 64;
 
 enum Mistake {
-  kNone, kNoBarrier, kNoSecondBarrier, kUninitialised, kNoWait, kNoBarrierAfterWait, kReadBeyond, kWriteBeyond,
-  kMisaligned, kHalfAtBarrier, kHalfWarpShuffles, kSharedBeyond, kWriteToInput, kGlobalRace, kLeaves,
-  kNoWarpBarrier, kEarlyOverwrite, kTwoBarriers,
+  kNone,
+  kNoBarrier,
+  kNoSecondBarrier,
+  kUninitialised,
+  kNoWait,
+  kNoBarrierAfterWait,
+  kReadBeyond,
+  kWriteBeyond,
+  kMisaligned,
+  kHalfAtBarrier,
+  kHalfWarpShuffles,
+  kSharedBeyond,
+  kWriteToInput,
+  kGlobalRace,
+  kLeaves,
+  kNoWarpBarrier,
+  kEarlyOverwrite,
+  kTwoBarriers,
 };
 
 // out[i] = in[63 - i] + in[i], twice over, through shared memory.
@@ -107,8 +122,8 @@ MEMLM_EXPORT int run_mma_int8(const uint32_t* a, const uint32_t* b, int* d) {
 }
 MEMLM_EXPORT int run_mma_sparse(int selector, const uint32_t* a, const uint32_t* b, const uint32_t* places,
                                 float* d) {
-  return launch(selector ? &mma_sparse_kernel<bf16, 1> : &mma_sparse_kernel<f16, 0>, {1}, kWarp, 0, nullptr, a, b,
-                places, d);
+  return launch(selector ? &mma_sparse_kernel<bf16, 1> : &mma_sparse_kernel<f16, 0>, {1}, kWarp, 0, nullptr,
+                a, b, places, d);
 }
 MEMLM_EXPORT int run_load_matrices(int transposed, const uint16_t* in, uint32_t* out) {
   return transposed ? launch(&load_matrices_kernel<true>, {1}, kWarp, 512, nullptr, in, out)

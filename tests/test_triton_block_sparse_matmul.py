@@ -1,0 +1,160 @@
+"""block_sparse_matmul and its gradients in Triton's interpreter: kernels/block_sparse_matmul.py,
+block_sparse_grad_x.py, block_sparse_grad_values.py."""
+
+import pytest
+import torch
+
+from memlm import sparse_formats
+from memlm.sparse_formats import SparsePacked
+
+from . import numerics
+from .cuda_matmul_checks import DTYPES, in_range
+from .matmul_checks import random_case, weight_arguments
+from .triton_matmul_checks import check, kernels, matmul
+from .triton_sparse_checks import Sparse
+
+from memlm.kernels import block_sparse_matmul
+
+SPACE = block_sparse_matmul.SPACE
+
+
+class TestBlockSparseMatmul(Sparse):
+    OP = "block_sparse_matmul"
+    FORMATS = [
+        "block/int4a-g32", "block/int8-g32", "block/int2a-g32", "block/nf4-g32", "block/f32",
+        "block/bf16",
+    ]  # fmt: skip
+    SOME = ["block/int4a-g32", "block/f32"]
+    INTEGERS = ["block/int4-g32", "block/int8-g32", "block/int2a-g32"]
+    SPACE = SPACE
+
+    def test_not_finite(self, dtype):
+        """What is not finite stays in its own row, and in what is stored at its k."""
+        name = self.SOME[DTYPES.index(dtype)]
+        x, packed, bias = random_case(name, 64, 70, 9, torch.float32)
+        x, bias = in_range(x, dtype), bias.to(dtype)
+        clean = matmul(self.OP, x, packed, bias, SPACE[0])
+        tiles, places = sparse_formats.positions(packed)
+        reached = torch.zeros(4, 16, dtype=torch.bool)
+        reached[tiles[places == 2]] = True  # k 69
+        reached = reached.flatten()
+        assert reached.any() and not reached.all()
+        others = [row for row in range(9) if row != 1]
+        for value in (float("nan"), float("inf")):
+            bad = x.clone()
+            bad[1, 69] = value
+            y = matmul(self.OP, bad, packed, bias, SPACE[0])
+            assert torch.equal(y[others], clean[others])
+            assert torch.equal(y[1, ~reached], clean[1, ~reached])
+            assert not y[1, reached].isfinite().any()
+
+    def test_floats_without_bf16_products(self, monkeypatch):
+        monkeypatch.setattr(block_sparse_matmul, "is_turing", lambda device: True)
+        for name in ("block/f32", "block/bf16"):
+            check(self.OP, name, 17, 96, 7, torch.float16, [SPACE[0]])
+
+    def test_floats_of_any_size(self):
+        """Parts of weights and of x far from 1."""
+        x, packed, _ = random_case("block/f32", 20, 96, 5, torch.float32)
+        for size in (1e-20, 1e20):
+            w = SparsePacked(packed.format, 20, 96, packed.codes * size, starts=packed.starts, places=packed.places)
+            y = matmul(self.OP, x.bfloat16(), w, None, SPACE[0])
+            numerics.assert_within(y, *numerics.exact_matmul(x.bfloat16(), w, None, "mma"))
+
+    def test_more_rows_than_a_grid_has(self):
+        n = 16 * block_sparse_matmul.MOST_TILES + 1
+        starts = torch.zeros(block_sparse_matmul.MOST_TILES + 2, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int32), torch.zeros(0, 32, 16)
+        arguments = (starts, *none, None, None, 32, 0, n, 32, None, False, None, 0.0, False, None)
+        with pytest.raises(kernels.UnsupportedError, match=f"n: got {n}"):
+            kernels.implementation(self.OP)(torch.zeros(1, 32).half(), *arguments)
+
+
+GRADIENT_SHAPES = [(1, 1, 1), (17, 33, 5), (100, 100, 70), (48, 64, 0)]
+
+
+def gradient(name: str, *arguments) -> torch.Tensor:
+    return kernels.implementation(f"block_sparse_{name}")(*arguments)
+
+
+def check_gradient_of_x(name: str, n: int, k: int, m: int):
+    """grad W in f32, over the stored blocks; what stands beyond n is not read."""
+    packed = random_case(name, n, k, 1, torch.float32)[1]
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
+    bound = numerics.product_bound(grad.double().abs(), numerics.magnitudes(packed))
+    exact = grad.double() @ numerics.dequantize(packed)
+    if packed.format.is_float and n % 16:
+        beyond = packed.codes.clone()
+        beyond[sparse_formats.positions(packed)[0] == packed.tiles - 1, :, n % 16 :] = float("nan")
+        packed = SparsePacked(packed.format, n, k, beyond, starts=packed.starts, places=packed.places)
+    got = gradient("grad_x", grad, *weight_arguments(packed))
+    assert got.dtype == torch.float32 and got.shape == (m, k)
+    numerics.assert_within(got, exact, bound)
+
+
+def check_gradient_of_values(n: int, k: int, m: int):
+    """grad^T x, at the stored places alone; zeros beyond n and k."""
+    packed = random_case("block/f32", n, k, 1, torch.float32)[1]
+    generator = torch.Generator().manual_seed(5)
+    grad, x = (torch.randn(m, size, generator=generator) for size in (n, k))
+    got = gradient("grad_values", grad, x, packed.starts, packed.places, n, k)
+    assert got.dtype == torch.float32 and got.shape == packed.codes.shape
+    tiles, places = sparse_formats.positions(packed)
+    beyond = (16 * tiles[:, None, None] + torch.arange(16) >= n) | (
+        32 * places[:, None, None] + torch.arange(32)[:, None] >= k
+    )
+    assert torch.equal(got[beyond], torch.zeros(int(beyond.sum())))
+    whole = SparsePacked(packed.format, n, k, got, starts=packed.starts, places=packed.places)
+    stored = sparse_formats.unpack(packed)[1]
+    exact = (grad.double().T @ x.double()).where(stored, torch.zeros(()))
+    bound = numerics.product_bound(grad.double().abs().T, x.double().abs())
+    numerics.assert_within(sparse_formats.dequantize(whole), exact, bound)
+
+
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_gradient_of_x(name):
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_x(name, n, k, m)
+
+
+def test_gradient_of_values():
+    for n, k, m in GRADIENT_SHAPES:
+        check_gradient_of_values(n, k, m)
+
+
+def test_gradients_of_an_empty_matrix():
+    """And of rows that do not lie one behind the other."""
+    packed = random_case("block/f32", 40, 96, 1, torch.float32)[1]
+    starts, none = torch.zeros_like(packed.starts), packed.places[:0]
+    grad, x = torch.ones(40, 9).T, torch.ones(96, 9).T
+    empty = gradient("grad_x", grad, starts, none, packed.codes[:0], None, None, 32, 0, 40, 96)
+    assert torch.equal(empty, torch.zeros(9, 96))
+    assert gradient("grad_values", grad, x, starts, none, 40, 96).shape == (0, 32, 16)
+    weights = weight_arguments(packed)
+    assert torch.equal(gradient("grad_x", grad, *weights), gradient("grad_x", grad.contiguous(), *weights))
+    values = gradient("grad_values", grad, x, packed.starts, packed.places, 40, 96)
+    stored = sparse_formats.positions(packed)[0][:, None, None] * 16 + torch.arange(16) < 40
+    assert torch.equal(values, 9.0 * stored.expand_as(values))
+
+
+def test_bad_gradients():
+    packed = random_case("block/f32", 40, 100, 1, torch.float32)[1]
+    weights, places = weight_arguments(packed), (packed.starts, packed.places, 40, 100)
+    grad, x = torch.ones(3, 40), torch.ones(3, 100)
+    for error, match, name, arguments in [
+        (ValueError, r"grad: got shape \[3, 39\]", "grad_x", (grad[:, :39], *weights)),
+        (TypeError, "grad: got torch.bfloat16", "grad_x", (grad.bfloat16(), *weights)),
+        (ValueError, r"x: got shape \[3, 99\]", "grad_values", (grad, x[:, :99], *places)),
+        (ValueError, "x: got 2 rows", "grad_values", (grad, x[:2], *places)),
+        (TypeError, "x: got torch.float64", "grad_values", (grad, x.double(), *places)),
+    ]:
+        with pytest.raises(error, match=match):
+            gradient(name, *arguments)
+
+
+@pytest.mark.gpu_proof
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_every_gradient(name):
+    for n, k, m in [(700, 130, 65), (33, 1057, 129)]:
+        check_gradient_of_x(name, n, k, m)
+        check_gradient_of_values(n, k, m)
