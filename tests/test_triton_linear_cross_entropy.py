@@ -112,5 +112,5 @@ def test_f32_is_refused():
 
 
 def test_every_target_has_room_for_one():
-    assert {config_of(target).kwargs["BLOCK_M"] for target in TARGETS.values()} <= {128, 64, 32}
-    assert config_of(TARGETS["sm_80"]) is SPACE[0]
+    small = {name for name, target in TARGETS.items() if config_of(target) is SPACE[1]}
+    assert small == {"sm_75", "gfx1100"}
