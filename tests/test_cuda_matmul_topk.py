@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import device, numerics
-from .cuda_matmul_checks import in_range
+from .gpu_matmul_checks import in_range
 from .emulator import DEVICES, DTYPES, NO_MEMORY, MatmulArgs, Packed, Queue, emulator, matmul, packed_struct, pointer
 from .matmul_checks import off_by_one, random_case
 from .test_matmul_topk import CASES, MODES, integers
