@@ -13,7 +13,8 @@ or 8 tokens.  Field j of a word is at bit 8 j, or of nibbles at 8 (j % 4) + 4 (j
 
 Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends on
 the longest length alone: each program stores its sums, and a second kernel adds them up in the order of
-tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step: configurations differ
+in rows and warps alone.
 
 Arithmetic, of products in bf16, with f32 sums:
 
@@ -319,12 +320,12 @@ def paged_attention_kernel(
     if TAIL is not None:
         newest = (length - 1) // F.tokens * F.tokens
         stored_end = tl.minimum(hi, newest)
-    state = _attend(state, queries, pool, scales, table, base, lo, stored_end, position, scale, window, softcap,
-                    slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
+    state = _attend(state, queries, pool, scales, table, base, lo, stored_end, position, scale, window,
+                    softcap, slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     if TAIL is not None:
         base = kv_head.to(tl.int64) * tail_count + tl.load(tail_of + sequence)
-        state = _attend(state, queries, tails, scales, table, base, tl.maximum(lo, newest), hi, position, 1.0, window, softcap,
-                        slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
+        state = _attend(state, queries, tails, scales, table, base, tl.maximum(lo, newest), hi, position, 1.0, window,
+                        softcap, slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     sums, most, total = state
 
     if is_split:

@@ -77,7 +77,7 @@ def test_who_has_an_item():
     begin = rows[:-1] * 3 // 16 + 2 * torch.arange(300)
     end = torch.cat((begin[1:], torch.tensor([items(int(rows[-1]), 300, 3, 16, 2)])))
     assert (end - begin >= -(-new * 3 // 16) + 1).all()
-    asked = torch.tensor([0, 1, int(end[127]) - 1, int(begin[128]), int(begin[255]), int(end[-1]) - 1, int(end[-1]) + 9])
+    asked = torch.stack([begin[0], begin[0] + 1, end[127] - 1, begin[128], begin[255], end[-1] - 1, end[-1] + 9])
     out = torch.empty(7, dtype=torch.int32)
     dealt_kernel[(7,)](rows, 300, asked, out)
     assert out.tolist() == [0, 0, 127, 128, 255, 299, 299]

@@ -136,7 +136,9 @@ def test_long_in_every_type(type, dtype, config):
     check_long(type, dtype, config)
 
 
-@pytest.mark.parametrize("type", ["int8", *(pytest.param(t, marks=pytest.mark.gpu_proof) for t in ("f32", "bf16", "int4"))])
+@pytest.mark.parametrize(
+    "type", ["int8", *(pytest.param(t, marks=pytest.mark.gpu_proof) for t in ("f32", "bf16", "int4"))]
+)
 def test_independent_of_what_else_is_in_the_step(type):
     """A sequence's result is the same alone."""
     lengths, new = [1, 300, 130], [1, 2, 20]
