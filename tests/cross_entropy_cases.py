@@ -84,10 +84,9 @@ def forward_in_f64(given: Given) -> Exact:
     return Exact(losses.where(used, 0), lse, bound, (z - lse[:, None]).exp(), off)
 
 
-def backward_in_f64(given: Given, grad: torch.Tensor, rounded: bool = False):
-    """Gradients of hidden, weight and bias, with bounds; ``rounded``: those of logits are rounded to the
-    dtype on the way."""
-    u, dtype, (m, k), v = ROUNDOFF[torch.float32], given.hidden.dtype, given.hidden.shape, len(given.weight)
+def logit_gradients_in_f64(given: Given, grad: torch.Tensor, rounded: bool):
+    """``[m, v]`` and bounds; ``rounded``: to the dtype."""
+    u, dtype, m, v = ROUNDOFF[torch.float32], given.hidden.dtype, len(given.hidden), len(given.weight)
     exact = forward_in_f64(given)
     used = given.targets != IGNORED
     grad = grad.double().where(used, 0)[:, None]
@@ -98,6 +97,13 @@ def backward_in_f64(given: Given, grad: torch.Tensor, rounded: bool = False):
     off = off + grad.abs() * FLUSHED
     if rounded:
         off = off + ROUNDOFF[dtype] * (dz.abs() + off) + SMALLEST[dtype] + FLUSHED
+    return dz, off
+
+
+def backward_in_f64(given: Given, grad: torch.Tensor, rounded: bool = False):
+    """Gradients of hidden, weight and bias, with bounds; ``rounded``: those of logits are, on the way."""
+    u, dtype, m, v = ROUNDOFF[torch.float32], given.hidden.dtype, len(given.hidden), len(given.weight)
+    dz, off = logit_gradients_in_f64(given, grad, rounded)
     h, w = given.hidden.double(), given.weight.double()
     found = [
         (dz @ w, off @ w.abs() + (4 + 5 * math.sqrt(v)) * u * (dz.abs() @ w.abs())),

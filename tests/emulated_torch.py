@@ -294,7 +294,7 @@ def linear_cross_entropy() -> None:
 
     from memlm import ops
 
-    from .cross_entropy_cases import Case, forward_in_f64, random_case
+    from .cross_entropy_cases import Case, backward_in_f64, forward_in_f64, random_case, random_grad
     from .numerics import assert_within
 
     for dtype in (torch.float16, torch.bfloat16):
@@ -304,6 +304,14 @@ def linear_cross_entropy() -> None:
             losses, lse = ops.emulated("linear_cross_entropy")(hidden, *given.arguments()[1:])
             assert_within(losses, exact.losses, exact.bound)
             assert_within(lse, exact.lse, exact.bound)
+        hidden, weight, bias, targets, *numbers = given.arguments()
+        op = ops.emulated("linear_cross_entropy_backward")
+        gradients = op(random_grad(given), hidden, weight, bias, targets, lse, *numbers, True, True, True)
+        for found, of in zip(gradients, backward_in_f64(given, random_grad(given), rounded=True)):
+            assert found.dtype == dtype
+            assert_within(found, *of)
+        nothing = op(random_grad(given), hidden, weight, bias, targets, lse, *numbers, False, False, False)
+        assert [g.numel() for g in nothing] == [0, 0, 0]
     given = random_case(Case(20, 40, 150), torch.float32)
     with pytest.warns(UserWarning, match="linear_cross_entropy has no kernel for this call .dtype: got f32"):
         losses, _ = ops.emulated("linear_cross_entropy")(*given.arguments())

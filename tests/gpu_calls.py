@@ -15,12 +15,12 @@ from memlm.kv_formats import TYPES
 from memlm.sparse_formats import SparseFormat
 
 from . import adamw_cases, cross_entropy_cases, cuda_attention, cuda_kv, emulator
+from . import test_cuda_linear_cross_entropy as linear_cross_entropy
 from .matmul_checks import random_case
 from .paged import paged
 from .test_cuda_adamw_8bit import adamw_8bit
 from .test_cuda_block_sparse_matmul import run_gradient
 from .test_cuda_dequantize import dequantize
-from .test_cuda_linear_cross_entropy import forward as linear_cross_entropy
 from .test_cuda_matmul_topk import topk
 from .test_cuda_quantize_rows import quantize_rows
 from .test_cuda_quantize_weight import quantize
@@ -153,7 +153,8 @@ def training(arch: int) -> Calls:
         yield partial(adamw_8bit, adamw_cases.random_case(adamw_cases.Case(300), dtype))
     for dtype in types(arch):
         given = cross_entropy_cases.random_case(cross_entropy_cases.Case(4, 8, 9), dtype)
-        yield partial(linear_cross_entropy, given)
+        yield partial(linear_cross_entropy.forward, given)
+        yield partial(linear_cross_entropy.backward, given, torch.ones(4), torch.ones(4), 0, 9)
 
 
 ALL = (weight_only, sparse, sparse_gradients, int8, rows, attention, paged_cache, others, training)

@@ -17,6 +17,7 @@ TESTED_WITH = {
     "block_sparse_grad_x": ("block_sparse_matmul", '"grad_x"'),
     "block_sparse_grad_values": ("block_sparse_matmul", '"grad_values"'),
     "embedding": ("dequantize", "embedding"),
+    "linear_cross_entropy_backward": ("linear_cross_entropy", "backward"),
 }
 HEAD = """\
 | operation | CUDA C++ | its proof | torch op on CUDA | Triton | its proof |

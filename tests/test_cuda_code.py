@@ -16,7 +16,7 @@ def check(row: gpu_code_table.Row) -> None:
     have = gpu_limits.ARCHS[kernel.arch]
     assert row.launch.shared_bytes + kernel.shared <= have.block_shared, name
     assert row.warps > 0, f"{name}: no multiprocessor can hold a block"
-    if re.match("weight_only|w8a8|block_sparse|attention|logits", kernel.name):
+    if re.match("weight_only|w8a8|block_sparse|attention|logits|gradient", kernel.name):
         assert kernel.tensor_core(), f"{name}: no tensor cores"
     if row.source in ("w2_matmul.cu", "w4_matmul.cu", "w8_matmul.cu"):
         # Weights come 16 bytes at a time, past L1 and, from 8.0 on, past the registers.

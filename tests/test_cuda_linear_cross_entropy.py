@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from . import emulated_torch
-from .cross_entropy_cases import CASES, IGNORED, Case, Given, forward_in_f64, random_case
+from .cross_entropy_cases import (
+    CASES, IGNORED, Case, Given, forward_in_f64, logit_gradients_in_f64, random_case, random_grad,
+)  # fmt: skip
 from .emulator import DTYPES, emulator, pointer
 from .matmul_checks import off_by_one
 from .numerics import assert_within
@@ -30,20 +32,49 @@ class Args(Structure):
     ]  # fmt: skip
 
 
-def forward(given: Given, arch: int = 800) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and lse ``[m]`` by the emulated kernels."""
+class Grads(Structure):
+    """memlm_cuda_linear_cross_entropy_grads"""
+
+    _fields_ = [("grad", c_void_p), ("first", c_int64), ("words", c_int64), ("grad_logits", c_void_p)]
+
+
+def args_of(given: Given, losses, lse) -> Args:
     hidden, weight, bias, targets, ignore_index, smoothing = given.arguments()
     (m, k), v = hidden.shape, len(weight)
-    losses, lse = torch.full((m,), math.nan), torch.full((m,), math.nan)
-    args = Args(
+    return Args(
         m, k, v, pointer(hidden), pointer(weight), pointer(bias), hidden.stride(0) if m > 1 else k,
         weight.stride(0) if v > 1 else k, DTYPES[hidden.dtype], pointer(targets), ignore_index, smoothing,
         pointer(losses), pointer(lse),
     )  # fmt: skip
-    emulator(arch).run(
-        "memlm_cuda_linear_cross_entropy", byref(args), read=[hidden, weight, bias, targets], written=[losses, lse]
-    )
+
+
+def forward(given: Given, arch: int = 800) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and lse ``[m]`` by the emulated kernels."""
+    losses, lse = (torch.full((len(given.hidden),), math.nan) for _ in range(2))
+    args = args_of(given, losses, lse)
+    read = [given.hidden, given.weight, given.bias, given.targets]
+    emulator(arch).run("memlm_cuda_linear_cross_entropy", byref(args), read=read, written=[losses, lse])
     return losses, lse
+
+
+def backward(given: Given, grad, lse, first: int, words: int, arch: int = 800) -> torch.Tensor:
+    """The gradients of some words' logits ``[m, words]`` by the emulated kernel."""
+    out = torch.full((len(given.hidden), words), math.nan, dtype=given.hidden.dtype)
+    args, grads = args_of(given, None, lse), Grads(pointer(grad), first, words, pointer(out))
+    read = [given.hidden, given.weight, given.bias, given.targets, grad, lse]
+    function = "memlm_cuda_linear_cross_entropy_backward"
+    emulator(arch).run(function, byref(args), byref(grads), read=read, written=[out])
+    return out
+
+
+def check_backward(given: Given, arch: int = 800) -> None:
+    """Of all words, and of some in the middle."""
+    grad, lse, v = random_grad(given), forward_in_f64(given).lse.float(), len(given.weight)
+    exact, bound = logit_gradients_in_f64(given, grad, rounded=True)
+    for first, words in ((0, v), (v // 3, v // 2)):
+        out = backward(given, grad, lse, first, words, arch)
+        columns = slice(first, first + words)
+        assert_within(out, exact[:, columns], bound[:, columns])
 
 
 def check(given: Given, arch: int = 800) -> None:
@@ -52,6 +83,12 @@ def check(given: Given, arch: int = 800) -> None:
     assert_within(losses, exact.losses, exact.bound)
     assert_within(lse, exact.lse, exact.bound)
     assert not losses[given.targets == IGNORED].any()
+
+
+@archs
+def test_gradients_of_logits_against_f64(arch):
+    for i, case in enumerate(CASES):
+        check_backward(random_case(case, types_of(arch)[i % len(types_of(arch))]), arch)
 
 
 def types_of(arch: int):
@@ -70,6 +107,7 @@ def test_losses_against_f64_in_all_types(arch):
     for dtype in types_of(arch):
         for case in CASES + TILES:
             check(random_case(case, dtype), arch)
+            check_backward(random_case(case, dtype), arch)
 
 
 def test_tiles():
@@ -124,6 +162,9 @@ def test_bad_input():
     given.smoothing = 1.5
     with pytest.raises(RuntimeError, match="label_smoothing: got 1.5, accepted is 0 to 1"):
         forward(given)
+    given.smoothing = 0.0
+    with pytest.raises(RuntimeError, match="words: got 10 from 25 on, there are 30"):
+        backward(given, torch.ones(6), torch.ones(6), 25, 10)
     with pytest.raises(RuntimeError, match="dtype: got f32"):
         forward(random_case(Case(6, 16, 30), torch.float32))
     with pytest.raises(RuntimeError, match="dtype: got bf16 on compute capability 7.5"):

@@ -18,6 +18,10 @@
 // logit.  These are put together at the end only: among the four lanes of a token by shuffles, among warps and
 // thread blocks by a second kernel, in their order.
 //
+// Backward computes the logits of some words again and stores what their gradients are,
+// grad (exp(z - lse) - (1 - smoothing) [j = target] - smoothing / v), rounded to 16 bits; two ordinary products
+// make of these the gradients of hidden and weight (csrc/torch/training.h).
+//
 // Arithmetic: products of 16-bit numbers and their sums f32, then + bias; exponentials and their sums f32, in
 // units of log2.  -Inf is a word that is not there.
 #include "host.h"
@@ -50,12 +54,11 @@ struct Matrix {
   bool wide;  // rows consist of aligned pieces of 16 bytes
 };
 
-struct CrossEntropy {
+struct Logits {
   Matrix hidden, weight;
   const void* bias;
   int k, tiles, tiles_here;  // tiles of words; those of a block
   const int64_t* targets;
-  Part* parts;  // [blocks_y * kWordWarps][m]
 };
 
 MEMLM_DEVICE uint8_t* piece_at(uint8_t* rows, int row, int piece) {
@@ -124,28 +127,18 @@ MEMLM_DEVICE void join(Part& a, const Part& b) {
   a.logit += b.logit;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) logits_kernel(const CrossEntropy p) {
+// Calls with_tile(first word of the warp, z) for each of the block's tiles of words, of all k.
+template <class T, class WithTile>
+MEMLM_DEVICE void for_tiles(const Logits& p, int token0, int word0, const WithTile& with_tile) {
   constexpr int stages = stages_of(kArch);
   uint8_t* const ring = shared<uint8_t>();
   const int64_t block_token = static_cast<int64_t>(block_x()) * kTokens;
   const int first_tile = block_y() * p.tiles_here;
-  const int tiles = p.tiles - first_tile < p.tiles_here ? p.tiles - first_tile : p.tiles_here;
-  const int steps = (p.k + kStageK - 1) / kStageK, count = tiles * steps;
-  const int token0 = warp() % kTokenWarps * kWarpTokens, word0 = warp() / kTokenWarps * kWarpWords;
-
-  const int64_t first_token = block_token + token0 + lane() / 4;
-  int target[kMine];
-  Part mine[kMine];
-  for (int i = 0; i < kMine; i++) {
-    const int64_t wanted = first_token + 8 * i < p.hidden.rows ? p.targets[first_token + 8 * i] : -1;
-    target[i] = wanted >= 0 && wanted < p.weight.rows ? static_cast<int>(wanted) : -1;
-    mine[i] = {-INFINITY, 0, 0, 0};
-  }
+  const int end = p.tiles - first_tile < p.tiles_here ? p.tiles : first_tile + p.tiles_here;
 
   int next_tile = first_tile, next_k = 0;  // of the stage that is copied next
   const auto copy = [&](int stage) {
-    if (next_tile < first_tile + tiles) {
+    if (next_tile < end) {
       uint8_t* const to = ring + stage * kStageBytes;
       copy_rows(p.hidden, block_token, next_k, p.k, to);
       copy_rows(p.weight, static_cast<int64_t>(next_tile) * kWords, next_k, p.k, to + kTokens * kRowBytes);
@@ -157,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(const CrossEntropy 
   for (int s = 0; s < stages - 1; s++) copy(s);
 
   float z[2][8][4] = {};
-  int step = 0, tile = first_tile, stage = 0;
-  for (int at = 0; at < count; at++) {
+  int tile = first_tile, k = 0, stage = 0;
+  while (tile < end) {
     if (stages == 1) copy(0);
     wait_copies<stages == 1 ? 0 : stages - 2>();
     MEMLM_SYNC_THREADS();
@@ -167,17 +160,46 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(const CrossEntropy 
     multiply_stage<T>(here, here + kTokens * kRowBytes, token0, word0, z);
     if (stages == 1) MEMLM_SYNC_THREADS();
     stage = (stage + 1) % stages;
-    if (++step < steps) continue;
-
-    const int first_word = tile * kWords + word0 + lane() % 4 * 2;
-    float most[kMine];
+    k += kStageK;
+    if (k < p.k) continue;
+    with_tile(tile * kWords + word0, z);
 #pragma unroll
-    for (int i = 0; i < kMine; i++) most[i] = mine[i].most;
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int t = 0; t < 8; t++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) z[i][t][e] = 0;
+      }
+    }
+    k = 0;
+    tile++;
+  }
+}
+
+// The lane's first token.
+MEMLM_DEVICE int token_of(int token0) { return block_x() * kTokens + token0 + lane() / 4; }
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) logits_kernel(const Logits p, Part* parts) {
+  const int token0 = warp() % kTokenWarps * kWarpTokens, word0 = warp() / kTokenWarps * kWarpWords;
+  const int first_token = token_of(token0);
+  Part mine[kMine];
+  for (Part& part : mine) part = {-INFINITY, 0, 0, 0};
+
+  for_tiles<T>(p, token0, word0, [&](int first_word, float (&z)[2][8][4]) {
+    float most[kMine];
+    int target[kMine];  // read for each tile: there is no register to keep it in
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+      most[i] = mine[i].most;
+      const int64_t wanted = first_token + 8 * i < p.hidden.rows ? p.targets[first_token + 8 * i] : -1;
+      target[i] = wanted >= 0 && wanted < p.weight.rows ? static_cast<int>(wanted) : -1;
+    }
 #pragma unroll
     for (int t = 0; t < 8; t++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const int word = first_word + 8 * t + e;
+        const int word = first_word + lane() % 4 * 2 + 8 * t + e;
         const bool exists = word < p.weight.rows;
         const float bias = p.bias && exists ? to_float(static_cast<const T*>(p.bias)[word]) : 0;
 #pragma unroll
@@ -204,17 +226,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(const CrossEntropy 
       mine[i].total = total;
       mine[i].most = most[i];
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int t = 0; t < 8; t++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) z[i][t][e] = 0;
-      }
-    }
-    step = 0;
-    tile++;
-  }
+  });
 
   const int64_t part = static_cast<int64_t>(block_y()) * kWordWarps + warp() / kTokenWarps;
 #pragma unroll
@@ -223,9 +235,53 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(const CrossEntropy 
       join(mine[i], {shuffle_xor(mine[i].most, mask), shuffle_xor(mine[i].total, mask), shuffle_xor(mine[i].sum, mask),
                      shuffle_xor(mine[i].logit, mask)});
     }
-    const int64_t token = first_token + 8 * i;
-    if (lane() % 4 == 0 && token < p.hidden.rows) write_part(p.parts + part * p.hidden.rows + token, mine[i]);
+    const int token = first_token + 8 * i;
+    if (lane() % 4 == 0 && token < p.hidden.rows) write_part(parts + part * p.hidden.rows + token, mine[i]);
   }
+}
+
+// What becomes the gradients of logits.
+struct Gradient {
+  const float *lse, *grad;
+  int64_t ignore_index;
+  float smoothing, share;  // of the target's weight; of that for each word
+  int first;               // word of the vocabulary that is the matrix's first
+  void* out;
+  int64_t stride;
+  bool pairs;  // whether two may be stored at once
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) gradient_kernel(const Logits p, const Gradient q) {
+  const int token0 = warp() % kTokenWarps * kWarpTokens, word0 = warp() / kTokenWarps * kWarpWords;
+  const int first_token = token_of(token0);
+  for_tiles<T>(p, token0, word0, [&](int first_word, float (&z)[2][8][4]) {
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+      const int token = first_token + 8 * i;
+      if (token >= p.hidden.rows) continue;
+      const int64_t wanted = p.targets[token], target = wanted - q.first;
+      const float grad = wanted == q.ignore_index ? 0 : q.grad[token], lse = q.lse[token] * kLog2E;
+      T* const out = static_cast<T*>(q.out) + token * q.stride;
+#pragma unroll
+      for (int t = 0; t < 8; t++) {
+        const int word = first_word + lane() % 4 * 2 + 8 * t;
+        float d[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const bool exists = word + e < p.weight.rows;
+          const float bias = p.bias && exists ? to_float(static_cast<const T*>(p.bias)[word + e]) : 0;
+          const float one = (word + e == target ? 1 - q.smoothing : 0) + q.share;
+          d[e] = (exp2_approx((z[i / 2][t][i % 2 * 2 + e] + bias) * kLog2E - lse) - one) * grad;
+        }
+        if (q.pairs && word + 1 < p.weight.rows) {
+          store(out + word, pair<T>(d[0], d[1]));
+        } else {
+          for (int e = 0; e < 2 && word + e < p.weight.rows; e++) out[word + e] = from_float<T>(d[e]);
+        }
+      }
+    }
+  });
 }
 
 struct Combine {
@@ -256,6 +312,37 @@ Matrix matrix(const void* x, int64_t stride, int64_t rows, int64_t k) {
   return {static_cast<const uint16_t*>(x), stride, static_cast<int>(rows), wide};
 }
 
+memlm_status check(const memlm_cuda_linear_cross_entropy_args* args, Gpu* gpu) {
+  MEMLM_CHECK(args, "args: NULL");
+  const memlm_cuda_linear_cross_entropy_args& a = *args;
+  constexpr int64_t most = INT32_MAX - kWords;
+  MEMLM_CHECK(a.m >= 0 && a.m <= most && a.v >= 1 && a.v <= most && a.k >= 1 && a.k <= most,
+              "m, v, k: got %lld, %lld, %lld, accepted are 0, 1 and 1 to %lld", static_cast<ll>(a.m),
+              static_cast<ll>(a.v), static_cast<ll>(a.k), static_cast<ll>(most));
+  MEMLM_CHECK(!a.m || (a.hidden && a.weight && a.targets), "hidden, weight, targets: NULL");
+  MEMLM_CHECK(a.hidden_stride >= a.k && a.weight_stride >= a.k,
+              "hidden_stride, weight_stride: got %lld, %lld, at least k = %lld is needed",
+              static_cast<ll>(a.hidden_stride), static_cast<ll>(a.weight_stride), static_cast<ll>(a.k));
+  MEMLM_CHECK(a.label_smoothing >= 0 && a.label_smoothing <= 1, "label_smoothing: got %g, accepted is 0 to 1",
+              static_cast<double>(a.label_smoothing));
+  MEMLM_CHECK(is_aligned(a.targets, 8), "targets: not aligned to an element");
+  MEMLM_PASS(check_arrays(a.dtype, "hidden, weight, bias", {a.hidden, a.weight, a.bias}));
+  return find_gpu(a.dtype, gpu);
+}
+
+// Of words first .. first + words - 1.
+Logits logits_of(const memlm_cuda_linear_cross_entropy_args& a, int64_t first, int64_t words) {
+  const int64_t bytes = bytes_of(a.dtype);
+  Logits p = {};
+  p.hidden = matrix(a.hidden, a.hidden_stride, a.m, a.k);
+  p.weight = matrix(static_cast<const char*>(a.weight) + first * a.weight_stride * bytes, a.weight_stride, words, a.k);
+  p.bias = a.bias ? static_cast<const char*>(a.bias) + first * bytes : nullptr;
+  p.k = static_cast<int>(a.k);
+  p.tiles = static_cast<int>(ceil_div(words, kWords));
+  p.targets = a.targets;
+  return p;
+}
+
 }  // namespace
 }  // namespace memlm::cuda
 
@@ -264,46 +351,51 @@ using namespace memlm::cuda;
 
 memlm_status memlm_cuda_linear_cross_entropy(const memlm_cuda_linear_cross_entropy_args* args,
                                              memlm_cuda_queue* queue) {
-  MEMLM_CHECK(args, "args: NULL");
-  const memlm_cuda_linear_cross_entropy_args& a = *args;
-  constexpr int64_t most = INT32_MAX - kWords;
-  MEMLM_CHECK(a.m >= 0 && a.m <= most && a.v >= 1 && a.v <= most && a.k >= 1 && a.k <= most,
-              "m, v, k: got %lld, %lld, %lld, accepted are 0, 1 and 1 to %lld", static_cast<ll>(a.m),
-              static_cast<ll>(a.v), static_cast<ll>(a.k), static_cast<ll>(most));
-  MEMLM_CHECK(!a.m || (a.hidden && a.weight && a.targets && a.losses && a.lse),
-              "hidden, weight, targets, losses, lse: NULL");
-  MEMLM_CHECK(a.hidden_stride >= a.k && a.weight_stride >= a.k,
-              "hidden_stride, weight_stride: got %lld, %lld, at least k = %lld is needed",
-              static_cast<ll>(a.hidden_stride), static_cast<ll>(a.weight_stride), static_cast<ll>(a.k));
-  MEMLM_CHECK(a.label_smoothing >= 0 && a.label_smoothing <= 1, "label_smoothing: got %g, accepted is 0 to 1",
-              static_cast<double>(a.label_smoothing));
-  MEMLM_CHECK(is_aligned(a.targets, 8), "targets: not aligned to an element");
-  MEMLM_PASS(check_arrays(a.dtype, "hidden, weight, bias", {a.hidden, a.weight, a.bias}));
-  MEMLM_PASS(check_arrays(MEMLM_F32, "losses, lse", {a.losses, a.lse}));
   Gpu gpu;
-  MEMLM_PASS(find_gpu(a.dtype, &gpu));
+  MEMLM_PASS(check(args, &gpu));
+  const memlm_cuda_linear_cross_entropy_args& a = *args;
+  MEMLM_CHECK(!a.m || (a.losses && a.lse), "losses, lse: NULL");
+  MEMLM_PASS(check_arrays(MEMLM_F32, "losses, lse", {a.losses, a.lse}));
   if (!a.m) return MEMLM_OK;
-
-  CrossEntropy p = {};
-  p.hidden = matrix(a.hidden, a.hidden_stride, a.m, a.k);
-  p.weight = matrix(a.weight, a.weight_stride, a.v, a.k);
-  p.bias = a.bias;
-  p.k = static_cast<int>(a.k);
-  p.tiles = static_cast<int>(ceil_div(a.v, kWords));
-  p.targets = a.targets;
+  Logits p = logits_of(a, 0, a.v);
   // As many shares of the vocabulary as give each multiprocessor its two blocks twice, of whole tiles.
   const int64_t token_blocks = ceil_div(a.m, kTokens);
   const int64_t wanted = ceil_div(static_cast<int64_t>(gpu.processors) * 4, token_blocks);
   p.tiles_here = static_cast<int>(ceil_div(p.tiles, wanted < p.tiles ? wanted : p.tiles));
   const int64_t shares = ceil_div(p.tiles, p.tiles_here), parts = shares * kWordWarps;
-  MEMLM_CHECK(shares <= 65535, "m, v: got %lld, %lld, too many for one call", static_cast<ll>(a.m),
-              static_cast<ll>(a.v));
   MEMLM_PASS(need(queue, parts * a.m * static_cast<int64_t>(sizeof(Part))));
-  p.parts = static_cast<Part*>(queue->workspace);
-  void (*const kernel)(CrossEntropy) = a.dtype == MEMLM_F16 ? &logits_kernel<f16> : &logits_kernel<bf16>;
+  Part* const workspace = static_cast<Part*>(queue->workspace);
+  const auto kernel = a.dtype == MEMLM_F16 ? &logits_kernel<f16> : &logits_kernel<bf16>;
   MEMLM_PASS(started(launch(kernel, {token_blocks, shares}, kThreads, stages_of(gpu.arch) * kStageBytes,
-                            queue->stream, p)));
-  const Combine combine = {p.parts, a.m, a.v, a.ignore_index, static_cast<int>(parts), a.label_smoothing,
+                            queue->stream, p, workspace)));
+  const Combine combine = {workspace, a.m, a.v, a.ignore_index, static_cast<int>(parts), a.label_smoothing,
                            a.targets, a.losses, a.lse};
   return started(launch(&combine_kernel, {ceil_div(a.m, kThreads)}, kThreads, 0, queue->stream, combine));
+}
+
+memlm_status memlm_cuda_linear_cross_entropy_backward(const memlm_cuda_linear_cross_entropy_args* args,
+                                                      const memlm_cuda_linear_cross_entropy_grads* grads,
+                                                      memlm_cuda_queue* queue) {
+  Gpu gpu;
+  MEMLM_PASS(check(args, &gpu));
+  MEMLM_CHECK(grads, "grads: NULL");
+  const memlm_cuda_linear_cross_entropy_args& a = *args;
+  const memlm_cuda_linear_cross_entropy_grads& g = *grads;
+  constexpr int64_t most_words = 65535 * kWords;
+  MEMLM_CHECK(g.first >= 0 && g.words >= 0 && g.words <= most_words && g.first <= a.v && g.words <= a.v - g.first,
+              "words: got %lld from %lld on, there are %lld, accepted are up to %lld at once",
+              static_cast<ll>(g.words), static_cast<ll>(g.first), static_cast<ll>(a.v), static_cast<ll>(most_words));
+  MEMLM_CHECK(!a.m || !g.words || (a.lse && g.grad && g.grad_logits), "lse, grad, grad_logits: NULL");
+  MEMLM_PASS(check_arrays(MEMLM_F32, "lse, grad", {a.lse, g.grad}));
+  MEMLM_PASS(check_arrays(a.dtype, "grad_logits", {g.grad_logits}));
+  if (!a.m || !g.words) return MEMLM_OK;
+  Logits p = logits_of(a, g.first, g.words);
+  p.tiles_here = 1;
+  const bool pairs = g.words % 2 == 0 && is_aligned(g.grad_logits, 4);
+  const Gradient q = {a.lse, g.grad, a.ignore_index, a.label_smoothing,
+                      a.label_smoothing / static_cast<float>(a.v), static_cast<int>(g.first), g.grad_logits,
+                      g.words, pairs};
+  const auto kernel = a.dtype == MEMLM_F16 ? &gradient_kernel<f16> : &gradient_kernel<bf16>;
+  return started(launch(kernel, {ceil_div(a.m, kTokens), p.tiles}, kThreads, stages_of(gpu.arch) * kStageBytes,
+                        queue->stream, p, q));
 }

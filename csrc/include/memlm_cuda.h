@@ -108,6 +108,18 @@ typedef struct {
 MEMLM_API memlm_status memlm_cuda_linear_cross_entropy(const memlm_cuda_linear_cross_entropy_args* args,
                                                        memlm_cuda_queue* queue);
 
+/* The gradients of words first .. first + words - 1's logits, rounded to dtype: what the gradients of hidden
+ * and weight are products of.  args->lse is read, args->losses is not looked at. */
+typedef struct {
+  const float* grad; /* [m]: of losses */
+  int64_t first, words;
+  void* grad_logits; /* [m, words] */
+} memlm_cuda_linear_cross_entropy_grads;
+
+MEMLM_API memlm_status memlm_cuda_linear_cross_entropy_backward(const memlm_cuda_linear_cross_entropy_args* args,
+                                                                const memlm_cuda_linear_cross_entropy_grads* grads,
+                                                                memlm_cuda_queue* queue);
+
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
  * be run again with other numbers in them. */

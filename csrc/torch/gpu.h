@@ -53,6 +53,7 @@ struct Gpu {
   static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;
   static inline decltype(&memlm_cuda_adamw_8bit) adamw_8bit;
   static inline decltype(&memlm_cuda_linear_cross_entropy) linear_cross_entropy;
+  static inline decltype(&memlm_cuda_linear_cross_entropy_backward) linear_cross_entropy_backward;
 
   // Runs a function on the device and stream of `at`.  Its workspace is a tensor, which torch gives to
   // nobody else on this stream before the kernels are done, and takes from a graph's pool during capture.
