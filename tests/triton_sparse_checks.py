@@ -61,8 +61,8 @@ class Sparse(GpuSparse, WeightOnly):
     @pytest.mark.gpu_proof
     def test_every_shape_and_configuration(self, format, dtype, config):
         for n, k in PROOF_SHAPES:
-            for m in (1, 33):
-                self.check(format, n, k, m, dtype, config=config)
+            for m in (1, 33) if k < 1000 else (1,):
+                self.check(format, n, k, m, dtype, [True], config=config)
 
     def test_around(self, some):
         """Norm, swiglu and residual, each and together."""
@@ -75,7 +75,7 @@ class Sparse(GpuSparse, WeightOnly):
 
     @pytest.mark.gpu_proof
     def test_around_in_every_configuration(self, format, dtype, config):
-        for x, packed, around in around_cases(format, 100, 300, 41, dtype)[3:]:
+        for x, packed, around in around_cases(format, 48, 160, 41, dtype)[3:]:
             y = matmul(self.OP, x, packed, None, config, **around)
             numerics.assert_within(y, *numerics.exact_around(x, packed, "mma", **around))
 
@@ -92,7 +92,7 @@ class Sparse(GpuSparse, WeightOnly):
     @pytest.mark.parametrize("density", DENSITIES)
     def test_every_density(self, format, dtype, density):
         for n, k in ((33, 2111), (130, 1057)):
-            self.check_density(format, n, k, 17, density, dtype)
+            self.check_density(format, n, k, 9, density, dtype)
 
     def test_integers_are_exact(self, integers):
         for dtype in DTYPES:
