@@ -7,6 +7,7 @@ come first, without comparisons; those at the edges after them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Rules(NamedTuple):
     to_end: int  # 0 or 1
     softcap: float | None
     slopes: torch.Tensor | None  # f32 [heads]
-    mask: torch.Tensor | None  # uint8: not seen where 0; else added
+    mask: torch.Tensor | None  # of uint8, 0 where not seen; or of q's dtype, added
     mask_strides: tuple[int, int, int, int] | None
     block_mask: torch.Tensor | None  # uint8
     block_strides: tuple[int, int, int, int] | None
@@ -66,13 +67,12 @@ class Place(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Of one head of one sequence: [length, dim], as operands of products [.., DIM]."""
+    """Of one head of one sequence: [length, dim]."""
 
     start: torch.Tensor
     stride: int
     length: int
     dim: int
-    DIM: int
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -89,9 +89,10 @@ def rules_of(
     q, k, v, mask, block_mask, q_offsets, k_offsets, scale, left, right, to_end, softcap, slopes, dropout,
     seed,
 ) -> Rules:  # fmt: skip
-    """Of ``torch.ops.memlm.attention``'s checked arguments.  The seed is read: a device that has it is waited for.
+    """Of ``torch.ops.memlm.attention``'s checked arguments.  A device that has the seed is waited for.
 
-    Raises UnsupportedError for a dtype, sizes of heads or lengths that the kernels do not take.
+    Raises ValueError for a softcap or scale that is none, UnsupportedError for a dtype, sizes of heads or
+    lengths that the kernels do not take.
     """
     batch, heads, q_len, dim = q.shape
     if q.dtype not in DTYPES:
@@ -104,6 +105,10 @@ def rules_of(
     for name, length in (("query", q_len), ("key", k.shape[2])):
         if length >= FAR:
             raise UnsupportedError(f"{name}: got {length} rows, Triton kernels take fewer than {FAR}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap: got {softcap}, accepted is 0 or above")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, accepted is a finite one")
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     if block_mask is not None:
@@ -119,13 +124,13 @@ def rules_of(
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """``x``, its last dimension dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x``, its last dimension dense, and of 128 rows none further away than 32 bits say."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
 def tiles(a: Rules, length: int, own: int) -> int:
-    """Programs for a head of ``length`` rows.  With offsets, sequence s has those from floor(offset / own) + s
-    on: enough, and some without rows."""
+    """Programs for a head of ``length`` rows.  With offsets, sequence s has those from floor(offset / own) +
+    s on: enough, and some without rows."""
     return triton.cdiv(length, own) if a.q_offsets is None else length // own + a.sequences
 
 
@@ -161,7 +166,7 @@ def place(a, offsets, length, heads, OWN: tl.constexpr):
             before = (tl.load(offsets + middle) // OWN).to(tl.int32) + middle <= tile
             sequence = tl.where(before, middle, sequence)
             high = tl.where(before, high, middle)
-        first = (tile - (tl.load(offsets + sequence) // OWN).to(tl.int32) - sequence) * OWN
+        first = tl.maximum(tile - (tl.load(offsets + sequence) // OWN).to(tl.int32) - sequence, 0) * OWN
         q_first, q_len = _of_sequence(a.q_offsets, sequence, a.q_len)
         k_first, k_len = _of_sequence(a.k_offsets, sequence, a.k_len)
     return Place(sequence, batch, head, first, q_first, k_first, q_len, k_len)
@@ -175,47 +180,47 @@ def head_rows(x, strides, batch, head, first):
 
 
 @triton.jit
-def queries_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+def queries_of(x, strides, at, head, dim: tl.constexpr):
     """Of a tensor that has a row for each query."""
-    return Rows(head_rows(x, strides, at.batch, head, at.q_first), strides[2], at.q_len, dim, DIM)
+    return Rows(head_rows(x, strides, at.batch, head, at.q_first), strides[2], at.q_len, dim)
 
 
 @triton.jit
-def keys_of(x, strides, at, head, dim: tl.constexpr, DIM: tl.constexpr):
+def keys_of(x, strides, at, head, dim: tl.constexpr):
     """Of a tensor that has a row for each key."""
-    return Rows(head_rows(x, strides, at.batch, head, at.k_first), strides[2], at.k_len, dim, DIM)
+    return Rows(head_rows(x, strides, at.batch, head, at.k_first), strides[2], at.k_len, dim)
 
 
 @triton.jit
-def _places(rows, first, COUNT: tl.constexpr):
+def _places(rows, first, COUNT: tl.constexpr, DIM: tl.constexpr):
     """Of [COUNT, DIM] numbers from row ``first`` on, and which there are."""
-    row, column = tl.arange(0, COUNT), tl.arange(0, rows.DIM)
+    row, column = tl.arange(0, COUNT), tl.arange(0, DIM)
     places = rows.start + first.to(tl.int64) * rows.stride + (row * rows.stride)[:, None] + column[None, :]
     return places, (first + row < rows.length)[:, None] & (column < rows.dim)[None, :]
 
 
 @triton.jit
-def load_rows(rows, first, COUNT: tl.constexpr):
+def load_rows(rows, first, COUNT: tl.constexpr, DIM: tl.constexpr):
     """[COUNT, DIM]: rows from ``first`` on, 0 beyond."""
-    places, inside = _places(rows, first, COUNT)
+    places, inside = _places(rows, first, COUNT, DIM)
     return tl.load(places, inside, 0.0)
 
 
 @triton.jit
-def store_rows(rows, first, x, COUNT: tl.constexpr):
+def store_rows(rows, first, x, COUNT: tl.constexpr, DIM: tl.constexpr):
     """x [COUNT, DIM] to rows from ``first`` on."""
-    places, inside = _places(rows, first, COUNT)
+    places, inside = _places(rows, first, COUNT, DIM)
     tl.store(places, x.to(rows.start.dtype.element_ty), inside)
 
 
 @triton.jit
-def own_rows(tile, rows, at, OWN: tl.constexpr, KEEP: tl.constexpr):
-    """This program's, at each step: ``tile``, which stays in registers, or where these are few, loaded again."""
+def own_rows(tile, rows, at, OWN: tl.constexpr, DIM: tl.constexpr, KEEP: tl.constexpr):
+    """This program's, at each step: ``tile``, kept in registers, or loaded again, where those are few."""
     if KEEP:
         return tile
     else:
         tl.debug_barrier()  # which the load is not moved across, out of the loop
-        return load_rows(rows, at.first, OWN)
+        return load_rows(rows, at.first, OWN, DIM)
 
 
 @triton.jit
@@ -251,8 +256,8 @@ def shown(a, at, head, i, j, MASK_BLOCK: tl.constexpr):
 
 @triton.jit
 def scores(a, at, head, product, i, j, CHECKED: tl.constexpr):
-    """Of products of queries i and keys j, which broadcast; -Inf where not seen, for which limits are compared
-    only if CHECKED.  And how much of a score's gradient reaches the product."""
+    """Of products of queries i and keys j, which broadcast; -Inf where not seen, for which limits are
+    compared only if CHECKED.  And how much of a score's gradient reaches the product."""
     s, factor = product * a.scale, 1.0
     if a.softcap is not None:
         t = 1 - 2 / (tl.exp2(s * (2 / a.softcap)) + 1)  # tanh
@@ -310,52 +315,56 @@ SPACE = [
     )
 ]  # fmt: skip
 # Registers for each number that ``room`` counts, as the compiler takes them: as Target.need.
-NEED = {"gfx942": 6}
-MOST_THREADS = 256  # that have as many registers as a thread may have
-# The largest heads for which registers suffice where they are few, if rows are loaded again: products without
+NEED = {100: 3.3, "gfx942": 6}
+# The largest heads for which registers suffice where they are few, and rows are loaded again: products without
 # matrix instructions, as all of f32 are, take whole rows of operands, those of RDNA 3 take them twice.
 FEW = {75: 64, "gfx1100": 128}
-FEW_OF_F32 = 64
+FEW_OF_F32 = {"gfx1100": 64}
 
 
 def pruned(
-    target: Target, room, size: int, options: bool, mask_block: int, dim: int, v_dim: int
+    space: list, target: Target, room, size: int, options: bool, mask_block: int, dim: int, v_dim: int
 ) -> list[triton.Config]:
     """The configurations that a target has room for and whose steps lie within blocks of the mask.
 
     ``room(own, step, stages, dim, v_dim)``: how many numbers, of ``size`` bytes, a program has in shared
     memory, and how many in registers, of 32 bits; ``options`` take some more.
     """
-    few = FEW_OF_F32 if size == 4 else FEW.get(target.arch)
+    few = FEW.get(target.arch)
+    if size == 4:
+        few = FEW_OF_F32.get(target.arch, 128)
     target = replace(target, need=NEED.get(target.arch, 3))
     found = []
-    for config in SPACE:
+    for config in space:
+        if target.backend == "hip":  # as many threads; tiles that are loaded ahead would be in registers
+            warps = config.num_warps * 32 // target.warp
+            config = triton.Config(config.kwargs, num_warps=warps, num_stages=1)
         own, step = config.kwargs["OWN"], config.kwargs["STEP"]
         shared, registers = room(own, step, config.num_stages, dim, v_dim)
         if options:
             registers += 2 * own * step
         whole = not mask_block or mask_block % own == mask_block % step == 0
         suits = few is None or (not config.kwargs["KEEP"] and max(dim, v_dim) <= few)
-        threads = min(MOST_THREADS, config.num_warps * target.warp)
+        threads = config.num_warps * target.warp
         if whole and suits and fits(target, size * shared, registers, threads):
             found.append(config)
     return found
 
 
-def tuned(kernel, room):
+def tuned(kernel, room, space=SPACE):
     """``kernel`` in the configuration that is found fastest."""
 
     def prune(_, named, **constants):
         sizes = (constants[name] for name in ("MASK_BLOCK", "DIM", "V_DIM"))
         q, options = named["q"], named["about"][2]
-        found = pruned(target_of(q.device), room, q.element_size(), options, *sizes)
+        found = pruned(space, target_of(q.device), room, q.element_size(), options, *sizes)
         if not found:
             heads = [named[name].shape[3] for name in ("q", "v")]
             raise UnsupportedError(f"query, value: got {q.dtype}, heads of {heads}, too large for {q.device}")
         return found
 
     key = ["about", "MASK_BLOCK", "DIM", "V_DIM"]
-    return triton.autotune(SPACE, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
+    return triton.autotune(space, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
 
 
 def about(a: Rules) -> tuple[int, int, int]:

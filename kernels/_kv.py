@@ -1,5 +1,5 @@
 """What kv_append and paged_attention share: a block's numbers, how work is dealt out to sequences whose
-sizes the host does not know, and the Hadamard transform."""
+sizes the host does not know, and the step of a Hadamard transform."""
 
 from __future__ import annotations
 
@@ -105,27 +105,6 @@ def sequence_of(rows, sequences, item, TIMES: tl.constexpr, PER: tl.constexpr, M
 
 
 # ---- Numbers ----
-
-
-@triton.jit
-def hadamard(x, PIECE: tl.constexpr, ROOT: tl.constexpr):
-    """x [rows, channels] f32, both powers of 2, after the orthonormal Walsh-Hadamard transform of each
-    PIECE channels, rounded in the order of memlm/kv_formats.py."""
-    ROWS: tl.constexpr = x.shape[0]
-    CHANNELS: tl.constexpr = x.shape[1]
-    sixteens = tl.reshape(x, [ROWS, CHANNELS // 16, 16])
-    at = tl.arange(0, 16)[None, None, :]
-    sums = tl.zeros([ROWS, CHANNELS // 16, 16], tl.float32)
-    for j in tl.static_range(16):
-        number = tl.sum(tl.where(at == j, sixteens, 0.0), 2, keep_dims=True)
-        both = at & j
-        both ^= both >> 2
-        sums += tl.where(((both ^ both >> 1) & 1) == 1, -number, number)
-    x = tl.reshape(sums, [ROWS, CHANNELS])
-    for i in tl.static_range(4, 9):
-        if 1 << i < PIECE:
-            x = butterfly(x, 1 << i)
-    return x * ROOT
 
 
 @triton.jit

@@ -58,7 +58,8 @@ def _unpack(q, levels, DTYPE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constex
 @triton.jit
 def _add_product(sums, x_tile, w, scales, offsets, place, inside, OFFSETS: tl.constexpr):
     """sums + x_tile w, whose columns have the scales and offsets at ``place``."""
-    sums += tl.dot(x_tile, w) * tl.load(scales + place, inside, 0.0).to(tl.float32)[None, :]
+    scale = tl.load(scales + place, inside, 0.0).to(tl.float32)
+    sums += tl.dot(x_tile, w) * scale[None, :]
     if OFFSETS:
         offset = tl.load(offsets + place, inside, 0.0).to(tl.float32)
         sums += tl.sum(x_tile.to(tl.float32), 1)[:, None] * offset[None, :]

@@ -21,7 +21,8 @@ from memlm.ops.attention import _by_token, _check
 @triton.jit
 def _through(
     sums, most, total, a, at, q_tile, queries, keys, values, begin, steps, gap, gap_end,
-    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    CHECKED: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -32,8 +33,8 @@ def _through(
             first += tl.where(first >= gap, gap_end - gap, 0)
         if shown(a, at, at.head, at.first, first, MASK_BLOCK):
             j = (first + tl.arange(0, STEP))[None, :]
-            k_tile = load_rows(keys, first, STEP)
-            own = own_rows(q_tile, queries, at, OWN, KEEP)
+            k_tile = load_rows(keys, first, STEP, DIM)
+            own = own_rows(q_tile, queries, at, OWN, DIM, KEEP)
             product = tl.dot(own, tl.trans(k_tile), input_precision="ieee")
             s, _ = scores(a, at, at.head, product, i, j, CHECKED)
             now = tl.maximum(most, tl.max(s, 1))
@@ -44,7 +45,7 @@ def _through(
             total = total * factor + tl.sum(p, 1)
             if a.dropped is not None:
                 p = tl.where(is_dropped(a, hashes, j), 0.0, p)
-            v_tile = load_rows(values, first, STEP)
+            v_tile = load_rows(values, first, STEP, V_DIM)
             sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * factor[:, None], input_precision="ieee")
     return sums, most, total
 
@@ -56,10 +57,10 @@ def attention_kernel(
     MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
-    queries = queries_of(q, q_strides, at, at.head, dim, DIM)
-    keys = keys_of(k, k_strides, at, at.head // a.group, dim, DIM)
-    values = keys_of(v, v_strides, at, at.head // a.group, v_dim, V_DIM)
-    q_tile = load_rows(queries, at.first, OWN)
+    queries = queries_of(q, q_strides, at, at.head, dim)
+    keys = keys_of(k, k_strides, at, at.head // a.group, dim)
+    values = keys_of(v, v_strides, at, at.head // a.group, v_dim)
+    q_tile = load_rows(queries, at.first, OWN, DIM)
 
     position, count = at.first + shift(a, at), tl.minimum(at.q_len - at.first, OWN)
     length = tl.where(count > 0, at.k_len, 0)
@@ -69,11 +70,11 @@ def attention_kernel(
     total = tl.zeros([OWN], tl.float32)
     sums, most, total = _through(
         sums, most, total, a, at, q_tile, queries, keys, values, full, (full_end - full) // STEP, 0, 0,
-        False, MASK_BLOCK, OWN, STEP, KEEP,
+        False, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums, most, total = _through(
         sums, most, total, a, at, q_tile, queries, keys, values, begin, edges, full, full_end,
-        True, MASK_BLOCK, OWN, STEP, KEEP,
+        True, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
 
     factor = tl.full([OWN], 1.0, tl.float32)
@@ -90,8 +91,8 @@ def attention_kernel(
     i = at.first + tl.arange(0, OWN)
     of_head = lse + (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len + at.q_first
     tl.store(of_head + i, tl.where(empty, float("-inf"), (most + tl.log2(total)) * LN2), i < at.q_len)
-    results = queries_of(out, out_strides, at, at.head, v_dim, V_DIM)
-    store_rows(results, at.first, sums * factor[:, None], OWN)
+    results = queries_of(out, out_strides, at, at.head, v_dim)
+    store_rows(results, at.first, sums * factor[:, None], OWN, V_DIM)
 
 
 def room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._attention import (
-    LOG2E, about, dense, dropout_rows, head_rows, in_best, is_dropped, keys_of, load_rows, own_rows, padded,
-    place, queries_of, Rows, rules_of, scores, shift, shown, span, store_rows, tuned,
+    LOG2E, SPACE, Rows, about, dense, dropout_rows, head_rows, in_best, is_dropped, keys_of, load_rows,
+    own_rows, padded, place, queries_of, rules_of, scores, shift, shown, span, store_rows, tuned,
 )  # fmt: skip
 from memlm.ops.attention import _by_token, _check
 
@@ -40,9 +40,9 @@ def delta_kernel(
     count = tl.cdiv(q_len, OWN)
     first, rest = tl.program_id(0) % count * OWN, tl.program_id(0) // count
     head, batch = rest % heads, rest // heads
-    grads = Rows(head_rows(grad, grad_strides, batch, head, 0), grad_strides[2], q_len, v_dim, V_DIM)
-    results = Rows(head_rows(out, out_strides, batch, head, 0), out_strides[2], q_len, v_dim, V_DIM)
-    x, y = load_rows(grads, first, OWN), load_rows(results, first, OWN)
+    grads = Rows(head_rows(grad, grad_strides, batch, head, 0), grad_strides[2], q_len, v_dim)
+    results = Rows(head_rows(out, out_strides, batch, head, 0), out_strides[2], q_len, v_dim)
+    x, y = load_rows(grads, first, OWN, V_DIM), load_rows(results, first, OWN, V_DIM)
     i = first + tl.arange(0, OWN)
     sums = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta + rest.to(tl.int64) * q_len + i, sums, i < q_len)
@@ -82,7 +82,8 @@ def _soften(a, at, head, product, dp, i, j, base, delta, hashes, CHECKED: tl.con
 def _through_keys(
     sums, a, at, q_tile, grad_tile, base, delta, queries, grads, keys, values, grad_mask,
     begin, steps, gap, gap_end,
-    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    CHECKED: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the keys of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     i = (at.first + tl.arange(0, OWN))[:, None]
@@ -93,10 +94,10 @@ def _through_keys(
             first += tl.where(first >= gap, gap_end - gap, 0)
         if shown(a, at, at.head, at.first, first, MASK_BLOCK):
             j = (first + tl.arange(0, STEP))[None, :]
-            k_tile, v_tile = load_rows(keys, first, STEP), load_rows(values, first, STEP)
-            own = own_rows(q_tile, queries, at, OWN, KEEP)
+            k_tile, v_tile = load_rows(keys, first, STEP, DIM), load_rows(values, first, STEP, V_DIM)
+            own = own_rows(q_tile, queries, at, OWN, DIM, KEEP)
             product = tl.dot(own, tl.trans(k_tile), input_precision="ieee")
-            own_grads = own_rows(grad_tile, grads, at, OWN, KEEP)
+            own_grads = own_rows(grad_tile, grads, at, OWN, V_DIM, KEEP)
             dp = tl.dot(own_grads, tl.trans(v_tile), input_precision="ieee")
             _, of_scores, inner = _soften(
                 a, at, at.head, product, dp, i, j, base[:, None], delta[:, None], hashes, CHECKED
@@ -116,11 +117,11 @@ def grad_q_kernel(
     MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.q_offsets, a.q_len, a.heads, OWN)
-    queries = queries_of(q, q_strides, at, at.head, dim, DIM)
-    grads = queries_of(grad, grad_strides, at, at.head, v_dim, V_DIM)
-    keys = keys_of(k, k_strides, at, at.head // a.group, dim, DIM)
-    values = keys_of(v, v_strides, at, at.head // a.group, v_dim, V_DIM)
-    q_tile, grad_tile = load_rows(queries, at.first, OWN), load_rows(grads, at.first, OWN)
+    queries = queries_of(q, q_strides, at, at.head, dim)
+    grads = queries_of(grad, grad_strides, at, at.head, v_dim)
+    keys = keys_of(k, k_strides, at, at.head // a.group, dim)
+    values = keys_of(v, v_strides, at, at.head // a.group, v_dim)
+    q_tile, grad_tile = load_rows(queries, at.first, OWN, DIM), load_rows(grads, at.first, OWN, V_DIM)
     rows = (at.batch.to(tl.int64) * a.heads + at.head) * a.q_len + at.q_first
     i = at.first + tl.arange(0, OWN)
     base, of_row = _bases(lse + rows, i, at.q_len), tl.load(delta + rows + i, i < at.q_len, 0.0)
@@ -131,20 +132,21 @@ def grad_q_kernel(
     sums = tl.zeros([OWN, DIM], tl.float32)
     sums = _through_keys(
         sums, a, at, q_tile, grad_tile, base, of_row, queries, grads, keys, values, grad_mask,
-        full, (full_end - full) // STEP, 0, 0, False, MASK_BLOCK, OWN, STEP, KEEP,
+        full, (full_end - full) // STEP, 0, 0, False, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
     sums = _through_keys(
         sums, a, at, q_tile, grad_tile, base, of_row, queries, grads, keys, values, grad_mask,
-        begin, edges, full, full_end, True, MASK_BLOCK, OWN, STEP, KEEP,
+        begin, edges, full, full_end, True, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
     )  # fmt: skip
-    store_rows(queries_of(grad_q, grad_q_strides, at, at.head, dim, DIM), at.first, sums * scale, OWN)
+    store_rows(queries_of(grad_q, grad_q_strides, at, at.head, dim), at.first, sums * scale, OWN, DIM)
 
 
 @triton.jit
 def _through_queries(
     k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse, delta,
     begin, steps, gap, gap_end,
-    CHECKED: tl.constexpr, MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
+    CHECKED: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With the queries of so many steps from ``begin`` on, without those between ``gap`` and ``gap_end``."""
     j = (at.first + tl.arange(0, OWN))[:, None]
@@ -155,12 +157,12 @@ def _through_queries(
         if shown(a, at, head, first, at.first, MASK_BLOCK):
             row = first + tl.arange(0, STEP)
             i = row[None, :]
-            q_tile, grad_tile = load_rows(queries, first, STEP), load_rows(grads, first, STEP)
+            q_tile, grad_tile = load_rows(queries, first, STEP, DIM), load_rows(grads, first, STEP, V_DIM)
             base, of_row = _bases(lse, row, at.q_len), tl.load(delta + row, row < at.q_len, 0.0)
             hashes = dropout_rows(a, at, head, i)
-            own_keys = own_rows(k_tile, keys, at, OWN, KEEP)
+            own_keys = own_rows(k_tile, keys, at, OWN, DIM, KEEP)
             product = tl.dot(own_keys, tl.trans(q_tile), input_precision="ieee")
-            own_values = own_rows(v_tile, values, at, OWN, KEEP)
+            own_values = own_rows(v_tile, values, at, OWN, V_DIM, KEEP)
             dp = tl.dot(own_values, tl.trans(grad_tile), input_precision="ieee")
             p, _, inner = _soften(
                 a, at, head, product, dp, i, j, base[None, :], of_row[None, :], hashes, CHECKED
@@ -178,9 +180,9 @@ def grad_kv_kernel(
     MASK_BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     at = place(a, a.k_offsets, a.k_len, a.heads // a.group, OWN)
-    keys = keys_of(k, k_strides, at, at.head, dim, DIM)
-    values = keys_of(v, v_strides, at, at.head, v_dim, V_DIM)
-    k_tile, v_tile = load_rows(keys, at.first, OWN), load_rows(values, at.first, OWN)
+    keys = keys_of(k, k_strides, at, at.head, dim)
+    values = keys_of(v, v_strides, at, at.head, v_dim)
+    k_tile, v_tile = load_rows(keys, at.first, OWN, DIM), load_rows(values, at.first, OWN, V_DIM)
 
     query, count = at.first - shift(a, at), tl.minimum(at.k_len - at.first, OWN)
     length = tl.where(count > 0, at.q_len, 0)
@@ -190,18 +192,20 @@ def grad_kv_kernel(
     for turn in range(a.group):
         head = at.head * a.group + turn
         rows = (at.batch.to(tl.int64) * a.heads + head) * a.q_len + at.q_first
-        queries = queries_of(q, q_strides, at, head, dim, DIM)
-        grads = queries_of(grad, grad_strides, at, head, v_dim, V_DIM)
+        queries = queries_of(q, q_strides, at, head, dim)
+        grads = queries_of(grad, grad_strides, at, head, v_dim)
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
-            full, (full_end - full) // STEP, 0, 0, False, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows,
+            delta + rows, full, (full_end - full) // STEP, 0, 0,
+            False, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
         k_sums, v_sums = _through_queries(
-            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows, delta + rows,
-            begin, edges, full, full_end, True, MASK_BLOCK, OWN, STEP, KEEP,
+            k_sums, v_sums, a, at, head, k_tile, v_tile, keys, values, queries, grads, lse + rows,
+            delta + rows, begin, edges, full, full_end,
+            True, DIM, V_DIM, MASK_BLOCK, OWN, STEP, KEEP,
         )  # fmt: skip
-    store_rows(keys_of(grad_k, grad_k_strides, at, at.head, dim, DIM), at.first, k_sums * scale, OWN)
-    store_rows(keys_of(grad_v, grad_v_strides, at, at.head, v_dim, V_DIM), at.first, v_sums * a.kept, OWN)
+    store_rows(keys_of(grad_k, grad_k_strides, at, at.head, dim), at.first, k_sums * scale, OWN, DIM)
+    store_rows(keys_of(grad_v, grad_v_strides, at, at.head, v_dim), at.first, v_sums * a.kept, OWN, V_DIM)
 
 
 def q_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:
@@ -214,8 +218,9 @@ def kv_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int
     return (own + stages * step) * (dim + v_dim), own * (dim + v_dim + 2 * step)
 
 
+KV_SPACE = [config for config in SPACE if config.kwargs["OWN"] > 16]  # few keys are rare
 tuned_grad_q = tuned(grad_q_kernel, q_room)
-tuned_grad_kv = tuned(grad_kv_kernel, kv_room)
+tuned_grad_kv = tuned(grad_kv_kernel, kv_room, KV_SPACE)
 DELTA_ROWS, SINKS_BLOCK = 32, 256
 
 

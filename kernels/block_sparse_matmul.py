@@ -111,12 +111,13 @@ def block_sparse_kernel(
         _store_share(sums, up, split, at, column, partial, m, n, SWIGLU)
 
 
-# A tile has 16 features, whatever the rows are.  Few rows want small programs, many of them on a
-# multiprocessor, and many stages, as nothing but bytes takes time; many rows want W read and unpacked seldom.
+# A tile has 16 features, whatever the rows are.  Few rows want small programs, of which a multiprocessor has
+# many, each with some blocks on their way, as nothing but bytes takes time (more than 4 stages would be more than
+# RDNA has registers for); many rows want W read and unpacked seldom.
 SPACE = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": 16, "SPLITS": splits}, num_warps=warps, num_stages=stages)
     for m, warps, stages, splits in (
-        (16, 1, 5, 1), (16, 1, 5, 8), (32, 2, 4, 1), (32, 2, 4, 4), (64, 4, 4, 1), (128, 4, 3, 1),
+        (16, 1, 4, 1), (16, 1, 4, 8), (32, 2, 4, 1), (32, 2, 4, 4), (64, 4, 4, 1), (128, 4, 3, 1),
     )
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from memlm.kernels._kv import (
-    TILE, VIEWS, check_aligned, first_item, hadamard, items, layout_of, rows_of, sequence_of,
+    TILE, VIEWS, butterfly, check_aligned, first_item, items, layout_of, rows_of, sequence_of,
 )  # fmt: skip
 from memlm.kernels.quantize_rows import ROUNDER
 from memlm.kv_formats import KvFormat
@@ -36,6 +36,27 @@ def _turned(x, channel, inside, cos, sin, angle, HALF: tl.constexpr):
     product = other * tl.load(sin + at, inside, 0.0)
     turned = tl.fma(number, tl.load(cos + at, inside, 0.0), tl.where(low, -product, product))
     return turned.to(x.dtype.element_ty)
+
+
+@triton.jit
+def _hadamard(x, PIECE: tl.constexpr, ROOT: tl.constexpr):
+    """x [rows, channels] f32, both powers of 2, after the orthonormal Walsh-Hadamard transform of each
+    PIECE channels, rounded in the order of memlm/kv_formats.py."""
+    ROWS: tl.constexpr = x.shape[0]
+    CHANNELS: tl.constexpr = x.shape[1]
+    sixteens = tl.reshape(x, [ROWS, CHANNELS // 16, 16])
+    at = tl.arange(0, 16)[None, None, :]
+    sums = tl.zeros([ROWS, CHANNELS // 16, 16], tl.float32)
+    for j in tl.static_range(16):
+        number = tl.sum(tl.where(at == j, sixteens, 0.0), 2, keep_dims=True)
+        both = at & j
+        both ^= both >> 2
+        sums += tl.where(((both ^ both >> 1) & 1) == 1, -number, number)
+    x = tl.reshape(sums, [ROWS, CHANNELS])
+    for i in tl.static_range(4, 9):
+        if 1 << i < PIECE:
+            x = butterfly(x, 1 << i)
+    return x * ROOT
 
 
 @triton.jit
@@ -133,7 +154,7 @@ def _store(
         _store_numbers(pool + block * F.block, numbers, place, new, F, VALUES)
     else:
         BITS: tl.constexpr = F.value_bits if VALUES else F.key_bits
-        numbers = hadamard(numbers, F.piece, F.root)
+        numbers = _hadamard(numbers, F.piece, F.root)
         codes, steps = _quantized(numbers, BITS, F)
         _store_codes(pool + block * F.block, codes, place, new, F, VALUES, BITS)
         slot, group = tl.arange(0, TILE)[:, None], tl.arange(0, steps.shape[1])[None, :]

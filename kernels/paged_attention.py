@@ -13,14 +13,17 @@ or 8 tokens.  Field j of a word is at bit 8 j, or of nibbles at 8 (j % 4) + 4 (j
 
 Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends on
 the longest length alone: each program stores its sums, and a second kernel adds them up in the order of
-tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step: configurations differ
+in rows and warps alone.
 
-Arithmetic, of products in bf16, on compute capability 7.5 in f16 (called M): sums are f32.
+Arithmetic, of products in bf16, with f32 sums:
 
-    keys, values   codes and bf16 as they are; f32 as the sum of two M
-    queries        f32 after scale and Hadamard transform for int8 and int4, then as the sum of two M; of
-                   floats as they are, in two M where their dtype is another than M
-    weights        exponentials, times the values' scale, as M; for f16 results as the sum of two M
+    keys, values   codes and bf16 as they are; f32 as the sum of two bf16
+    queries        f32 after scale and Hadamard transform for int8 and int4, then as the sum of two bf16; of
+                   floats as they are, f16 in two bf16
+    weights        exponentials, times the values' scale, as bf16; for f16 results as the sum of two
+
+On compute capability 7.5, for which Triton has no matrix instructions, products are those of f32 numbers.
 
 An int4 cache's newest block is read from its tail, as bf16.
 """
@@ -103,7 +106,7 @@ def _product(a, b, sums):
     """sums + a b, of numbers in parts."""
     for i in tl.static_range(len(a)):
         for j in tl.static_range(len(b)):
-            sums = tl.dot(a[i], b[j], sums)
+            sums = tl.dot(a[i], b[j], sums, input_precision="ieee")
     return sums
 
 
@@ -128,6 +131,16 @@ def _queries(q, inside, scale, F: tl.constexpr, MATH: tl.constexpr, PARTS: tl.co
 
 
 @triton.jit
+def _numbers(codes, BITS: tl.constexpr, MATH: tl.constexpr):
+    ZERO: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
+    if MATH == tl.float32:
+        numbers = ((codes ^ 0x80) - 0x80 if BITS == 8 else codes - ZERO).to(tl.float32)
+    else:
+        numbers = _unpack(codes, None, MATH, BITS, ZERO, False)
+    return numbers
+
+
+@triton.jit
 def _fields(words, BITS: tl.constexpr):
     """words [rows, columns] -> their codes, as so many rows more."""
     field = tl.arange(0, 32 // BITS)[None, :, None]
@@ -145,7 +158,7 @@ def _keys(block, place, g, F: tl.constexpr, MATH: tl.constexpr):
         if F.key_bits == 8:
             four = g * (F.group // 4) + tl.arange(0, F.group // 4)[:, None]
             codes = _fields(tl.load(block + tile + four * TILE + token % TILE), 8)
-            keys = (_unpack(codes, None, MATH, 8, 0, False),)
+            keys = (_numbers(codes, 8, MATH),)
         else:
             # For 32 channels 64 words of nibbles, then 16 of fifth bits, of 8 tokens and 4 channels each.
             eight = g * (F.group // 8) + tl.arange(0, F.group // 8)[:, None]
@@ -156,12 +169,12 @@ def _keys(block, place, g, F: tl.constexpr, MATH: tl.constexpr):
             words = tl.load(block + tile + four % 8 * 2 + token % TILE // 8)
             shift = tl.arange(0, 4)[None, :, None, None] + 4 * tl.arange(0, 8)[None, None, None, :]
             fifth = tl.reshape((words[:, None, :, None] >> shift) & 1, [F.group, STEP])
-            keys = (_unpack(nibbles | fifth << 4, None, MATH, 5, 16, False),)
+            keys = (_numbers(nibbles | fifth << 4, 5, MATH),)
     else:
         channel = g * F.group + tl.arange(0, F.group)[:, None]
         at = token // TILE * (F.channels * TILE) + channel * TILE + token % TILE
         x = tl.load(block + at, channel < F.channels, 0.0)
-        keys = _parts(x, MATH, 2 if F.key_bits == 32 else 1)
+        keys = _parts(x, MATH, 2 if F.key_bits == 32 and MATH != tl.float32 else 1)
     return keys
 
 
@@ -174,11 +187,11 @@ def _values(block, place, exists, g, F: tl.constexpr, MATH: tl.constexpr):
     at = (channel // TILE * (F.tokens // OF_LOAD) + token) * TILE + channel % TILE
     if F.coded:
         codes = _fields(tl.load(block + F.values // 4 + at), F.value_bits)
-        values = (_unpack(codes, None, MATH, F.value_bits, 0 if F.value_bits == 8 else 8, False),)
+        values = (_numbers(codes, F.value_bits, MATH),)
     else:
         # What is not there becomes 0: it may be NaN.
         x = tl.load(block + F.values + at, exists[:, None] & (channel < F.width), 0.0)
-        values = _parts(x, MATH, 2 if F.value_bits == 32 else 1)
+        values = _parts(x, MATH, 2 if F.value_bits == 32 and MATH != tl.float32 else 1)
     return values
 
 
@@ -307,12 +320,12 @@ def paged_attention_kernel(
     if TAIL is not None:
         newest = (length - 1) // F.tokens * F.tokens
         stored_end = tl.minimum(hi, newest)
-    state = _attend(state, queries, pool, scales, table, base, lo, stored_end, position, scale, window, softcap,
-                    slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
+    state = _attend(state, queries, pool, scales, table, base, lo, stored_end, position, scale, window,
+                    softcap, slope, F, False, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     if TAIL is not None:
         base = kv_head.to(tl.int64) * tail_count + tl.load(tail_of + sequence)
-        state = _attend(state, queries, tails, scales, table, base, tl.maximum(lo, newest), hi, position, 1.0, window, softcap,
-                        slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
+        state = _attend(state, queries, tails, scales, table, base, tl.maximum(lo, newest), hi, position, 1.0, window,
+                        softcap, slope, TAIL, True, WINDOW, SOFTCAP, SLOPES, WEIGHT_PARTS, MATH)  # fmt: skip
     sums, most, total = state
 
     if is_split:
@@ -374,22 +387,37 @@ SPACE = [
 ]
 
 
-def pruned(target: Target, layout: Layout, rows: int) -> list[triton.Config]:
+def parts_of(layout: Layout, dtype: torch.dtype, math: torch.dtype) -> tuple[int, int]:
+    """As how many numbers of ``math`` queries and weights are multiplied."""
+    if math == torch.float32:
+        return 1, 1
+    return 2 if layout.coded or dtype != math else 1, 2 if dtype == torch.float16 else 1
+
+
+def math_of(target: Target) -> torch.dtype:
+    return torch.float32 if target.arch == 75 else torch.bfloat16
+
+
+def pruned(target: Target, layout: Layout, rows: int, query_parts: int) -> list[triton.Config]:
     """The configurations that a target has room for and that waste no more than half of ``rows``, those of
     a sequence."""
     found, width = [], layout.group * layout.groups
+    as_they_are = layout.key_bits == 16 and math_of(target) == torch.bfloat16
     for config in SPACE:
         m = config.kwargs["BLOCK_M"]
         shared = config.num_stages * STEP.value * width * (layout.key_bits + layout.value_bits) // 8
-        # Sums, queries, scores; and what keys and values are made into, unless multiplied as they are.
-        numbers = m * (2 * width + STEP.value) + (STEP.value * layout.group if layout.key_bits != 16 else 0)
+        # Sums, queries, scores; and what keys and values are made into, unless multiplied as they are: targets
+        # that need more for sums make copies of operands.
+        numbers = m * ((1 + query_parts) * width + STEP.value)
+        numbers += 0 if as_they_are else STEP.value * layout.group * target.need // 4
         if fits(target, shared, numbers, config.num_warps * target.warp) and (m == 16 or m < 2 * rows):
             found.append(config)
     return found
 
 
 def _prune(_, named, **constants):
-    return pruned(target_of(named["q"].device), constants["F"], named["rows_about"])
+    target = target_of(named["q"].device)
+    return pruned(target, constants["F"], named["rows_about"], constants["QUERY_PARTS"])
 
 
 tuned_kernel = triton.autotune(
@@ -404,10 +432,10 @@ def paged_attention(
     """``torch.ops.memlm.paged_attention``, of f16 and bf16.  What ``rows``, ``lengths``, ``tables`` and
     ``tail_of`` hold is believed: to check it, the host would have to wait for the device.
 
-    ``config``: this one instead of the one that is found fastest; ``math``: products in this dtype, instead
-    of the one that suits the device.
+    ``config``: this one instead of the one that is found fastest; ``math``: products of bf16 or f32,
+    instead of what suits the device.
 
-    Raises UnsupportedError for a q of another dtype.
+    Raises UnsupportedError for a q of another dtype, and for heads too large for the device's registers.
     """
     format = _check(
         q, pool, tails, rows, lengths, tables, tail_of, type, block_tokens, scale, window, softcap, slopes,
@@ -419,10 +447,14 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.numel() or not len(lengths):
         return out
-    if math is None:
-        turing = q.device.type == "cuda" and target_of(q.device).arch == 75
-        math = torch.float16 if turing else torch.bfloat16
     layout, view = layout_of(format), VIEWS[format.type]
+    if math is None:
+        math = math_of(target_of(q.device))
+    query_parts, weight_parts = parts_of(layout, q.dtype, math)
+    if config is None and not pruned(target_of(q.device), layout, 1, query_parts):
+        raise UnsupportedError(
+            f"pool: head_dim = {format.dim} of {format.type} needs more registers than the device has"
+        )
     q, rows, lengths, tables = rows_of(q), rows.contiguous(), lengths.contiguous(), tables.contiguous()
     count, heads, kv_heads, sequences = len(q), q.shape[1], len(pool), len(lengths)
     group = heads // kv_heads
@@ -454,9 +486,8 @@ def paged_attention(
         sequences, pool.shape[1], 0 if tails is None else tails.shape[1], tables.shape[1], q.stride(0), heads,
         scale, window, softcap, chunk, splits, split_tokens, about(triton.cdiv(count * group, sequences)),
         TAIL=format.tail and layout_of(format.tail), SOFTCAP=softcap > 0, SLOPES=slopes is not None,
-        SPLIT=splits > 1, QUERY_PARTS=1 if q.dtype == math and not format.quantized else 2,
-        WEIGHT_PARTS=2 if q.dtype == torch.float16 else 1,
-        MATH=tl.float16 if math == torch.float16 else tl.bfloat16,
+        SPLIT=splits > 1, QUERY_PARTS=query_parts, WEIGHT_PARTS=weight_parts,
+        MATH=tl.float32 if math == torch.float32 else tl.bfloat16,
         **flags, **settings,
     )  # fmt: skip
     if splits > 1:

@@ -79,7 +79,7 @@ def weight_only() -> None:
     from memlm import ops
 
     from . import numerics
-    from .cuda_matmul_checks import DTYPES, in_range
+    from .gpu_matmul_checks import DTYPES, in_range
     from .matmul_checks import arguments, around_cases, random_case
 
     formats = {"w2_matmul": "int2a-g64", "w4_matmul": "int4a-g32", "w8_matmul": "int8-row"}
@@ -201,7 +201,7 @@ def others() -> None:
     from memlm import ops, sparse_formats
 
     from . import test_cuda_matmul_topk, test_quantize_weight, test_w4_sparse_dequantize
-    from .cuda_matmul_checks import in_range
+    from .gpu_matmul_checks import in_range
     from .matmul_checks import random_case
 
     types = (torch.float32, torch.float16, torch.bfloat16)
@@ -325,7 +325,7 @@ def device_runner() -> None:
     import torch
 
     from . import device, emulator
-    from .cuda_matmul_checks import in_range
+    from .gpu_matmul_checks import in_range
     from .matmul_checks import random_case
 
     x, packed, bias = random_case("nf4-g64", 40, 2112, 3, torch.float32)

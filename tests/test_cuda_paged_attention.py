@@ -38,7 +38,9 @@ def parts_off(type: str, dtype: torch.dtype, arch: int):
     return scores + lost, (two if dtype == torch.float16 else unit), two if type == "f32" else 0, lost
 
 
-def check(made: Paged, q, new, window=0, scale=None, sinks=None, arch=800, run=run, **rules):
+def check(
+    made: Paged, q, new, window=0, scale=None, sinks=None, arch=800, run=run, parts_off=parts_off, **rules
+):  # fmt: skip
     """A result within its bounds; returns the share of elements that a zero would fail."""
     format, group = made.format, q.shape[1] // made.pool.shape[0]
     scale = format.dim**-0.5 if scale is None else scale

@@ -13,7 +13,7 @@ from memlm.formats import Format, Packed
 from memlm.ops import _cuda
 
 from . import emulated_torch, emulator, numerics
-from .cuda_matmul_checks import DTYPES, in_range
+from .gpu_matmul_checks import DTYPES, in_range
 from .matmul_checks import arguments, random_case
 
 needs_gpu = pytest.mark.skipif(

@@ -1,5 +1,5 @@
-"""attention and attention_backward in Triton's interpreter against f64, forward and backward, with the cases of
-the CPU's tests, within the bounds that test_cuda_attention.py adds: the arithmetic is the same."""
+"""attention and attention_backward in Triton's interpreter against f64, with the cases of the CPU's tests,
+within the bounds that test_cuda_attention.py adds: the arithmetic is the same."""
 
 import itertools
 import math
@@ -180,7 +180,7 @@ def test_packed_sequences():
     dropped = run(LARGE, q, k, v, **offsets, dropout=0.2, seed=9, **options)
     # Offsets beyond the end count as the end.
     beyond = {"offsets": (q_ends + 100 * (q_ends == 71), k_ends + 100 * (k_ends == 90))}
-    for name, x in run(LARGE, q, k, v, grad, **beyond, **options).items():
+    for name, x in run(LARGE, q, k, v, **beyond, **options).items():
         assert torch.equal(x, got[name])
     for s in range(4):
         rows, keys = slice(*q_ends[s : s + 2].tolist()), slice(*k_ends[s : s + 2].tolist())
@@ -251,5 +251,8 @@ def test_refused():
     case = random_case(1, (1, 1), 2, 2, 8)[:3]
     with pytest.raises(kernels.UnsupportedError, match="query: got torch.float64"):
         run(SMALL, *(x.double() for x in case))
+    for name, value in (("softcap", -1.0), ("scale", math.inf)):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            run(SMALL, *case, **{name: value})
     with pytest.raises(ValueError, match="mask_block: got 48"):
         run(SMALL, *case, block_mask=bool_mask((1, 1, 1, 1)), mask_block=48)

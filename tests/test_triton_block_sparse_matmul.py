@@ -8,9 +8,9 @@ from memlm import sparse_formats
 from memlm.sparse_formats import SparsePacked
 
 from . import numerics
-from .cuda_matmul_checks import DTYPES, in_range
-from .matmul_checks import random_case, weight_arguments
-from .triton_matmul_checks import check, kernels, matmul
+from .gpu_matmul_checks import DTYPES
+from .matmul_checks import quantized, random_case, weight_arguments
+from .triton_matmul_checks import kernels, matmul
 from .triton_sparse_checks import Sparse
 
 from memlm.kernels import block_sparse_matmul
@@ -29,29 +29,12 @@ class TestBlockSparseMatmul(Sparse):
     SPACE = SPACE
 
     def test_not_finite(self, dtype):
-        """What is not finite stays in its own row, and in what is stored at its k."""
-        name = self.SOME[DTYPES.index(dtype)]
-        x, packed, bias = random_case(name, 64, 70, 9, torch.float32)
-        x, bias = in_range(x, dtype), bias.to(dtype)
-        clean = matmul(self.OP, x, packed, bias, SPACE[0])
-        tiles, places = sparse_formats.positions(packed)
-        reached = torch.zeros(4, 16, dtype=torch.bool)
-        reached[tiles[places == 2]] = True  # k 69
-        reached = reached.flatten()
-        assert reached.any() and not reached.all()
-        others = [row for row in range(9) if row != 1]
-        for value in (float("nan"), float("inf")):
-            bad = x.clone()
-            bad[1, 69] = value
-            y = matmul(self.OP, bad, packed, bias, SPACE[0])
-            assert torch.equal(y[others], clean[others])
-            assert torch.equal(y[1, ~reached], clean[1, ~reached])
-            assert not y[1, reached].isfinite().any()
+        self.check_not_finite(self.SOME[DTYPES.index(dtype)], dtype)
 
     def test_floats_without_bf16_products(self, monkeypatch):
         monkeypatch.setattr(block_sparse_matmul, "is_turing", lambda device: True)
         for name in ("block/f32", "block/bf16"):
-            check(self.OP, name, 17, 96, 7, torch.float16, [SPACE[0]])
+            self.check(name, 17, 96, 7, torch.float16)
 
     def test_floats_of_any_size(self):
         """Parts of weights and of x far from 1."""
@@ -60,6 +43,18 @@ class TestBlockSparseMatmul(Sparse):
             w = SparsePacked(packed.format, 20, 96, packed.codes * size, starts=packed.starts, places=packed.places)
             y = matmul(self.OP, x.bfloat16(), w, None, SPACE[0])
             numerics.assert_within(y, *numerics.exact_matmul(x.bfloat16(), w, None, "mma"))
+
+    def test_every_part_of_floats_counts(self, dtype):
+        """Where sums cancel, what is left are the products of the smallest parts that two numbers are cut
+        into."""
+        sign, a = torch.tensor([1.0, -1.0]).repeat(16), 3 * 2.0**-10  # beyond the 8 bits of 1 and 1.5
+        thirds = sign[None], (1 + a + 3 * 2.0**-19 * sign).expand(16, 32)  # beyond the 8 bits of a
+        lows = 1.5 * sign[None] + a, torch.full((16, 32), 1 + 255 * 2.0**-16)
+        for x, w in (thirds, lows) if dtype == torch.float16 else (thirds,):
+            packed = quantized(w, "block/f32")
+            assert torch.equal(x.to(dtype).float(), x)
+            y = matmul(self.OP, x.to(dtype), packed, None, SPACE[0])
+            numerics.assert_within(y, *numerics.exact_matmul(x.to(dtype), packed, None, "mma"))
 
     def test_more_rows_than_a_grid_has(self):
         n = 16 * block_sparse_matmul.MOST_TILES + 1

@@ -15,15 +15,14 @@ UNITS = {
     "sm_75": set(), "sm_90": {"mma.sync", "wgmma"}, "sm_100": {"mma.sync", "tcgen05"},
     "gfx942": {"mfma"}, "gfx1100": {"wmma"},
 }  # fmt: skip
-# What ptxas spills although registers are left: bytes, of 32 rows by 64 features.  And a few registers of RDNA 3,
-# of gradients of large heads.
+# What ptxas spills although registers are left: bytes, of 32 rows by 64 features; and of the largest heads.
 SPILLS = {
     ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
-    ("attention_backward kv causal f16", "gfx1100", "128 32x16 8 warps"): 6,
-    ("attention_backward q options bf16", "gfx1100", "128 32x16 8 warps"): 5,
-    ("attention_backward kv options bf16", "gfx1100", "128 32x16 8 warps"): 11,
-    ("attention_backward kv causal f32", "gfx1100", "64 32x16 8 warps"): 3,
+    ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
 }
+# Gradients of attention take all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
+# Which configuration is fastest is measured.
+FEW = {"cuda": 48, "hip": 20}
 # Kernels that multiply matrices; of f32 no unit does.
 MULTIPLY = re.compile(r".*matmul|linear_cross_entropy|(paged_)?attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
@@ -34,7 +33,8 @@ def check(found, name: str) -> None:
     assert found
     for code in found:
         assert not code.error, code
-        assert code.spills <= SPILLS.get((code.kernel, name, code.config), 0), code
+        few = FEW[target.backend] if code.kernel.startswith("attention_backward") else 0
+        assert code.spills <= SPILLS.get((code.kernel, name, code.config), few), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
         if MULTIPLY.match(code.kernel) and units:

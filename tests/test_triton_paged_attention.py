@@ -11,8 +11,8 @@ from memlm.ops.paged_attention import stored
 
 from .paged import paged
 from .test_attention import F32, slopes_of
-from .test_cuda_paged_attention import check, dtypes, types
-from .test_paged_attention import LENGTHS, NEW, random_queries
+from .test_cuda_paged_attention import check, types
+from .test_paged_attention import random_queries
 from .triton_interpreter import interpret
 
 interpret()
@@ -22,14 +22,14 @@ from memlm.kernels.paged_attention import SPACE  # noqa: E402
 FEW, MANY = SPACE[0], next(config for config in SPACE if config.kwargs["BLOCK_M"] == 64)
 
 
-def run_in(config):
+def run_in(config, math=torch.bfloat16):
     """What test_cuda_paged_attention.check takes."""
 
-    def run(made, q, new, scale=None, window=0, softcap=0.0, slopes=None, sinks=None, arch=800):
+    def run(made, q, new, scale=None, window=0, softcap=0.0, slopes=None, sinks=None, arch=None):
         scale = q.shape[2] ** -0.5 if scale is None else scale
         return kernels.implementation("paged_attention")(
             q, made.pool, made.tails, *made.step(new), scale, window, softcap, slopes, sinks, config=config,
-            math=torch.float16 if arch < 800 else torch.bfloat16,
+            math=math,
         )  # fmt: skip
 
     return run
@@ -48,25 +48,29 @@ def test_heads_and_sizes(type):
 
 
 @types
-@dtypes
 @pytest.mark.gpu_proof
-@pytest.mark.parametrize("config", [FEW, MANY], ids=str)
-def test_every_head_and_size(type, dtype, config):
-    for turn, (dim, kv_heads, group) in enumerate(
-        [
-            (64, 2, 1), (80, 1, 4), (96, 3, 3), (128, 2, 8), (33, 1, 2), (256, 1, 5), (1, 2, 7), (32, 1, 6),
-            (64, 1, 40), (512, 1, 2),
-        ]
-    ):  # fmt: skip
-        made = paged(type, dim, LENGTHS, kv_heads, (32, 64, 96)[turn % 3], dtype)
-        q = random_queries(NEW, kv_heads * group, dim, dtype)
-        assert check(made, q, NEW, run=run_in(config)) > 0.8
+@pytest.mark.parametrize(
+    "turn, dim, kv_heads, group",
+    [
+        (0, 64, 2, 1), (1, 80, 1, 4), (2, 96, 3, 3), (3, 128, 2, 8), (4, 33, 1, 2), (5, 256, 1, 5), (6, 1, 2, 7),
+        (7, 32, 1, 6), (8, 64, 1, 40), (9, 512, 1, 2),
+    ],
+)  # fmt: skip
+def test_every_head_and_size(type, turn, dim, kv_heads, group):
+    """In every configuration.  Bounds grow with a transform's size: of large heads less would fail zeros."""
+    lengths, new = [1, 64, 63, 65, 130], [1, 1, 20, 2, 1]
+    dtype = (torch.float16, torch.bfloat16)[turn % 2]
+    made = paged(type, dim, lengths, kv_heads, (32, 64, 96)[turn % 3], dtype)
+    q = random_queries(new, kv_heads * group, dim, dtype)
+    assert check(made, q, new, run=run_in(SPACE[turn % len(SPACE)])) > (0.8 if dim <= 128 else 0.6)
 
 
 @pytest.mark.parametrize("type", ["f32", pytest.param("bf16", marks=pytest.mark.gpu_proof), "int8", "int4"])
-def test_products_in_f16(type):
-    made = paged(type, 64, [70, 33], 1, dtype=torch.float16)
-    assert check(made, random_queries([1, 4], 3, 64, torch.float16), [1, 4], arch=750, run=run) > 0.8
+def test_products_of_f32(type):
+    """As on compute capability 7.5: nothing but what f32 rounds."""
+    made, q = paged(type, 64, [70, 33], 1, dtype=torch.float16), random_queries([1, 4], 3, 64, torch.float16)
+    run = run_in(FEW, torch.float32)
+    assert check(made, q, [1, 4], run=run, parts_off=lambda *_: (0, 0, 0, 0)) > 0.8
 
 
 def check_windows(type, window, lengths, new):
@@ -89,7 +93,7 @@ def test_windows(type, window):
 @pytest.mark.gpu_proof
 @pytest.mark.parametrize("window", [1, 2, 33, 64, 65, 1000])
 def test_every_window(type, window):
-    check_windows(type, window, LENGTHS, NEW)
+    check_windows(type, window, [65, 130, 70], [2, 20, 0])
 
 
 def check_options(type, every):
@@ -126,14 +130,15 @@ def test_long():
 
 
 @types
-@dtypes
 @pytest.mark.gpu_proof
-@pytest.mark.parametrize("config", [FEW, MANY], ids=str)
+@pytest.mark.parametrize("dtype, config", [(torch.float16, FEW), (torch.bfloat16, MANY)], ids=str)
 def test_long_in_every_type(type, dtype, config):
     check_long(type, dtype, config)
 
 
-@pytest.mark.parametrize("type", ["int8", *(pytest.param(t, marks=pytest.mark.gpu_proof) for t in ("f32", "bf16", "int4"))])
+@pytest.mark.parametrize(
+    "type", ["int8", *(pytest.param(t, marks=pytest.mark.gpu_proof) for t in ("f32", "bf16", "int4"))]
+)
 def test_independent_of_what_else_is_in_the_step(type):
     """A sequence's result is the same alone."""
     lengths, new = [1, 300, 130], [1, 2, 20]

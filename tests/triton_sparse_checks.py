@@ -9,10 +9,9 @@ from memlm import formats
 from memlm.sparse_formats import SparseFormat, pack
 
 from . import numerics, sparse
-from .cuda_matmul_checks import DTYPES
-from .cuda_sparse_checks import DENSITIES, check_density
+from .gpu_matmul_checks import DENSITIES, DTYPES, GpuSparse
 from .matmul_checks import SHAPES, WEIGHT_NAMES, around_cases, quantized, random_case, weight_arguments
-from .triton_matmul_checks import WeightOnly, check, kernels, matmul, split
+from .triton_matmul_checks import WeightOnly, kernels, matmul, split
 
 from memlm.kernels._targets import TARGETS
 from memlm.kernels._weight_only import pruned
@@ -44,30 +43,26 @@ def check_integers_exact(op: str, name: str, dtype, config):
         assert torch.equal(matmul(op, x.to(dtype), packed, None, config), exact)
 
 
-class Sparse(WeightOnly):
-    """``SOME``: one format of each kind; ``INTEGERS``: those whose sums are integers."""
+class Sparse(GpuSparse, WeightOnly):
+    """``INTEGERS``: formats whose sums are integers."""
 
-    SOME: list[str]
     INTEGERS: list[str]
 
     def pytest_generate_tests(self, metafunc):
         super().pytest_generate_tests(metafunc)
-        for name, values in (("some", self.SOME), ("integers", self.INTEGERS)):
-            if name in metafunc.fixturenames:
-                metafunc.parametrize(name, values)
-
-    def multiply(self, x, packed, bias):
-        return matmul(self.OP, x, packed, bias, self.SPACE[0])
+        if "integers" in metafunc.fixturenames:
+            metafunc.parametrize("integers", self.INTEGERS)
 
     def test_against_fp64(self, format, dtype):
         for case in FAST:
-            check(self.OP, format, *case, dtype, [self.SPACE[0], split(self.SPACE)])
+            self.check(format, *case, dtype, [True], config=self.SPACE[0])
+            self.check(format, *case, dtype, [False], config=split(self.SPACE))
 
     @pytest.mark.gpu_proof
     def test_every_shape_and_configuration(self, format, dtype, config):
         for n, k in PROOF_SHAPES:
             for m in (1, 33):
-                check(self.OP, format, n, k, m, dtype, [config])
+                self.check(format, n, k, m, dtype, config=config)
 
     def test_around(self, some):
         """Norm, swiglu and residual, each and together."""
@@ -91,13 +86,13 @@ class Sparse(WeightOnly):
 
     @pytest.mark.parametrize("density", DENSITIES)
     def test_densities(self, some, density):
-        check_density(self.multiply, some, 40, 70, 5, density, DTYPES[self.SOME.index(some) % 2])
+        self.check_density(some, 40, 70, 5, density, DTYPES[self.SOME.index(some) % 2])
 
     @pytest.mark.gpu_proof
     @pytest.mark.parametrize("density", DENSITIES)
     def test_every_density(self, format, dtype, density):
         for n, k in ((33, 2111), (130, 1057)):
-            check_density(self.multiply, format, n, k, 17, density, dtype)
+            self.check_density(format, n, k, 17, density, dtype)
 
     def test_integers_are_exact(self, integers):
         for dtype in DTYPES:
@@ -114,14 +109,6 @@ class Sparse(WeightOnly):
         y = matmul(self.OP, x, both, None, self.SPACE[0], swiglu=True)
         numerics.assert_within(y, *numerics.exact_around(x, both, "mma", swiglu=True))
         assert torch.equal(y[2], torch.zeros_like(y[2]))
-
-    def test_f32_scales(self, some):
-        """Weights far outside f16's range keep f32 scales."""
-        packed = quantized(sparse.random_weights(SparseFormat.parse(some), 40, 96) * 1e6, some)
-        assert packed.format.is_float or packed.scales.dtype == torch.float32
-        x = torch.randn(9, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
-        y = matmul(self.OP, x, packed, None, self.SPACE[0])
-        numerics.assert_within(y, *numerics.exact_matmul(x, packed, None, "mma"))
 
     def test_bad_input(self, some):
         x, packed, _ = random_case(some, 20, 96, 6, torch.float16)

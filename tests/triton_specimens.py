@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 import triton.language as tl
 
 from memlm.kernels import (
@@ -221,7 +222,7 @@ def _top_and_weight_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _kv_specimens(target: Target) -> Iterator[Specimen]:
-    for type, sizes in {"f32": (128,), "bf16": (80, 128), "int8": (128,), "int4": (128, 256)}.items():
+    for type, sizes in {"f32": (64, 128), "bf16": (80, 128), "int8": (128,), "int4": (64, 128, 256)}.items():
         for dim in sizes:
             format = KvFormat(type, 64, dim)
             number = {"f32": "*fp32", "bf16": "*bf16"}.get(type)
@@ -251,15 +252,15 @@ def _kv_specimens(target: Target) -> Iterator[Specimen]:
 
 
 def _paged_attention_specimens(target, name, dtype, dim, layout, types) -> Iterator[Specimen]:
-    f16, f = target.arch == 75, layout["F"]
-    exact = not f.coded and dtype == ("fp16" if f16 else "bf16")
+    f, math = layout["F"], paged_attention.math_of(target)
+    queries, weights = paged_attention.parts_of(f, torch.float16 if dtype == "fp16" else torch.bfloat16, math)
     flags = {"GROUP": 4, "WINDOW": True, "SINKS": True, "SLOTS_ARE_ROWS": False}
-    for config in paged_attention.pruned(target, f, 128):
+    for config in paged_attention.pruned(target, f, 128, queries):
         yield Specimen(
             f"paged_attention {name}", paged_attention.paged_attention_kernel, types,
             layout | flags | {
-                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": 1 if exact else 2,
-                "WEIGHT_PARTS": 2 if dtype == "fp16" else 1, "MATH": tl.float16 if f16 else tl.bfloat16,
+                "SOFTCAP": True, "SLOPES": True, "SPLIT": True, "QUERY_PARTS": queries, "WEIGHT_PARTS": weights,
+                "MATH": tl.float32 if math == torch.float32 else tl.bfloat16,
                 **config.kwargs,
             },
             f"{dim} {config.kwargs['BLOCK_M']} rows {config.num_warps} warps {config.num_stages} stages",
@@ -402,44 +403,52 @@ def _cross_entropy_specimens(target: Target) -> Iterator[Specimen]:
 
 
 ATTENTION = (
-    ("attention", attention.attention_kernel, attention.room),
-    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room),
-    ("attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room),
-)
+    ("attention", attention.attention_kernel, attention.room, _attention.SPACE),
+    ("attention_backward q", attention_backward.grad_q_kernel, attention_backward.q_room, _attention.SPACE),
+    (
+        "attention_backward kv", attention_backward.grad_kv_kernel, attention_backward.kv_room,
+        attention_backward.KV_SPACE,
+    ),
+)  # fmt: skip
 
 
 def _attention_specimens(target: Target) -> Iterator[Specimen]:
-    """Causal; and with all options at once but packed sequences, which exclude masks."""
-    strides = ("i32:16", "i32:16", "i32:16", 1)
-    causal = _attention.Rules(**(
-        dict.fromkeys(_attention.Rules._fields)
-        | dict.fromkeys("heads group q_len k_len sequences left right to_end".split(), "i32")
-        | {"scale": "fp32", "kept": "fp32"}
-    ))  # fmt: skip
+    """Causal; with all options at once but packed sequences, which exclude masks; and where all numbers are 1, which
+    are constants to Triton."""
+    strides, pieces = ("i32:16", "i32:16", "i32:16", 1), ("i32", "i32", "i32", 1)
+    numbers = "heads group q_len k_len sequences left right to_end".split()
+    nothing = dict.fromkeys(_attention.Rules._fields) | {"scale": "fp32", "kept": "fp32"}
+    causal = _attention.Rules(**nothing | dict.fromkeys(numbers, "i32"))
+    drops = dict.fromkeys(("dropped", "seed_low", "seed_high"), "i32")
+    ones = causal._replace(**dict.fromkeys([*numbers, *drops], 1))
+    last = _dtypes(target)[-1]
+    options = causal._replace(
+        softcap="fp32", slopes="*fp32", mask=f"*{last}", mask_strides=strides, block_mask="*u8", block_strides=pieces,
+        **drops,
+    )  # fmt: skip
     tensors = "q k v out grad grad_q grad_k grad_v".split()
-    for options, dtype in ((False, "fp16"), (True, _dtypes(target)[-1]), (False, "fp32")):
-        rules, size, mask_block = causal, 4 if dtype == "fp32" else 2, 128 if options else 0
-        if options:
-            rules = causal._replace(
-                softcap="fp32", slopes="*fp32", mask=f"*{dtype}", mask_strides=strides, block_mask="*u8",
-                block_strides=("i32", "i32", "i32", 1), dropped="i32", seed_low="i32", seed_high="i32",
-            )  # fmt: skip
+    for kind, dtype, rules in (
+        ("causal", "fp16", causal), ("options", last, options), ("causal", "fp32", causal), ("ones", "fp16", ones),
+    ):  # fmt: skip
+        size, mask_block = 4 if dtype == "fp32" else 2, 128 if rules.block_mask else 0
         types = {
             **dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys((f"{name}_strides" for name in tensors), strides),
-            **dict.fromkeys(("lse", "delta", "sinks"), "*fp32"), "grad_mask": "*fp32" if options else None,
+            **dict.fromkeys(("lse", "delta", "sinks"), "*fp32"), "grad_mask": "*fp32" if rules.mask else None,
             "scale": "fp32", "a": rules, "about": (1, 1, 1),
         }  # fmt: skip
-        of = f"{'options' if options else 'causal'} {NAMES[dtype]}"
-        for dim, (name, kernel, room) in itertools.product((64, 128, 256), ATTENTION):
-            for config in _attention.pruned(target, room, size, options, mask_block, dim, dim):
+        dims = (64,) if rules is ones else (64, 128, 256)
+        for dim, (name, kernel, room, space) in itertools.product(dims, ATTENTION):
+            found = _attention.pruned(space, target, room, size, rules is options, mask_block, dim, dim)
+            for config in found[:1] if rules is ones else found:
                 own, step = config.kwargs["OWN"], config.kwargs["STEP"]
                 yield Specimen(
-                    f"{name} {of}", kernel, {key: types[key] for key in kernel.arg_names if key in types},
+                    f"{name} {kind} {NAMES[dtype]}", kernel,
+                    {key: types[key] for key in kernel.arg_names if key in types},
                     {"dim": dim, "v_dim": dim, "DIM": dim, "V_DIM": dim, "MASK_BLOCK": mask_block, **config.kwargs},
                     f"{dim} {own}x{step} {config.num_warps} warps", config.num_warps, config.num_stages,
                 )  # fmt: skip
         yield Specimen(
-            f"attention_backward delta {of}", attention_backward.delta_kernel,
+            f"attention_backward delta {kind} {NAMES[dtype]}", attention_backward.delta_kernel,
             {key: types[key] for key in ("grad", "out", "delta", "grad_strides", "out_strides")},
             {"v_dim": 128, "V_DIM": 128, "OWN": attention_backward.DELTA_ROWS},
         )  # fmt: skip
