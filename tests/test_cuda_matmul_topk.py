@@ -138,9 +138,10 @@ def test_chunks_whose_logits_ascend(top):
 
 @pytest.mark.gpu_proof
 def test_rounds_of_rows():
+    """Of 128 rows, as more would leave a panel less than 256 features."""
     with of_processors(1):
         for format, mode in (("int4-g64", "accurate"), ("int8-row", "w8a8")):
-            check(format, mode, 17, 32, 4100, torch.float16)
+            check(format, mode, 270, 40, 150, torch.float16)
 
 
 @settings(max_examples=10, deadline=None)

@@ -12,8 +12,8 @@
 //   key    63 ... 32: the value    31 ... 0: 0xffffffff - index        0: nothing
 //
 // Workspace: rows of x made ready; sums that blocks of the product share; up to 2 x 64 KB of logits for each
-// multiprocessor, or 256 features where rows are many; 8 bytes for each of `top` keys of a chunk, and of a row.
-// Rows beyond kMostRows are another round.
+// multiprocessor; 8 bytes for each of `top` keys of a chunk, and of a row.  Rows beyond kMostRows, or so many
+// that a panel would have less than 256 features, are another round.
 #include "quantize_rows.h"
 #include "rows.h"
 #include "w8a8_matmul.h"
@@ -203,9 +203,10 @@ memlm_matmul_args TopK::some_args(int64_t row, int64_t count) const {
 
 memlm_status TopK::plan() {
   const memlm_packed& w = linear->w;
-  rows = args->m < kMostRows ? args->m : kMostRows;
-  const int64_t fill = 2 * gpu.processors * kBlockLogits / rows / kLeastFeatures * kLeastFeatures;
-  features = fill > kLeastFeatures ? fill : kLeastFeatures;
+  const int64_t tiles = 2 * gpu.processors * kBlockLogits / kLeastFeatures;  // of kLeastFeatures logits
+  rows = args->m;
+  for (const int64_t most : {kMostRows, tiles}) rows = rows < most ? rows : most;
+  features = tiles / rows * kLeastFeatures;
   if (features > w.n) features = w.n;
   const int64_t chunks = ceil_div(features, kChunk);
   slots = 1 + chunks;
