@@ -192,8 +192,10 @@ def linear_cross_entropy(
 
     Logits, their exponentials and all sums are f32.  Memory beside inputs, result and gradients, on the
     CPU: up to 2,048 x 4,096 logits, 32 MB, and an f32 copy of as many rows of hidden and weight; for
-    16-bit numbers backward also f32 sums of hidden's gradient, 4 k bytes for each token.  On GPUs a
-    target out of range gives NaN; elsewhere it is an error.  Differentiable once, in hidden, weight, bias.
+    16-bit numbers backward also f32 sums of hidden's gradient, 4 k bytes for each token.  GPU kernels take
+    f16 and bf16; forward they store no logits, backward the gradients of up to 2^26 at once, 128 MB,
+    rounded to the dtype.  There a target out of range gives NaN; on the CPU it is an error.
+    Differentiable once, in hidden, weight, bias.
 
     Raises TypeError or ValueError naming the argument that does not fit.
     """
