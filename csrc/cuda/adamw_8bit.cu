@@ -108,8 +108,8 @@ MEMLM_DEVICE uint32_t code_of(float x, const float (&bounds)[kBounds], const Rou
 
 // Stores a block's moment, and the largest magnitude that its codes are fractions of.
 template <bool is_signed>
-MEMLM_DEVICE void encode(const float (&values)[kHalves][4], const float (&bounds)[kBounds], const Rounding* rounding,
-                         uint8_t* codes, float* absmax, int left, bool at_once) {
+MEMLM_DEVICE void encode(const float (&values)[kHalves][4], const float (&bounds)[kBounds],
+                         const Rounding* rounding, uint8_t* codes, float* absmax, int left, bool at_once) {
   uint32_t largest = 0;
   for (const auto& half : values) {
     for (const float value : half) largest = magnitude(value) > largest ? magnitude(value) : largest;
@@ -184,12 +184,14 @@ memlm_status memlm_cuda_adamw_8bit(const memlm_adamw_8bit_args* args, memlm_cuda
   MEMLM_CHECK(args, "args: NULL");
   const memlm_adamw_8bit_args& a = *args;
   MEMLM_CHECK(a.count >= 0, "count: got %lld, at least 0 is needed", static_cast<long long>(a.count));
-  MEMLM_CHECK(!a.count || (a.param && a.grad && a.exp_avg && a.exp_avg_absmax && a.exp_avg_sq && a.exp_avg_sq_absmax),
-              "param, grad, exp_avg, exp_avg_sq or one of their magnitudes: NULL");
+  MEMLM_CHECK(
+      !a.count || (a.param && a.grad && a.exp_avg && a.exp_avg_absmax && a.exp_avg_sq && a.exp_avg_sq_absmax),
+      "param, grad, exp_avg, exp_avg_sq or one of their magnitudes: NULL");
   const char* const wrong = wrong_hyperparameter(a);
   MEMLM_CHECK(!wrong, "%s: accepted are finite numbers from 0 on, betas below 1, steps from 1", wrong);
   MEMLM_PASS(check_arrays(a.dtype, "param, grad", {a.param, a.grad}));
-  MEMLM_PASS(check_arrays(MEMLM_F32, "exp_avg_absmax, exp_avg_sq_absmax", {a.exp_avg_absmax, a.exp_avg_sq_absmax}));
+  MEMLM_PASS(
+      check_arrays(MEMLM_F32, "exp_avg_absmax, exp_avg_sq_absmax", {a.exp_avg_absmax, a.exp_avg_sq_absmax}));
   Gpu gpu;
   MEMLM_PASS(find_gpu(MEMLM_F16, &gpu));
   if (!a.count) return MEMLM_OK;
@@ -216,6 +218,8 @@ memlm_status memlm_cuda_adamw_8bit(const memlm_adamw_8bit_args* args, memlm_cuda
   void (*const kernel)(Step) = a.dtype == MEMLM_F32   ? &adamw_8bit_kernel<float>
                                : a.dtype == MEMLM_F16 ? &adamw_8bit_kernel<f16>
                                                       : &adamw_8bit_kernel<bf16>;
-  const int64_t wanted = ceil_div(p.blocks, kWarps), most = static_cast<int64_t>(gpu.processors) * kBlocksAProcessor;
-  return started(launch(kernel, {wanted < most ? wanted : most}, kThreads, 2 * sizeof(Tables), queue->stream, p));
+  const int64_t wanted = ceil_div(p.blocks, kWarps),
+                most = static_cast<int64_t>(gpu.processors) * kBlocksAProcessor;
+  return started(
+      launch(kernel, {wanted < most ? wanted : most}, kThreads, 2 * sizeof(Tables), queue->stream, p));
 }

@@ -41,8 +41,8 @@ struct BlockSparse : WeightOnly {
 
 // ---- Values: [part][row][pair of k], as the lane has them, from a block in shared memory ----
 
-// Where 16-byte piece `piece` of a block of `bits` bits a weight lies in shared memory: turned about by which 8
-// k it is of, so that lanes that read the same rows of different k meet different banks.
+// Where 16-byte piece `piece` of a block of `bits` bits a weight lies in shared memory: turned about by which
+// 8 k it is of, so that lanes that read the same rows of different k meet different banks.
 template <int bits>
 MEMLM_DEVICE int place_of_piece(int piece) {
   return bits < 4 ? piece : piece ^ piece / bits % 4 << 1;
@@ -125,11 +125,13 @@ struct F32s {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       Vec2 rows[2];
-      for (int j = 0; j < 2; j++) rows[j] = load<Vec2>(byte_of<kBits>(block, (8 * c + 2 * i + j) * 64 + g * 8));
+      for (int j = 0; j < 2; j++)
+        rows[j] = load<Vec2>(byte_of<kBits>(block, (8 * c + 2 * i + j) * 64 + g * 8));
       uint32_t pairs[2][kParts];
       cut(as_float(rows[0].x), as_float(rows[1].x), pairs[0]);
       cut(as_float(rows[0].y), as_float(rows[1].y), pairs[1]);
-      for (int part = 0; part < kParts; part++) w[part][0][i] = pairs[0][part], w[part][1][i] = pairs[1][part];
+      for (int part = 0; part < kParts; part++)
+        w[part][0][i] = pairs[0][part], w[part][1][i] = pairs[1][part];
     }
   }
 };
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
   const int token0 = block_z() * kTokenTiles * kTokenTile;
   constexpr int kHalf = kRows / 2;
   const bool upper = p.swiglu && row >= kHalf;
-  const int tile = p.swiglu ? block_x() * kHalf + row % kHalf + (upper ? p.tiles / 2 : 0) : block_x() * kRows + row;
+  const int tile =
+      p.swiglu ? block_x() * kHalf + row % kHalf + (upper ? p.tiles / 2 : 0) : block_x() * kRows + row;
   const bool have = tile < (p.swiglu && !upper ? p.tiles / 2 : p.tiles);
 
   // Blocks first .. first + count - 1 are this warp's.
@@ -180,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
     for (int i = lane(); i < kBlocks * kPieces; i += kWarp) {
       const bool there = i / kPieces < blocks;
       const int64_t offset = there ? block * kBits * 64 + i * 16 : 0;
-      copy_async(to + (i / kPieces * kPieces + place_of_piece<kBits>(i % kPieces)) * 16, p.codes + offset, there);
+      copy_async(to + (i / kPieces * kPieces + place_of_piece<kBits>(i % kPieces)) * 16, p.codes + offset,
+                 there);
     }
     if (kScaled && lane() < kBlocks * p.scale_bytes) {
       const bool there = lane() / p.scale_bytes < blocks;
@@ -334,8 +338,9 @@ __global__ void __launch_bounds__(kThreads, 2) block_sparse_kernel(const BlockSp
 template <class T, class Values>
 memlm_status launch_block_sparse(const BlockSparse& p, const Plan& plan) {
   const int bytes = kWarps * Values::stages_of(plan.gpu.arch) * kStageOf<Values>;
-  return started(launch(plan.token_tiles == 1 ? &block_sparse_kernel<T, Values, 1> : &block_sparse_kernel<T, Values, 4>,
-                        plan.grid, kThreads, bytes, plan.stream, p));
+  return started(
+      launch(plan.token_tiles == 1 ? &block_sparse_kernel<T, Values, 1> : &block_sparse_kernel<T, Values, 4>,
+             plan.grid, kThreads, bytes, plan.stream, p));
 }
 
 template <class T>
@@ -355,7 +360,8 @@ memlm_status launch_block_sparse_of(const memlm_packed* w, int bits, const Block
 memlm_status check_blocks(const memlm_packed* w, int bits) {
   MEMLM_CHECK(w && w->pattern == MEMLM_BLOCKS, "w: NULL, or its pattern is not blocks");
   MEMLM_CHECK(w->starts, "starts: NULL");
-  MEMLM_CHECK(w->group == kBlockK, "group: got %lld, accepted for blocks is 32", static_cast<long long>(w->group));
+  MEMLM_CHECK(w->group == kBlockK, "group: got %lld, accepted for blocks is 32",
+              static_cast<long long>(w->group));
   MEMLM_CHECK(are_floats(bits) || bits == 2 || bits == 4 || bits == 8,
               "bits: got %d, accepted are 2, 4, 8, 16 and 32", bits);
   MEMLM_CHECK(!are_floats(bits) || (!w->scales && !w->offsets && !w->levels),

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* o
     const float offset = p.offsets ? scale_at(p.offsets, p.scale_bytes, scale) : 0;
     const uint32_t codes = load<uint32_t>(p.codes + ((tile * p.words + word) * kTile + in_tile) * 4);
     for (int i = 0; i < kNumbers; i++) {
-      const uint32_t byte = codes >> i % 4 * 8 & 0xff, code = byte >> i / 4 % kFields * bits & ((1 << bits) - 1);
+      const uint32_t byte = codes >> i % 4 * 8 & 0xff,
+                     code = byte >> i / 4 % kFields * bits & ((1 << bits) - 1);
       const float number = bits == 8                        ? static_cast<float>(static_cast<int8_t>(byte))
                            : bits == 4 && p.has_levels ? levels[code]
                                                        : static_cast<float>(code) - p.zero;
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* o
     if (p.at_once == 8) {  // k is a multiple of 8
       for (int i = 0; i < kNumbers && first + i < p.k; i += 8) {
         const float* const v = values + i;
-        store(to + i, Vec4{pair<T>(v[0], v[1]), pair<T>(v[2], v[3]), pair<T>(v[4], v[5]), pair<T>(v[6], v[7])});
+        store(to + i,
+              Vec4{pair<T>(v[0], v[1]), pair<T>(v[2], v[3]), pair<T>(v[4], v[5]), pair<T>(v[6], v[7])});
       }
       return;
     }
@@ -131,9 +133,10 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
 
 }  // namespace memlm::cuda
 
-memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows, memlm_dtype dtype,
-                                   void* out, memlm_cuda_queue* queue) {
-  MEMLM_CHECK(w && row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row, "rows: got %lld from %lld on, W has %lld",
-              static_cast<long long>(rows), static_cast<long long>(row), static_cast<long long>(w ? w->n : 0));
+memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
+                                   memlm_dtype dtype, void* out, memlm_cuda_queue* queue) {
+  MEMLM_CHECK(w && row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
+              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows),
+              static_cast<long long>(row), static_cast<long long>(w ? w->n : 0));
   return memlm::cuda::dequantize_rows(w, bits, nullptr, row, rows, dtype, out, queue);
 }

@@ -100,7 +100,9 @@ MEMLM_DEVICE Vec4 load_once(const void* from) {
   return v;
 }
 
-MEMLM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+MEMLM_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 // Begins to copy 16 aligned bytes from global to shared memory, past L1; where not `valid`, zeros.  What
 // is copied is there once wait_copies says so, and for other threads after a barrier behind that.  From
@@ -154,7 +156,9 @@ MEMLM_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAll, vote); }
 // ---- Bits ----
 
 // Bytes 0-3 are a's, 4-7 b's; nibble i of `select` says which becomes byte i.
-MEMLM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) { return __byte_perm(a, b, select); }
+MEMLM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
+  return __byte_perm(a, b, select);
+}
 MEMLM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 MEMLM_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 MEMLM_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
@@ -416,7 +420,8 @@ bool launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_by
 
 // Sets bytes of device memory to 0 on a stream.
 inline bool clear(void* where, int64_t bytes, void* stream) {
-  return cudaMemsetAsync(where, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)) == cudaSuccess;
+  return cudaMemsetAsync(where, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)) ==
+         cudaSuccess;
 }
 
 }  // namespace memlm

@@ -30,7 +30,8 @@ MEMLM_DEVICE void load_scales(const uint8_t* from, int bytes, float (&to)[4]) {
 
 // One of them.
 MEMLM_DEVICE float scale_at(const uint8_t* array, int bytes, int64_t i) {
-  return bytes == 2 ? to_float(reinterpret_cast<const f16*>(array)[i]) : reinterpret_cast<const float*>(array)[i];
+  return bytes == 2 ? to_float(reinterpret_cast<const f16*>(array)[i])
+                    : reinterpret_cast<const float*>(array)[i];
 }
 
 // To an array that is aligned to all four.
@@ -46,8 +47,12 @@ MEMLM_DEVICE void store_four(T* to, const float (&v)[4]) {
 // Arrays of T, by index.
 template <class T>
 struct Elements {
-  static MEMLM_DEVICE float read(const void* array, int64_t i) { return to_float(static_cast<const T*>(array)[i]); }
-  static MEMLM_DEVICE void write(void* array, int64_t i, float v) { static_cast<T*>(array)[i] = from_float<T>(v); }
+  static MEMLM_DEVICE float read(const void* array, int64_t i) {
+    return to_float(static_cast<const T*>(array)[i]);
+  }
+  static MEMLM_DEVICE void write(void* array, int64_t i, float v) {
+    static_cast<T*>(array)[i] = from_float<T>(v);
+  }
   static MEMLM_DEVICE void write_four(void* array, int64_t i, const float (&v)[4]) {
     store_four(static_cast<T*>(array) + i, v);
   }

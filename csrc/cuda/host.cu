@@ -53,7 +53,8 @@ memlm_status fail(memlm_status status, const char* format, ...) {
 }
 
 memlm_status find_gpu(memlm_dtype dtype, Gpu* gpu) {
-  if (!current_gpu(gpu)) return fail(MEMLM_UNSUPPORTED, "no CUDA device with a driver for CUDA %d or later", kCuda);
+  if (!current_gpu(gpu))
+    return fail(MEMLM_UNSUPPORTED, "no CUDA device with a driver for CUDA %d or later", kCuda);
   const char* const accepted = "accepted are f16 from compute capability 7.5 on and bf16 from 8.0 on";
   if (gpu->arch < 750) {
     return fail(MEMLM_UNSUPPORTED, "the device has compute capability %d.%d; %s", gpu->arch / 100,
@@ -91,7 +92,8 @@ memlm_status check_values(const memlm_packed* w, int bits) {
               static_cast<long long>(most_k));
   const int64_t g = w->group;
   MEMLM_CHECK(g == 32 || g == 64 || g == 128 || (g == 0 && bits == 8),
-              "w: got a group of %lld, accepted are 32, 64, 128, and 0 for 8 bits", static_cast<long long>(g));
+              "w: got a group of %lld, accepted are 32, 64, 128, and 0 for 8 bits",
+              static_cast<long long>(g));
   MEMLM_CHECK(w->scale_dtype == MEMLM_F16 || w->scale_dtype == MEMLM_F32, "w: its scales must be f16 or f32");
   MEMLM_CHECK(!w->offsets || bits < 8, "w: 8-bit weights have no offsets");
   MEMLM_CHECK(!w->levels || (bits == 4 && !w->offsets), "w: levels are for 4 bits without offsets");
@@ -112,12 +114,13 @@ memlm_status check_matmul(const memlm_packed* w, const memlm_matmul_args* args, 
   MEMLM_CHECK(args->y_stride >= columns && (!args->residual || args->residual_stride >= columns),
               "y_stride, residual_stride: at least %lld are needed", static_cast<long long>(columns));
   if (!int8_x) MEMLM_PASS(check_arrays(args->dtype, "x", {args->x}));
-  return check_arrays(args->dtype, "y, bias, residual, norm", {args->y, args->bias, args->residual, args->norm});
+  return check_arrays(args->dtype, "y, bias, residual, norm",
+                      {args->y, args->bias, args->residual, args->norm});
 }
 
 memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer_list<const void*> arrays) {
-  MEMLM_CHECK(dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16, "dtype: got %d, accepted are 0 to 2",
-              static_cast<int>(dtype));
+  MEMLM_CHECK(dtype == MEMLM_F32 || dtype == MEMLM_F16 || dtype == MEMLM_BF16,
+              "dtype: got %d, accepted are 0 to 2", static_cast<int>(dtype));
   for (const void* array : arrays) {
     MEMLM_CHECK(is_aligned(array, bytes_of(dtype)), "%s: not aligned to an element", names);
   }

@@ -43,8 +43,8 @@ memlm_status kv_cache(const memlm_kv_pool* pool, const memlm_sequences* s, KvCac
 
 memlm_status check_bounds(const memlm_cuda_bounds* bounds) {
   MEMLM_CHECK(bounds, "bounds: NULL");
-  MEMLM_CHECK(bounds->rows >= 0 && bounds->rows <= INT32_MAX, "bounds: got rows = %lld, accepted is 0 to 2^31 - 1",
-              static_cast<long long>(bounds->rows));
+  MEMLM_CHECK(bounds->rows >= 0 && bounds->rows <= INT32_MAX,
+              "bounds: got rows = %lld, accepted is 0 to 2^31 - 1", static_cast<long long>(bounds->rows));
   MEMLM_CHECK(bounds->longest >= 0, "bounds: got longest = %lld, accepted is 0 (the tables' size) or above",
               static_cast<long long>(bounds->longest));
   return MEMLM_OK;

@@ -13,14 +13,14 @@
 //                                             0           0 1 2 3               | 0 1 2 3
 //                                             1           1 0 3 2               | 1 0 3 2   ...
 //
-// A lane has 4 tokens (g, g + 8, g + 16, g + 24 of its warp's) and 16 of their words, and keeps for each of its
-// tokens a maximum of its own, the sum of exponentials relative to it, the sum of logits, and the target's
-// logit.  These are put together at the end only: among the four lanes of a token by shuffles, among warps and
-// thread blocks by a second kernel, in their order.
+// A lane has 4 tokens (g, g + 8, g + 16, g + 24 of its warp's) and 16 of their words, and keeps for each of
+// its tokens a maximum of its own, the sum of exponentials relative to it, the sum of logits, and the
+// target's logit.  These are put together at the end only: among the four lanes of a token by shuffles, among
+// warps and thread blocks by a second kernel, in their order.
 //
 // Backward computes the logits of some words again and stores what their gradients are,
-// grad (exp(z - lse) - (1 - smoothing) [j = target] - smoothing / v), rounded to 16 bits; two ordinary products
-// make of these the gradients of hidden and weight (csrc/torch/training.h).
+// grad (exp(z - lse) - (1 - smoothing) [j = target] - smoothing / v), rounded to 16 bits; two ordinary
+// products make of these the gradients of hidden and weight (csrc/torch/training.h).
 //
 // Arithmetic: products of 16-bit numbers and their sums f32, then + bias; exponentials and their sums f32, in
 // units of log2.  -Inf is a word that is not there.
@@ -88,7 +88,8 @@ static_assert(kTokens == kWords);
 
 // z [32 tokens][64 words] += a stage's products.
 template <class T>
-MEMLM_DEVICE void multiply_stage(uint8_t* hidden, uint8_t* weight, int token0, int word0, float (&z)[2][8][4]) {
+MEMLM_DEVICE void multiply_stage(uint8_t* hidden, uint8_t* weight, int token0, int word0,
+                                 float (&z)[2][8][4]) {
   const int r = lane() % 8, upper = lane() / 8 % 2, last = lane() / 16;
 #pragma unroll(kArch < 800 ? 1 : kStageK / 16)  // 7.5 has no registers for both
   for (int d = 0; d < kStageK / 16; d++) {
@@ -232,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(const Logits p, Par
 #pragma unroll
   for (int i = 0; i < kMine; i++) {
     for (int mask = 1; mask < 4; mask *= 2) {
-      join(mine[i], {shuffle_xor(mine[i].most, mask), shuffle_xor(mine[i].total, mask), shuffle_xor(mine[i].sum, mask),
-                     shuffle_xor(mine[i].logit, mask)});
+      join(mine[i], {shuffle_xor(mine[i].most, mask), shuffle_xor(mine[i].total, mask),
+                     shuffle_xor(mine[i].sum, mask), shuffle_xor(mine[i].logit, mask)});
     }
     const int token = first_token + 8 * i;
     if (lane() % 4 == 0 && token < p.hidden.rows) write_part(parts + part * p.hidden.rows + token, mine[i]);
@@ -335,7 +336,8 @@ Logits logits_of(const memlm_cuda_linear_cross_entropy_args& a, int64_t first, i
   const int64_t bytes = bytes_of(a.dtype);
   Logits p = {};
   p.hidden = matrix(a.hidden, a.hidden_stride, a.m, a.k);
-  p.weight = matrix(static_cast<const char*>(a.weight) + first * a.weight_stride * bytes, a.weight_stride, words, a.k);
+  p.weight = matrix(static_cast<const char*>(a.weight) + first * a.weight_stride * bytes, a.weight_stride,
+                    words, a.k);
   p.bias = a.bias ? static_cast<const char*>(a.bias) + first * bytes : nullptr;
   p.k = static_cast<int>(a.k);
   p.tiles = static_cast<int>(ceil_div(words, kWords));
@@ -382,9 +384,10 @@ memlm_status memlm_cuda_linear_cross_entropy_backward(const memlm_cuda_linear_cr
   const memlm_cuda_linear_cross_entropy_args& a = *args;
   const memlm_cuda_linear_cross_entropy_grads& g = *grads;
   constexpr int64_t most_words = 65535 * kWords;
-  MEMLM_CHECK(g.first >= 0 && g.words >= 0 && g.words <= most_words && g.first <= a.v && g.words <= a.v - g.first,
-              "words: got %lld from %lld on, there are %lld, accepted are up to %lld at once",
-              static_cast<ll>(g.words), static_cast<ll>(g.first), static_cast<ll>(a.v), static_cast<ll>(most_words));
+  MEMLM_CHECK(
+      g.first >= 0 && g.words >= 0 && g.words <= most_words && g.first <= a.v && g.words <= a.v - g.first,
+      "words: got %lld from %lld on, there are %lld, accepted are up to %lld at once",
+      static_cast<ll>(g.words), static_cast<ll>(g.first), static_cast<ll>(a.v), static_cast<ll>(most_words));
   MEMLM_CHECK(!a.m || !g.words || (a.lse && g.grad && g.grad_logits), "lse, grad, grad_logits: NULL");
   MEMLM_PASS(check_arrays(MEMLM_F32, "lse, grad", {a.lse, g.grad}));
   MEMLM_PASS(check_arrays(a.dtype, "grad_logits", {g.grad_logits}));
@@ -396,6 +399,6 @@ memlm_status memlm_cuda_linear_cross_entropy_backward(const memlm_cuda_linear_cr
                       a.label_smoothing / static_cast<float>(a.v), static_cast<int>(g.first), g.grad_logits,
                       g.words, pairs};
   const auto kernel = a.dtype == MEMLM_F16 ? &gradient_kernel<f16> : &gradient_kernel<bf16>;
-  return started(launch(kernel, {ceil_div(a.m, kTokens), p.tiles}, kThreads, stages_of(gpu.arch) * kStageBytes,
-                        queue->stream, p, q));
+  return started(launch(kernel, {ceil_div(a.m, kTokens), p.tiles}, kThreads,
+                        stages_of(gpu.arch) * kStageBytes, queue->stream, p, q));
 }

@@ -1,9 +1,9 @@
 // The largest logits of each row of y = x W^T + bias.
 //
-// The product runs a panel of W's features at a time, and only the panel's logits are stored, in f32.  A panel
-// is as many features as give each multiprocessor two blocks of the product; two kernels follow it: one whose
-// blocks each find the largest of up to kChunk logits of a row, and one that finds the largest of those and of
-// what earlier panels had.
+// The product runs a panel of W's features at a time, and only the panel's logits are stored, in f32.  A
+// panel is as many features as give each multiprocessor two blocks of the product; two kernels follow it: one
+// whose blocks each find the largest of up to kChunk logits of a row, and one that finds the largest of those
+// and of what earlier panels had.
 //
 // A logit and its index are one integer of 64 bits, a key, whose order is that of the result: the bits of the
 // value so that they ascend with it, NaN above all, -0 as 0; below them the index, inverted, as the lowest
@@ -232,8 +232,8 @@ memlm_status TopK::plan() {
 }
 
 // The logits of some rows and features, of x that is ready.
-memlm_status TopK::multiply(const memlm_packed& w, const memlm_matmul_args& some, const void* x, int64_t stride,
-                            const float* scales, char* workspace) const {
+memlm_status TopK::multiply(const memlm_packed& w, const memlm_matmul_args& some, const void* x,
+                            int64_t stride, const float* scales, char* workspace) const {
   if (integers) {
     return multiply_ready(&w, &some, {static_cast<const int8_t*>(x), stride, scales}, gpu, workspace, stream);
   }
@@ -261,8 +261,9 @@ memlm_status TopK::run(char* workspace, float* values, int64_t* indices) const {
     const int64_t count = args->m - row < rows ? args->m - row : rows;
     memlm_matmul_args some = some_args(row, count);
     if (integers) {
-      MEMLM_PASS(begin_quantize_rows(count, w.k, some.x, some.x_stride, some.dtype, some.norm, some.norm_eps, 0,
-                                     {reinterpret_cast<int8_t*>(ready), x_stride(), scales, 1, rows}, stream));
+      MEMLM_PASS(begin_quantize_rows(count, w.k, some.x, some.x_stride, some.dtype, some.norm, some.norm_eps,
+                                     0, {reinterpret_cast<int8_t*>(ready), x_stride(), scales, 1, rows},
+                                     stream));
     } else if (!x_is_ready()) {
       MEMLM_PASS(ready_rows(&some, w.k, ready, stream));
     }
@@ -292,8 +293,8 @@ memlm_status TopK::run(char* workspace, float* values, int64_t* indices) const {
   return MEMLM_OK;
 }
 
-memlm_status check(const memlm_linear* linear, const memlm_matmul_args* args, int64_t top, const float* values,
-                   const int64_t* indices) {
+memlm_status check(const memlm_linear* linear, const memlm_matmul_args* args, int64_t top,
+                   const float* values, const int64_t* indices) {
   MEMLM_CHECK(linear && args, "linear, args: NULL");
   const int bits = linear->bits;
   MEMLM_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: got %d, accepted are 2, 4 and 8", bits);

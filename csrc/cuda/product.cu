@@ -16,12 +16,12 @@ void describe_product(const memlm_packed* w, const memlm_matmul_args* args, Prod
   p->wide = args->y_stride % 4 == 0 && is_aligned(args->y, 4 * bytes_of(args->dtype));
 }
 
-memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks, int64_t most_splits,
-                         int64_t sums, const Gpu& gpu, void* stream, Plan* plan) {
+memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks,
+                         int64_t most_splits, int64_t sums, const Gpu& gpu, void* stream, Plan* plan) {
   constexpr int64_t most_blocks = 65535;
   const int64_t tokens = token_tiles * kTokenTile, token_blocks = ceil_div(args->m, tokens);
-  MEMLM_CHECK(token_blocks <= most_blocks, "m: got %lld, at most %lld are accepted", static_cast<long long>(args->m),
-              static_cast<long long>(most_blocks * tokens));
+  MEMLM_CHECK(token_blocks <= most_blocks, "m: got %lld, at most %lld are accepted",
+              static_cast<long long>(args->m), static_cast<long long>(most_blocks * tokens));
   const int64_t blocks = row_blocks * token_blocks;
   // As many as fill two for each multiprocessor.
   const int64_t wanted = 2 * gpu.processors / blocks, some = wanted < most_splits ? wanted : most_splits;
@@ -37,13 +37,17 @@ memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t
 memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, const Gpu& gpu, void* stream,
                           Product* p, Plan* plan) {
   describe_product(w, args, p);
-  const int token_tiles = args->m <= 8 ? 1 : args->m <= 16 ? 2 : args->m <= 32 ? 4 : 8, rows = rows_of(token_tiles);
+  const int token_tiles = args->m <= 8    ? 1
+                          : args->m <= 16 ? 2
+                          : args->m <= 32 ? 4
+                                          : 8,
+            rows = rows_of(token_tiles);
   const int64_t pairs = p->swiglu ? p->tiles / 2 : ceil_div(p->tiles, 2);
   // While each slice of each block still has a pipeline's worth of stages.
   constexpr int64_t least = 4;
   const int64_t most_splits = ceil_div(p->steps, kStageSteps) / (least * slices_of(token_tiles));
-  return plan_blocks(args, token_tiles, ceil_div(pairs, rows), most_splits, token_tiles * 8 * rows * kWarp, gpu,
-                     stream, plan);
+  return plan_blocks(args, token_tiles, ceil_div(pairs, rows), most_splits, token_tiles * 8 * rows * kWarp,
+                     gpu, stream, plan);
 }
 
 void store_f32(Product* p) {

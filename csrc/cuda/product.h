@@ -70,8 +70,8 @@ struct Place {
 
 // ---- The parts of a sum ----
 
-// What the slices of a block have, of which `kRows` warps are one, and the blocks along y, becomes the sums of
-// the threads for which this is true.  All threads of the block come, behind a barrier.
+// What the slices of a block have, of which `kRows` warps are one, and the blocks along y, becomes the sums
+// of the threads for which this is true.  All threads of the block come, behind a barrier.
 template <int kRows, class Sum, int kTiles, int kFirst, int kSecond>
 MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond]) {
   constexpr int kSums = kTiles * kFirst * kSecond, kSlices = kWarps / kRows, kSlots = kRows * kWarp;
@@ -125,7 +125,8 @@ using FloatElements = Elements<float>;
 
 MEMLM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-1.4426950408889634f * x)); }
 
-// Rounds value(t, r, j), row r and token j of token tile t, once: y <- it + bias, then swiglu, then + residual.
+// Rounds value(t, r, j), row r and token j of token tile t, once: y <- it + bias, then swiglu, then +
+// residual.
 template <int kTokenTiles, class Elements, class Value>
 MEMLM_DEVICE void finish(const Product& p, const Place<kTokenTiles>& place, const Elements& elements,
                          const Value& value) {
@@ -174,10 +175,10 @@ inline int shift_of_group(int64_t group) { return group == kStep ? 0 : group == 
 // A product's fields but what lies in the workspace.  For checked arguments.
 void describe_product(const memlm_packed* w, const memlm_matmul_args* args, Product* p);
 
-// Blocks for all rows and all tiles of tokens; they share out k where there would be too few, among at most so
-// many.  sums: of a block.
-memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks, int64_t most_splits,
-                         int64_t sums, const Gpu& gpu, void* stream, Plan* plan);
+// Blocks for all rows and all tiles of tokens; they share out k where there would be too few, among at most
+// so many.  sums: of a block.
+memlm_status plan_blocks(const memlm_matmul_args* args, int token_tiles, int64_t row_blocks,
+                         int64_t most_splits, int64_t sums, const Gpu& gpu, void* stream, Plan* plan);
 
 // describe_product, and the plan for pairs of tiles and stages of kStageK k.
 memlm_status plan_product(const memlm_packed* w, const memlm_matmul_args* args, const Gpu& gpu, void* stream,

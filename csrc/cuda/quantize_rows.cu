@@ -34,8 +34,8 @@ struct Rounding {
 };
 
 template <class T, bool whole>
-__global__ void __launch_bounds__(kRowThreads) quantize_rows_kernel(const T* x, int64_t x_stride, const T* norm,
-                                                                    float eps, int k, QuantizedRows to) {
+__global__ void __launch_bounds__(kRowThreads)
+    quantize_rows_kernel(const T* x, int64_t x_stride, const T* norm, float eps, int k, QuantizedRows to) {
   x += block_x() * x_stride;
   int8_t* const codes = to.codes + block_x() * to.stride;
   float* const scales = to.scales + block_x() * to.row_step;
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kRowThreads) quantize_rows_kernel(const T* x, 
 }
 
 template <class T>
-memlm_status begin(int64_t m, int64_t k, const void* x, int64_t x_stride, const void* norm, float eps, bool whole,
-                   const QuantizedRows& to, void* stream) {
+memlm_status begin(int64_t m, int64_t k, const void* x, int64_t x_stride, const void* norm, float eps,
+                   bool whole, const QuantizedRows& to, void* stream) {
   const auto kernel = whole ? &quantize_rows_kernel<T, true> : &quantize_rows_kernel<T, false>;
   return started(launch(kernel, {m}, kRowThreads, kRowThreads / kWarp * 4, stream, static_cast<const T*>(x),
                         x_stride, static_cast<const T*>(norm), eps, k, to));
@@ -91,15 +91,15 @@ memlm_status begin_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_
 using namespace memlm;
 using namespace memlm::cuda;
 
-memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride, memlm_dtype dtype,
-                                      const void* norm, float norm_eps, int64_t x_group, int8_t* codes,
-                                      float* scales, memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void* x, int64_t x_stride,
+                                      memlm_dtype dtype, const void* norm, float norm_eps, int64_t x_group,
+                                      int8_t* codes, float* scales, memlm_cuda_queue* queue) {
   MEMLM_CHECK(m >= 0 && m <= INT32_MAX && k >= 1 && k <= INT32_MAX - kRowThreads,
               "m, k: got %lld, %lld, accepted are 0 and 1 to 2^31 - 257", static_cast<long long>(m),
               static_cast<long long>(k));
   MEMLM_CHECK(!m || (x && codes && scales), "x, codes, scales: NULL");
-  MEMLM_CHECK(x_stride >= k, "x_stride: got %lld, at least k = %lld is needed", static_cast<long long>(x_stride),
-              static_cast<long long>(k));
+  MEMLM_CHECK(x_stride >= k, "x_stride: got %lld, at least k = %lld is needed",
+              static_cast<long long>(x_stride), static_cast<long long>(k));
   MEMLM_CHECK(x_group == 0 || x_group == kGroup, "x_group: got %lld, accepted are 0 and 32",
               static_cast<long long>(x_group));
   MEMLM_PASS(check_arrays(dtype, "x, norm", {x, norm}));

@@ -1,11 +1,12 @@
 // Float weights to packed codes, scales and offsets.  memlm/_rounding.py specifies the rounding, which holds
-// here to the last bit, and says why it is as it is: operations come in its order, all are single f32 operations
-// rounded to nearest, and none are fused.
+// here to the last bit, and says why it is as it is: operations come in its order, all are single f32
+// operations rounded to nearest, and none are fused.
 //
-// Sums over a group are taken in the order of k, so that a thread has a group of one row.  A block has a tile,
-// 16 rows, and 4 groups: it brings them to shared memory, w [k in the group][group, row], a row of which has
-// one more number than the block threads, so that neither those that bring consecutive k nor those that read
-// one k each wait for a bank.  A word of codes is a thread's, and those of a tile's 16 rows lie side by side.
+// Sums over a group are taken in the order of k, so that a thread has a group of one row.  A block has a
+// tile, 16 rows, and 4 groups: it brings them to shared memory, w [k in the group][group, row], a row of
+// which has one more number than the block threads, so that neither those that bring consecutive k nor those
+// that read one k each wait for a bank.  A word of codes is a thread's, and those of a tile's 16 rows lie
+// side by side.
 //
 //   thread      0 ... 15 | 16 ... 31 | 32 ... 47 | 48 ... 63
 //   row         0 ... 15 |  0 ... 15 | ...
@@ -296,10 +297,11 @@ memlm_status check_quantize(const memlm_quantize_args* args) {
               static_cast<long long>(args->w_stride), static_cast<long long>(args->k));
   MEMLM_PASS(check_arrays(args->dtype, "w", {args->w}));
   for (int i = 1; args->levels && i < 16; i++) {
-    MEMLM_CHECK(args->levels[i - 1] < args->levels[i], "levels: number %d is %g, after %g; they must ascend", i,
-                static_cast<double>(args->levels[i]), static_cast<double>(args->levels[i - 1]));
+    MEMLM_CHECK(args->levels[i - 1] < args->levels[i], "levels: number %d is %g, after %g; they must ascend",
+                i, static_cast<double>(args->levels[i]), static_cast<double>(args->levels[i - 1]));
   }
-  MEMLM_CHECK(!args->ternary || (args->bits == 2 && !args->offsets), "ternary: is for 2 bits without offsets");
+  MEMLM_CHECK(!args->ternary || (args->bits == 2 && !args->offsets),
+              "ternary: is for 2 bits without offsets");
   return MEMLM_OK;
 }
 

@@ -3,8 +3,8 @@
 // stored.
 //
 // A block has a tile, 16 rows, and a stretch of its k, of which it takes 256 times 4 k at a time.  Of these a
-// warp has 4 beside each other, lane (i, r), i = lane / 8, r = lane % 8, the i-th of them and rows r and r + 8:
-// codes are read whole sectors at a time, and results of 16 and of 32 bits written in such.
+// warp has 4 beside each other, lane (i, r), i = lane / 8, r = lane % 8, the i-th of them and rows r and r +
+// 8: codes are read whole sectors at a time, and results of 16 and of 32 bits written in such.
 //
 // Where the codes of 16 rows x 4 k begin, in an unstructured matrix, follows from the bits before them: the
 // block counts those before its stretch as it begins, and then those of each 256 times 4 k, one for each
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) sparse_rows_kernel(const Stored p, T
   int all = 0;
   if (unstructured) {
     int bytes = 0;
-    for (int i = thread(); i < begin; i += kThreads) bytes += code_bytes(load<Vec2>(places + i * kPlaceBytes));
+    for (int i = thread(); i < begin; i += kThreads)
+      bytes += code_bytes(load<Vec2>(places + i * kPlaceBytes));
     sum_before(bytes, memory, &all);
     codes += p.starts[tile] + all;
   }
@@ -156,12 +157,12 @@ memlm_status begin(const Stored& p, int64_t blocks, void* out, void* stream) {
 using namespace memlm;
 using namespace memlm::cuda;
 
-memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows, memlm_dtype dtype,
-                                             void* out, memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
+                                             memlm_dtype dtype, void* out, memlm_cuda_queue* queue) {
   MEMLM_PASS(check_compressed(w));
   MEMLM_CHECK(row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
-              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows), static_cast<long long>(row),
-              static_cast<long long>(w->n));
+              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows),
+              static_cast<long long>(row), static_cast<long long>(w->n));
   MEMLM_PASS(check_arrays(dtype, "out", {out}));
   MEMLM_CHECK(!rows || out, "out: NULL");
   Gpu gpu;
@@ -188,8 +189,9 @@ memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row,
   p.chunk_fours = static_cast<int>(chunk_steps * kStepFours);
   p.wide = w->k % kFour == 0 && is_aligned(out, kFour * bytes_of(dtype));
   const int64_t tiles = (row + rows - 1) / kTile - p.first_tile + 1;
-  MEMLM_CHECK(tiles <= INT32_MAX / p.chunks, "rows: got %lld of %lld numbers, which are too many for one call",
-              static_cast<long long>(rows), static_cast<long long>(w->k));
+  MEMLM_CHECK(tiles <= INT32_MAX / p.chunks,
+              "rows: got %lld of %lld numbers, which are too many for one call", static_cast<long long>(rows),
+              static_cast<long long>(w->k));
   const auto run = dtype == MEMLM_F32 ? &begin<float> : dtype == MEMLM_F16 ? &begin<f16> : &begin<bf16>;
   return run(p, tiles * p.chunks, out, queue->stream);
 }

@@ -8,8 +8,8 @@
 // row.  Rows 4 (g % 4) and + 1 go into the first product, the other two into the second; the lanes with
 // c = 0, 1 tell where elements stand in the first, those with c = 2, 3 in the second, each of 16 k.
 //
-// All else is expanded: of the 4 k that a row's byte (or up to 4 nibbles) are of, the lane makes two pairs with
-// zeros where nothing is stored, 8 k from 8c on, and multiplies as weight_only.h does.
+// All else is expanded: of the 4 k that a row's byte (or up to 4 nibbles) are of, the lane makes two pairs
+// with zeros where nothing is stored, 8 k from 8c on, and multiplies as weight_only.h does.
 //
 // Where the codes of 16 rows x 4 k begin, in an unstructured matrix, follows from the bits before them.  A
 // warp counts them twice: those before its slice of k as it begins, and those of a stage, a lane for each
@@ -69,7 +69,8 @@ struct LookedUp {
 };
 
 // Four numbers, of which those that stand where `mask` has a bit come from `stored` in order; others are 0.
-MEMLM_DEVICE void expand(uint32_t mask, uint32_t stored0, uint32_t stored1, uint32_t& pair0, uint32_t& pair1) {
+MEMLM_DEVICE void expand(uint32_t mask, uint32_t stored0, uint32_t stored1, uint32_t& pair0,
+                         uint32_t& pair1) {
   const uint32_t here = mask * 0x00204081u & 0x01010101u;  // a byte for each of the 4
   const uint32_t before = here * 0x01010100u;              // how many stand before each
   const uint32_t select = 0x10101010u + before * 0x22u;    // the two bytes of the number that each takes
@@ -241,7 +242,8 @@ struct Unstructured {
       const int64_t from = shuffle(at, 16 * i);
       const int length = static_cast<int>(from % 16) + shuffle(end, 16 * i + 15);
       const uint8_t* const codes = p.codes + from / 16 * 16;
-      for (int j = lane() * 16; j < length + 8; j += kWarp * 16) copy_async(to + i * kTileCodes + j, codes + j);
+      for (int j = lane() * 16; j < length + 8; j += kWarp * 16)
+        copy_async(to + i * kTileCodes + j, codes + j);
     }
     at += shuffle(end, lane() | 15);
   }

@@ -4,6 +4,7 @@ using namespace memlm::cuda;
 
 const Launchers memlm::cuda::kLaunchersOf8 = kLaunchers<Bytes>;
 
-memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args, memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_w8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                  memlm_cuda_queue* queue) {
   return weight_only(w, 8, args, queue, kLaunchersOf8);
 }

@@ -72,11 +72,16 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
       here.have ? static_cast<int64_t>(here.mine) * p.steps * (kBits * 64) + 2 * c * 64 + g % 4 * 16 : 0;
   // Scales: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so that a lane
   // brings at most one piece.
-  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift < 0 ? 0 : p.group_shift ? 1 : kStageSteps;
-  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift < 0 ? 0
+                                                         : p.group_shift   ? 1
+                                                                           : kStageSteps;
+  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2),
+            later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+      brings_scales
+          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
+          : 0;
   // x: 4 pieces a token, halves exchanged for two tokens of four, so that 16 lanes that read 8 bytes each, of
   // four tokens, meet all banks.  A thread brings at most one, and one of the scales: those of 4 tokens.
   constexpr int kQuarters = kTokens / 4;
@@ -115,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     if (!whole && p.x_scale_stride && in_slice < kStageSteps * kQuarters) {
       const int step = step0 + in_slice / kQuarters, token = token0 + in_slice % kQuarters * 4;
       const bool there = valid && step < p.x_steps && token < p.m;
-      copy_async(x + kTokens * kXRow + in_slice * 16, p.x_scales + (there ? step * p.x_scale_stride + token : 0),
-                 there);
+      copy_async(x + kTokens * kXRow + in_slice * 16,
+                 p.x_scales + (there ? step * p.x_scale_stride + token : 0), there);
     }
     commit_copies();
   };
@@ -228,8 +233,8 @@ void describe(const memlm_packed* w, const memlm_matmul_args* args, W8A8* p) {
 
 }  // namespace
 
-memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args, const ReadyRows& x, const Gpu& gpu,
-                            char* workspace, void* stream) {
+memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args, const ReadyRows& x,
+                            const Gpu& gpu, char* workspace, void* stream) {
   W8A8 p = {};
   Plan plan;
   MEMLM_PASS(plan_product(w, args, gpu, stream, &p, &plan));
@@ -247,8 +252,8 @@ memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args
 using namespace memlm;
 using namespace memlm::cuda;
 
-memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args, const float* x_scales,
-                                    int64_t x_group, memlm_cuda_queue* queue) {
+memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_args* args,
+                                    const float* x_scales, int64_t x_group, memlm_cuda_queue* queue) {
   MEMLM_PASS(check_packed(w, kBits));
   MEMLM_CHECK(w->k <= kMostIntK, "k: got %lld, at most %lld are accepted", static_cast<long long>(w->k),
               static_cast<long long>(kMostIntK));
@@ -279,12 +284,13 @@ memlm_status memlm_cuda_w8a8_matmul(const memlm_packed* w, const memlm_matmul_ar
   int8_t* const codes = have_codes ? nullptr : reinterpret_cast<int8_t*>(workspace + before);
   float* const scales = have_scales ? nullptr : reinterpret_cast<float*>(workspace + before + code_bytes);
   if (!x_scales) {
-    MEMLM_PASS(begin_quantize_rows(args->m, w->k, args->x, args->x_stride, args->dtype, args->norm, args->norm_eps,
-                                   x_group, {codes, stride, scales, 1, by_step}, queue->stream));
+    MEMLM_PASS(begin_quantize_rows(args->m, w->k, args->x, args->x_stride, args->dtype, args->norm,
+                                   args->norm_eps, x_group, {codes, stride, scales, 1, by_step},
+                                   queue->stream));
   } else if (codes || scales) {
     MEMLM_PASS(started(launch(&ready_codes_kernel, {args->m}, kReadyThreads, 0, queue->stream,
-                              static_cast<const int8_t*>(args->x), args->x_stride, w->k, codes, stride, x_scales,
-                              p.x_steps, scales, by_step)));
+                              static_cast<const int8_t*>(args->x), args->x_stride, w->k, codes, stride,
+                              x_scales, p.x_steps, scales, by_step)));
   }
   p.x = codes ? codes : static_cast<const int8_t*>(args->x);
   p.x_stride = codes ? stride : args->x_stride;

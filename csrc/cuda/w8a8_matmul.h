@@ -16,8 +16,8 @@ struct ReadyRows {
 };
 
 // The product, y f32, of checked arguments; x and its stride are not looked at.  workspace: the plan's.
-memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args, const ReadyRows& x, const Gpu& gpu,
-                            char* workspace, void* stream);
+memlm_status multiply_ready(const memlm_packed* w, const memlm_matmul_args* args, const ReadyRows& x,
+                            const Gpu& gpu, char* workspace, void* stream);
 
 }  // namespace memlm::cuda
 

@@ -69,8 +69,8 @@ memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_q
   return ready_rows(args, p->k, workspace + before, queue->stream);
 }
 
-memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
-                         const Launchers& launchers) {
+memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args,
+                         memlm_cuda_queue* queue, const Launchers& launchers) {
   MEMLM_PASS(check_packed(w, bits));
   MEMLM_PASS(check_matmul(w, args));
   Gpu gpu;

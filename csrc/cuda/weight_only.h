@@ -107,7 +107,8 @@ struct Integers {
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
       pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
       const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] = fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
+      pairs[2 + i] =
+          fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -169,8 +170,8 @@ struct Lookup {
 
 // ---- The kernel ----
 
-// Where 16 bytes of a token in a stage lie: turned about so that both 8 lanes that read 4 pieces of two tokens
-// and 8 that read one piece of each of 8 tokens meet all banks.
+// Where 16 bytes of a token in a stage lie: turned about so that both 8 lanes that read 4 pieces of two
+// tokens and 8 that read one piece of each of 8 tokens meet all banks.
 MEMLM_DEVICE int x_place(int token, int piece) {
   return token * kXRow + (piece ^ (token % 2 * 4 + token / 2 % 4)) * 16;
 }
@@ -238,7 +239,8 @@ struct Dense {
   MEMLM_DEVICE void unpack(const uint8_t* from, int s) {
     Vec4 pieces[kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; i++) pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
+    for (int i = 0; i < kPieces; i++)
+      pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       uint32_t words[kPieces];
@@ -276,10 +278,13 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
   // Scales, and offsets: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so
   // that a lane brings at most one piece.
   const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift ? 1 : kStageSteps;
-  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2), later_group = lane() / (2 * scale_pieces);
+  const int scale_tile = tile_of(p, here.at, lane() / scale_pieces % 2),
+            later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16 : 0;
+      brings_scales
+          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
+          : 0;
   // x: 8 pieces a token.
   constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
@@ -372,7 +377,8 @@ memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_q
 template <class Weights, int kTokenTiles>
 memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
   const int bytes = Weights::stages_of(plan.gpu.arch) * kStageBytes<Weights, kTokenTiles>;
-  return started(launch(&weight_only_kernel<Weights, kTokenTiles>, plan.grid, kThreads, bytes, plan.stream, p));
+  return started(
+      launch(&weight_only_kernel<Weights, kTokenTiles>, plan.grid, kThreads, bytes, plan.stream, p));
 }
 
 template <class Weights>
@@ -398,8 +404,8 @@ constexpr Launchers kLaunchers = {&launch_weight_only<Dense<f16, Codec<f16>>>,
 extern const Launchers kLaunchersOf2, kLaunchersOf4, kLaunchersOfLevels, kLaunchersOf8;
 
 // memlm_cuda_w<bits>_matmul.
-memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args, memlm_cuda_queue* queue,
-                         const Launchers& launchers);
+memlm_status weight_only(const memlm_packed* w, int bits, const memlm_matmul_args* args,
+                         memlm_cuda_queue* queue, const Launchers& launchers);
 
 }  // namespace memlm::cuda
 

@@ -53,8 +53,9 @@ MEMLM_API memlm_status memlm_cuda_quantize_rows(int64_t m, int64_t k, const void
                                                 memlm_cuda_queue* queue);
 
 /* Dense matrices, k up to 2,048.  MEMLM_W8A8 takes f32, f16 and bf16 on all devices. */
-MEMLM_API memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matmul_args* args, int64_t k,
-                                              float* values, int64_t* indices, memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_matmul_topk(const memlm_linear* linear, const memlm_matmul_args* args,
+                                              int64_t k, float* values, int64_t* indices,
+                                              memlm_cuda_queue* queue);
 
 /* Dense matrices; f32, f16 and bf16 on all devices. */
 MEMLM_API memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
@@ -68,22 +69,24 @@ MEMLM_API memlm_status memlm_cuda_embedding(const memlm_packed* w, int bits, con
 /* All of its arrays but levels lie in device memory.  The bits of memlm_quantize_weight. */
 MEMLM_API memlm_status memlm_cuda_quantize_weight(const memlm_quantize_args* args, memlm_cuda_queue* queue);
 
-/* Rows of a W of MEMLM_TWO_OF_FOUR or MEMLM_UNSTRUCTURED, as memlm_dequantize; f32, f16 and bf16 on all devices. */
+/* Rows of a W of MEMLM_TWO_OF_FOUR or MEMLM_UNSTRUCTURED, as memlm_dequantize; f32, f16 and bf16 on all
+ * devices. */
 MEMLM_API memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
                                                        memlm_dtype dtype, void* out, memlm_cuda_queue* queue);
 
 MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const memlm_matmul_args* args,
                                                    memlm_cuda_queue* queue);
 /* 16 and 32 bits from compute capability 8.0 on. */
-MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits, const memlm_matmul_args* args,
-                                                      memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits,
+                                                      const memlm_matmul_args* args, memlm_cuda_queue* queue);
 
 /* Gradients, as in memlm.h. */
-MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m, const float* grad,
-                                                      float* grad_x, memlm_cuda_queue* queue);
-MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,
-                                                           const float* x, float* grad_values,
-                                                           memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m,
+                                                      const float* grad, float* grad_x,
+                                                      memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m,
+                                                           const float* grad, const float* x,
+                                                           float* grad_values, memlm_cuda_queue* queue);
 
 /* f32, f16 and bf16 on all devices.  A captured graph repeats the step's number: it must be captured again
  * while 1 - beta^step changes. */
@@ -116,9 +119,9 @@ typedef struct {
   void* grad_logits; /* [m, words] */
 } memlm_cuda_linear_cross_entropy_grads;
 
-MEMLM_API memlm_status memlm_cuda_linear_cross_entropy_backward(const memlm_cuda_linear_cross_entropy_args* args,
-                                                                const memlm_cuda_linear_cross_entropy_grads* grads,
-                                                                memlm_cuda_queue* queue);
+MEMLM_API memlm_status memlm_cuda_linear_cross_entropy_backward(
+    const memlm_cuda_linear_cross_entropy_args* args, const memlm_cuda_linear_cross_entropy_grads* grads,
+    memlm_cuda_queue* queue);
 
 /* What the host knows of arrays that lie on the device: kernels are begun for so much.  All of
  * memlm_sequences' arrays, and rope->positions, are read by kernels alone, so that a captured graph may
@@ -159,12 +162,14 @@ MEMLM_API memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool,
                                                   const memlm_cuda_bounds* bounds,
                                                   memlm_cuda_queue* queue);
 
-/* head_dim and v_dim up to 256; q_len and k_len below 2^30.  Probabilities are rounded to dtype before they are
- * multiplied with v.  Offsets lie in device memory and are not checked. */
+/* head_dim and v_dim up to 256; q_len and k_len below 2^30.  Probabilities are rounded to dtype before they
+ * are multiplied with v.  Offsets lie in device memory and are not checked. */
 MEMLM_API memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_queue* queue);
-/* So are gradients of scores.  head_dim and v_dim up to 128 where a block has less than 97 KB of shared memory. */
+/* So are gradients of scores.  head_dim and v_dim up to 128 where a block has less than 97 KB of shared
+ * memory. */
 MEMLM_API memlm_status memlm_cuda_attention_backward(const memlm_attention_args* args,
-                                                     const memlm_attention_grads* grads, memlm_cuda_queue* queue);
+                                                     const memlm_attention_grads* grads,
+                                                     memlm_cuda_queue* queue);
 
 #ifdef __cplusplus
 }

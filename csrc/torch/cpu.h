@@ -19,8 +19,8 @@ struct Cpu {
   static constexpr auto paged_attention = memlm_paged_attention;
   static constexpr auto block_sparse_grad_x = memlm_block_sparse_grad_x;
   static constexpr auto block_sparse_grad_values = memlm_block_sparse_grad_values;
-  static memlm_status w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows, memlm_dtype dtype,
-                                           void* out, int count) {
+  static memlm_status w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
+                                           memlm_dtype dtype, void* out, int count) {
     return memlm_dequantize(w, 4, row, rows, dtype, out, count);
   }
   static constexpr auto adamw_8bit = memlm_adamw_8bit;

@@ -88,7 +88,8 @@ const Operation kOperations[] = {
     operation<&block_sparse_grad_values<Gpu>>("block_sparse_grad_values", Gpu::block_sparse_grad_values),
     operation<&adamw_8bit<Gpu>>("adamw_8bit", Gpu::adamw_8bit),
     operation<&linear_cross_entropy<Gpu>>("linear_cross_entropy", Gpu::linear_cross_entropy),
-    operation<&linear_cross_entropy_backward<Gpu>>("linear_cross_entropy_backward", Gpu::linear_cross_entropy_backward),
+    operation<&linear_cross_entropy_backward<Gpu>>("linear_cross_entropy_backward",
+                                                   Gpu::linear_cross_entropy_backward),
 };
 
 }  // namespace

@@ -19,8 +19,8 @@ inline void* in_place(const Tensor& t, const Tensor& at, const char* name, Scala
 
 template <class On>
 void adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax, Tensor exp_avg_sq,
-                Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
-                int64_t step) {
+                Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step) {
   constexpr int64_t kBlock = 256;
   const int64_t count = param.numel(), blocks = memlm::div_up(count, kBlock);
   check_device(grad, param, "grad");
@@ -98,8 +98,9 @@ struct CrossEntropyInputs {
 };
 
 template <class On>
-std::tuple<Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor targets,
-                                                int64_t ignore_index, double label_smoothing) {
+std::tuple<Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, OptionalTensor bias,
+                                                Tensor targets, int64_t ignore_index,
+                                                double label_smoothing) {
   CrossEntropyInputs in = {hidden, weight, bias, targets, ignore_index, label_smoothing};
   memlm_cuda_linear_cross_entropy_args args = in.args();
   Tensor losses = torch::stable::new_empty(hidden, {args.m}, ScalarType::Float);
@@ -118,9 +119,10 @@ constexpr int64_t kChunk = int64_t{1} << 26, kChunkUnit = 128;
 // rounded.
 template <class On>
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight,
-                                                                 OptionalTensor bias, Tensor targets, Tensor lse,
-                                                                 int64_t ignore_index, double label_smoothing,
-                                                                 bool want_hidden, bool want_weight, bool want_bias) {
+                                                                 OptionalTensor bias, Tensor targets,
+                                                                 Tensor lse, int64_t ignore_index,
+                                                                 double label_smoothing, bool want_hidden,
+                                                                 bool want_weight, bool want_bias) {
   namespace stable = torch::stable;
   CrossEntropyInputs in = {hidden, weight, bias, targets, ignore_index, label_smoothing};
   memlm_cuda_linear_cross_entropy_args args = in.args();
@@ -133,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
   args.lse = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
   const int64_t share = kChunk / std::max<int64_t>(args.m, 1) / kChunkUnit * kChunkUnit;
   const int64_t chunk = std::max(share, kChunkUnit);
-  const std::vector<int64_t> none = {0}, of_hidden = {args.m, args.k}, of_weight = {args.v, args.k}, of_bias = {args.v};
+  const std::vector<int64_t> none = {0}, of_hidden = {args.m, args.k}, of_weight = {args.v, args.k},
+                             of_bias = {args.v};
   const ScalarType type = hidden.scalar_type();
   const bool one = chunk >= args.v;
   Tensor d_hidden = stable::new_zeros(hidden, want_hidden ? of_hidden : none, one ? type : ScalarType::Float);
@@ -142,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
   for (int64_t first = 0; first < args.v; first += chunk) {
     const int64_t words = std::min(chunk, args.v - first);
     Tensor logits = stable::new_empty(hidden, {args.m, words});
-    const memlm_cuda_linear_cross_entropy_grads grads = {static_cast<const float*>(grad.const_data_ptr()), first, words,
-                                                         logits.mutable_data_ptr()};
+    const memlm_cuda_linear_cross_entropy_grads grads = {static_cast<const float*>(grad.const_data_ptr()),
+                                                         first, words, logits.mutable_data_ptr()};
     On::call(hidden, On::linear_cross_entropy_backward, &args, &grads);
     if (want_hidden) {
       const Tensor product = stable::matmul(logits, stable::narrow(in.weight, 0, first, words));
@@ -156,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
     if (want_bias) {
       Tensor to = stable::narrow(d_bias, 0, first, words);
       const int64_t rows[] = {0};
-      stable::copy_(to, stable::sum(logits, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false, ScalarType::Float));
+      stable::copy_(to, stable::sum(logits, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false,
+                                    ScalarType::Float));
     }
   }
   if (want_hidden && !one) {

@@ -677,7 +677,9 @@ void check_layer(const LayerCase& c, const std::vector<int64_t>& lengths) {
   const Weights o = random_weights(format, c.hidden, q_width, MEMLM_F32, 0.2);
   const Weights gate_up = random_weights(format, 2 * c.width, c.hidden, MEMLM_F32, 0.2);
   const Weights down = random_weights(format, c.hidden, c.width, MEMLM_F32, 0.2);
-  const auto norm_of = [](int64_t n) { return Array(MEMLM_F32, filled(n, [] { return uniform(0.5, 1.5); })); };
+  const auto norm_of = [](int64_t n) {
+    return Array(MEMLM_F32, filled(n, [] { return uniform(0.5, 1.5); }));
+  };
   const Array input_norm = norm_of(c.hidden), post_norm = norm_of(c.hidden);
   const Array q_norm = norm_of(c.dim), k_norm = norm_of(c.dim);
   const Array cosines(MEMLM_F32, filled(most * half, [] { return uniform(-1, 1); }));
@@ -939,8 +941,8 @@ void check_attention_case(const AttentionCase& c) {
   const std::vector<uint8_t> seen(mask.values.begin(), is_bool ? mask.values.end() : mask.values.begin());
   const Array slopes(MEMLM_F32, filled(c.heads, [] { return uniform(0, 0.5); }));
   const Array sinks(MEMLM_F32, filled(c.heads, normal));
-  const AttentionResults wanted =
-      reference::attention(c, q.values, k.values, v.values, mask.values, slopes.values, sinks.values, grad.values);
+  const AttentionResults wanted = reference::attention(c, q.values, k.values, v.values, mask.values,
+                                                       slopes.values, sinks.values, grad.values);
   const int64_t size = Float(c.dtype).bytes;
 
   memlm_attention_args args{};
@@ -1234,7 +1236,8 @@ void check_adamw() {
       }
       memlm_adamw_8bit_args args{};
       args.count = count, args.dtype = dtype, args.grad = grad.data();
-      args.lr = 0.01, args.beta1 = 0.9, args.beta2 = 0.99, args.eps = 1e-8, args.weight_decay = 0.1, args.step = 7;
+      args.lr = 0.01, args.beta1 = 0.9, args.beta2 = 0.99, args.eps = 1e-8, args.weight_decay = 0.1,
+      args.step = 7;
       Values exact[2] = {Values(count), Values(count)}, off[2] = {Values(count), Values(count)};
       Values result(count), bound(count);
       for (int64_t i = 0; i < count; ++i) {
@@ -1267,8 +1270,8 @@ void check_adamw() {
             const Values y = decode(dtype, std::vector<uint8_t>(got.begin() + Float(dtype).bytes, got.end()));
             for (int64_t i = 0; i < count; ++i)
               if (!(std::fabs(y[i] - result[i]) <= bound[i]))
-                fail("adamw_8bit on %s: dtype %d: param[%d] is %.9g, should be %.9g within %.3g", memlm_isa(), dtype,
-                     static_cast<int>(i), y[i], result[i], bound[i]);
+                fail("adamw_8bit on %s: dtype %d: param[%d] is %.9g, should be %.9g within %.3g", memlm_isa(),
+                     dtype, static_cast<int>(i), y[i], result[i], bound[i]);
             for (int i = 0; i < 2; ++i)
               if (!holds(moments[i], levels[i], i == 0, exact[i], off[i]))
                 fail("adamw_8bit on %s: dtype %d: other codes of moment %d", memlm_isa(), dtype, i + 1);
@@ -1277,7 +1280,8 @@ void check_adamw() {
           }
           bool same = got == first;
           for (int i = 0; i < 2; ++i)
-            same = same && moments[i].codes == first_moments[i].codes && moments[i].absmax == first_moments[i].absmax;
+            same = same && moments[i].codes == first_moments[i].codes &&
+                   moments[i].absmax == first_moments[i].absmax;
           if (!same) fail("adamw_8bit on %s: dtype %d: other bits", memlm_isa(), dtype);
           ::count("adamw_8bit", count);
         }
