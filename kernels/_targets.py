@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Target:
     """``shared``: bytes that one block may have; ``registers``: of 32 bits, for a thread at most;
     ``need``: registers for each accumulator of the packed matmuls, as the compiler takes them
-    (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75), and held
-    twice by RDNA's."""
+    (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75), and
+    held twice by RDNA's; ``step``: k of one of their products, of which both hold the less."""
 
     backend: str
     arch: int | str
@@ -18,12 +18,13 @@ class Target:
     shared: int
     registers: int
     need: int
+    step: int = 64
 
 
 # NVIDIA: CUDA C++ programming guide 13.0, "compute capabilities", technical specifications for each.
 # AMD: CDNA 3 and RDNA 3 instruction set guides; 64 KB of LDS a workgroup, 512 and 256 VGPRs a lane.
 TARGETS = {
-    "sm_75": Target("cuda", 75, 32, 64 << 10, 255, 5),
+    "sm_75": Target("cuda", 75, 32, 64 << 10, 255, 5, 32),
     "sm_80": Target("cuda", 80, 32, 163 << 10, 255, 2),
     "sm_86": Target("cuda", 86, 32, 99 << 10, 255, 2),
     "sm_89": Target("cuda", 89, 32, 99 << 10, 255, 2),
@@ -31,7 +32,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, 255, 2),
     "sm_120": Target("cuda", 120, 32, 99 << 10, 255, 2),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, 512, 5),
-    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 256, 10),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 256, 8, 32),
 }
 
 

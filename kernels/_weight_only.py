@@ -223,6 +223,11 @@ def is_turing(device: torch.device) -> bool:
     return device.type == "cuda" and target_of(device).arch == 75
 
 
+def most_step(device: torch.device) -> int:
+    """k of one product, if a group has as many."""
+    return target_of(device).step if device.type == "cuda" else 64
+
+
 def _prune(_, named, **constants):
     of = (constants[name] for name in ("STEP", "BITS", "SWIGLU"))
     return pruned(target_of(named["x"].device), named["m"], *of)
@@ -309,7 +314,7 @@ def weight_only(
 ) -> torch.Tensor:  # fmt: skip
     """:func:`product` over a dense W."""
     format = packed.format
-    step = 32 if format.group == 32 else 64
+    step = 32 if format.group == 32 else most_step(x.device)
     padded = format.padded_k(packed.k)
     levels = levels_on(packed.codes.device) if format.codebook == "nf" else None
     return product(

@@ -9,6 +9,7 @@ from .triton_interpreter import interpret
 
 interpret()
 from memlm import kernels  # noqa: E402
+from memlm.kernels import _weight_only  # noqa: E402
 from memlm.kernels._weight_only import SPACE  # noqa: E402
 
 # n, k, rows: tails in each, more than one step of k.
@@ -65,6 +66,11 @@ class WeightOnly(GpuWeightOnly):
         assert torch.equal(self.run(x.T.contiguous().T, packed, None), expected)
         assert torch.equal(self.run(x.view(2, 3, 96), packed, None), expected.view(2, 3, 40))
         assert self.run(x[:0], packed, None).shape == (0, 40)
+
+    def test_small_steps(self, format, monkeypatch):
+        """As devices with few registers take k."""
+        monkeypatch.setattr(_weight_only, "most_step", lambda device: 32)
+        self.check(format, 17, 300, 3, torch.float16, [True])
 
     def test_f32_is_refused(self):
         x, packed, _ = random_case(self.FORMATS[0], 20, 96, 6, torch.float32)

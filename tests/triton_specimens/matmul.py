@@ -34,6 +34,7 @@ def configs(target: Target, step: int, bits: int, swiglu: bool, space=_weight_on
 def _weight_only_specimens(target: Target) -> Iterator[Specimen]:
     for op, formats in FORMATS.items():
         for format, (bits, zero, levels, offsets, step) in formats.items():
+            step = min(step, target.step)
             for dtype in dtypes(target):
                 for swiglu in (False, True):
                     for label, config in configs(target, step, bits, swiglu):
