@@ -10,7 +10,8 @@ class Target:
     """``shared``: bytes that one block may have; ``registers``: of 32 bits, for a thread at most;
     ``need``: registers for each accumulator of the packed matmuls, as the compiler takes them
     (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75), and
-    held twice by RDNA's; ``step``: k of one of their products, of which both hold the less."""
+    held twice by RDNA's; ``step``: k of one of their products, of which both hold the less; ``stages``: in which
+    operands come, at most, as RDNA's are registers."""
 
     backend: str
     arch: int | str
@@ -19,6 +20,7 @@ class Target:
     registers: int
     need: int
     step: int = 64
+    stages: int = 5
 
 
 # NVIDIA: CUDA C++ programming guide 13.0, "compute capabilities", technical specifications for each.
@@ -32,7 +34,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 << 10, 255, 2),
     "sm_120": Target("cuda", 120, 32, 99 << 10, 255, 2),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, 512, 5),
-    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 256, 8, 32),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 256, 8, 32, 2),
 }
 
 

@@ -190,6 +190,8 @@ def pruned(
     """The configurations that a target has room for and that waste no more than half of their rows."""
     found = []
     for config in space:
+        if config.num_stages > target.stages:
+            config = triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=target.stages)
         rows, columns = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
         wide = columns * (2 if swiglu else 1)
         shared = config.num_stages * (rows * step * 2 + wide * step * bits // 8)

@@ -30,6 +30,8 @@ An int4 cache's newest block is read from its tail, as bf16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -385,6 +387,7 @@ SPACE = [
     triton.Config({"BLOCK_M": m}, num_warps=warps, num_stages=stages)
     for m, warps, stages in ((16, 4, 2), (16, 4, 3), (16, 8, 1), (32, 4, 2), (64, 4, 2))
 ]
+NEED = {"gfx1100": 10}  # registers for each number, where they are more than Target's
 
 
 def parts_of(layout: Layout, dtype: torch.dtype, math: torch.dtype) -> tuple[int, int]:
@@ -402,6 +405,7 @@ def pruned(target: Target, layout: Layout, rows: int, query_parts: int) -> list[
     """The configurations that a target has room for and that waste no more than half of ``rows``, those of
     a sequence."""
     found, width = [], layout.group * layout.groups
+    target = replace(target, need=NEED.get(target.arch, target.need))
     as_they_are = layout.key_bits == 16 and math_of(target) == torch.bfloat16
     for config in SPACE:
         m = config.kwargs["BLOCK_M"]

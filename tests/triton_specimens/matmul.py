@@ -22,7 +22,7 @@ FORMATS = {  # bits, zero, levels, offsets, step
 def configs(target: Target, step: int, bits: int, swiglu: bool, space=_weight_only.SPACE) -> list:
     """Those for many rows and for few, whose sums are split, with their names."""
     of = (step, bits, swiglu, space)
-    found = {id(c): c for rows in (128, _weight_only.SPLIT_ROWS) for c in _weight_only.pruned(target, rows, *of)}
+    found = {str(c): c for rows in (128, _weight_only.SPLIT_ROWS) for c in _weight_only.pruned(target, rows, *of)}
     named = []
     for config in found.values():
         rows, columns, splits = (config.kwargs[key] for key in ("BLOCK_M", "BLOCK_N", "SPLITS"))
