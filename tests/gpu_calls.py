@@ -4,6 +4,7 @@ The emulator notes what they would launch, and runs nothing."""
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,7 +15,7 @@ from memlm.formats import Format, Packed
 from memlm.kv_formats import TYPES
 from memlm.sparse_formats import SparseFormat
 
-from . import adamw_cases, cross_entropy_cases, cuda_attention, cuda_kv, emulator
+from . import adamw_cases, cross_entropy_cases, cuda_attention, cuda_kv, emulator, gpu_limits
 from . import test_cuda_linear_cross_entropy as linear_cross_entropy
 from .matmul_checks import random_case
 from .paged import paged
@@ -41,9 +42,16 @@ SPARSE = {
 }
 ROWS = (1, 16, 32, 64)  # one for each size of tile
 HEADS = (64, 128, 256)  # the largest head of each size of tile
-# Kernels that no launcher starts on compute capability 7.5: all of bf16, dense blocks of floats, and
-# gradients of heads above 128, which need more shared memory than it has.
-NOT_ON_75 = r"bf16|Floats|grad_\w+kernel<f16, 256"
+
+
+def never(kernel: str, arch: int) -> bool:
+    """Whether no launcher starts a kernel on an architecture.  On compute capability 7.5: those of bf16, of blocks
+    of floats, and gradients of heads above 128, which need more shared memory than it has.  With less than 100 KB
+    of it 32 queries of heads above 128 do not fit the paged cache's."""
+    if arch < 80:
+        return bool(re.search(r"bf16|Bf16s|F32s|grad_\w+kernel<f16, 256", kernel))
+    little = gpu_limits.ARCHS[arch].block_shared < 100 * gpu_limits.KB
+    return little and bool(re.fullmatch(r"paged_attention_kernel<.*, 4, 4>", kernel))
 
 
 def types(arch: int) -> list[torch.dtype]:

@@ -60,7 +60,7 @@ def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
         for kernel in cubin.kernels(source, arch):
             if kernel.name in started:
                 found.append(Row(kernel, source, started[kernel.name]))
-            elif arch >= 80 or not re.search(gpu_calls.NOT_ON_75, kernel.name):
+            elif not gpu_calls.never(kernel.name, arch):
                 raise LookupError(f"{kernel.name}: tests/gpu_calls.py has no call that launches it")
     return sorted(found, key=lambda row: (row.source, row.kernel.name))
 

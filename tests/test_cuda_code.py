@@ -8,10 +8,25 @@ import pytest
 from . import cubin, gpu_code_table, gpu_limits
 
 
+FEW = 32  # bytes stored and loaded that may be spilled where all registers are taken
+# More are: of sums that take half of 255 registers, and of 64 tokens in 128.
+SPILLED = {
+    r"attention_kernel<f16, 256>": {75: 420},
+    r"grad_q_kernel<f16, 256>": {75: 48},
+    r"grad_kv_kernel<b?f16, 128, 3>": {75: 72, 100: 88, 120: 88},
+    r"paged_attention_kernel<f16, 1, 4, 2>": {75: 40},
+    r"weight_only_kernel<(TwoOfFour|Unstructured)<.*, 8>": {90: 272, 100: 72, 120: 72},
+}
+
+
+def allowed(kernel) -> int:
+    found = (of_arch for pattern, of_arch in SPILLED.items() if re.fullmatch(pattern, kernel.name))
+    return next(found, {}).get(kernel.arch, FEW)
+
+
 def check(row: gpu_code_table.Row) -> None:
     kernel, name = row.kernel, f"{row.kernel.name} sm_{row.kernel.arch}"
-    # A few words may go where all registers are taken.
-    assert kernel.spilled <= 32, f"{name}: {kernel.spilled} bytes of registers in memory"
+    assert kernel.spilled <= allowed(kernel), f"{name}: {kernel.spilled} bytes of registers in memory"
     assert kernel.registers <= gpu_limits.MOST_REGISTERS
     have = gpu_limits.ARCHS[kernel.arch]
     assert row.launch.shared_bytes + kernel.shared <= have.block_shared, name
