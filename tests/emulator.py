@@ -219,7 +219,8 @@ class Emulator:
         first = POINTER(Launch)()
         self.lib.emulator_logged.restype = c_int64
         count = self.lib.emulator_logged(byref(first))
-        return {self._symbols[first[i].kernel]: first[i] for i in range(count)}
+        # Copies: the next call writes there again.
+        return {self._symbols[first[i].kernel]: Launch.from_buffer_copy(first[i]) for i in range(count)}
 
     @functools.cached_property
     def _symbols(self) -> dict[int, str]:
