@@ -229,9 +229,13 @@ class Emulator:
         return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwW"}
 
 
-@functools.cache
 def emulator(arch: int = 800) -> Emulator:
     """Of csrc/cuda, as compiled for a compute capability; with MEMLM_TEST_GPU the GPU."""
+    return _emulator(arch)
+
+
+@functools.cache
+def _emulator(arch: int) -> Emulator:
     if device.wanted():
         if arch != 800:
             pytest.skip("only the emulator can be another device")

@@ -144,30 +144,33 @@ COUNTED_N, COUNTED_K = 256, 2048  # what the emulator runs; bytes grow with n as
 
 
 def traffic_table() -> str:
-    """Bytes moved, counted, against the least; what memory and tensor cores allow."""
+    """Bytes moved, counted, against the least; what memory and tensor cores allow.  Sums of blocks that share out k
+    are written and read beside them, and stay in L2."""
     lines = []
     for op, names in gpu_calls.WEIGHT_ONLY.items():
         for name in names:
             for m, kind in SHAPES:
-                moved, least = traffic(op, name, m)
+                touched, moved, least = traffic(op, name, m)
                 w = gpu_calls.packed(name, N, K)
-                bytes = w.nbytes + 2 * m * (N + K)
-                times = [f"{1e6 * d.seconds(bytes, m * N * K):.1f}" for d in gpu_limits.DEVICES]
-                line = [f"{op} {name}", f"{kind}, m = {m}", f"{100 * moved / least - 100:+.1f} %"]
-                lines.append([*line, f"{bytes / 1e6:.2f}", *times])
-    head = ["operation", f"n = k = {N}", "moved beyond the least", "MB, the least"]
+                all_bytes = w.nbytes + 2 * m * (N + K)
+                times = [f"{1e6 * d.seconds(all_bytes, m * N * K):.1f}" for d in gpu_limits.DEVICES]
+                line = [f"{op} {name}", f"{kind}, m = {m}"]
+                line += [f"{100 * bytes / least - 100:+.1f} %" for bytes in (touched, moved)]
+                lines.append([*line, f"{all_bytes / 1e6:.2f}", *times])
+    head = ["operation", f"n = k = {N}", "touched beyond the least", "moved beyond the least", "MB, the least"]
     return table([*head, *(f"{d.name}, µs" for d in gpu_limits.DEVICES)], lines)
 
 
-def traffic(op: str, format: str, m: int) -> tuple[int, int]:
-    """Bytes that the kernels of a product move between chip and L2, and those it cannot do without:
-    every weight, x and y once.  Of a smaller W, which the emulator can run."""
+def traffic(op: str, format: str, m: int) -> tuple[int, int, int]:
+    """Bytes that the kernels of a product touch, those that they move between chip and L2, and those it
+    cannot do without: every weight, x and y once.  Of a smaller W, which the emulator can run."""
     rows = min(m, 64)  # more are blocks of 64, each of which reads W again, from L2
     w = gpu_calls.packed(format, COUNTED_N, COUNTED_K)
     x = torch.zeros(rows, COUNTED_K, dtype=torch.float16)
     counts = emulator.emulator().counts(lambda: emulator.matmul(op, x, w, None))
+    touched = 32 * (counts.distinct_read + counts.distinct_written)
     moved = 32 * (counts.read_sectors + counts.write_sectors)
-    return moved, w.nbytes + 2 * rows * (COUNTED_N + COUNTED_K)
+    return touched, moved, w.nbytes + 2 * rows * (COUNTED_N + COUNTED_K)
 
 
 def account(archs: tuple[int, ...] = cubin.ARCHS) -> str:
@@ -192,8 +195,11 @@ How long four schedulers for each multiprocessor take to begin all of `w4_matmul
 of tokens:
 
 {issue_table()}
-Bytes that the emulator counts (sectors of 32 bytes, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64
-rows), and the time that bandwidth and tensor cores leave on paper, whichever is longer:
+Bytes that the emulator counts, in sectors of 32, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64 rows: **touched**,
+each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.  Where up to 16 tokens
+have fewer than 64 features for each multiprocessor, as here, blocks share out k, and their sums are the surplus;
+with more there is none ([test_cuda_traffic.py](../tests/test_cuda_traffic.py)).  And the time that bandwidth and
+tensor cores leave on paper, whichever is longer:
 
 {traffic_table()}"""
 
