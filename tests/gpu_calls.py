@@ -46,10 +46,10 @@ HEADS = (64, 128, 256)  # the largest head of each size of tile
 
 def never(kernel: str, arch: int) -> bool:
     """Whether no launcher starts a kernel on an architecture.  On compute capability 7.5: those of bf16, of blocks
-    of floats, and gradients of heads above 128, which need more shared memory than it has.  With less than 100 KB
-    of it 32 queries of heads above 128 do not fit the paged cache's."""
+    of floats, and gradients of heads above 128, which need more shared memory than it has.  Nor, with less than
+    100 KB of it, 32 queries of heads of 256 over a paged cache, of int4 on 7.5."""
     if arch < 80:
-        return bool(re.search(r"bf16|Bf16s|F32s|grad_\w+kernel<f16, 256", kernel))
+        return bool(re.search(r"bf16|Bf16s|F32s|grad_\w+kernel<f16, 256|paged_attention_kernel<f16, 3, 4, 4>", kernel))
     little = gpu_limits.ARCHS[arch].block_shared < 100 * gpu_limits.KB
     return little and bool(re.fullmatch(r"paged_attention_kernel<.*, 4, 4>", kernel))
 
@@ -145,7 +145,7 @@ def attention(arch: int) -> Calls:
 def paged_cache(arch: int) -> Calls:
     for dtype in types(arch):
         for type in TYPES:
-            for dim in (64, 256):  # two sizes of head
+            for dim in (64, 136 if arch < 80 else 256):  # two sizes of head; 7.5 has no room for 256
                 made = paged(type, dim, [1024], 1, dtype=dtype)
                 for heads in (1, 32):  # of a key-value head: two sizes of tile; and long enough to be split
                     q = torch.zeros(1, heads, dim, dtype=dtype)

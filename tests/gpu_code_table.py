@@ -45,7 +45,11 @@ def launches(arch: int) -> dict[str, emulator.Launch]:
 
     def run():
         for call in gpu_calls.all_calls(arch):
-            call()
+            try:
+                call()
+            except RuntimeError as error:  # the largest heads' tiles, on the smallest devices
+                if "bytes of shared memory, the device has" not in str(error):
+                    raise
 
     found = emulator.emulator().launches(run, 10 * arch, device.processors, device.block_shared)
     names = subprocess.run(["c++filt", "-p", *found], check=True, capture_output=True, text=True)
