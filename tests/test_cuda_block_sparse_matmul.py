@@ -6,10 +6,8 @@ from ctypes import byref
 import pytest
 import torch
 
-from memlm import sparse_formats
-from memlm.sparse_formats import SparsePacked
 
-from . import emulator, numerics
+from . import block_sparse_gradients, emulator, numerics
 from .cuda_sparse_checks import Sparse
 from .matmul_checks import random_case
 
@@ -51,28 +49,17 @@ def run_gradient(name: str, packed, *arguments, out: torch.Tensor, arch: int) ->
 
 
 def check_gradient_of_x(name: str, n: int, k: int, m: int, arch: int = 800):
-    """grad W in f32, over the stored blocks."""
-    packed = random_case(name, n, k, 1, torch.float32)[1]
-    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
+    packed, grad, expected = block_sparse_gradients.of_x(name, n, k, m)
     rows = ctypes.c_int64(m)
     got = run_gradient("grad_x", packed, packed.format.bits, rows, grad, out=torch.empty(m, k), arch=arch)
-    bound = numerics.product_bound(grad.double().abs(), numerics.magnitudes(packed))
-    numerics.assert_within(got, grad.double() @ numerics.dequantize(packed), bound)
+    numerics.assert_within(got, *expected)
 
 
 def check_gradient_of_values(n: int, k: int, m: int, arch: int = 800):
-    """grad^T x, at the stored places alone; zeros beyond n and k."""
-    packed = random_case("block/f32", n, k, 1, torch.float32)[1]
-    generator = torch.Generator().manual_seed(5)
-    grad, x = (torch.randn(m, size, generator=generator) for size in (n, k))
+    packed, grad, x = block_sparse_gradients.of_values(n, k, m)
     rows, out = ctypes.c_int64(m), torch.empty_like(packed.codes)
     got = run_gradient("grad_values", packed, rows, grad, x, out=out, arch=arch)
-    stored = sparse_formats.unpack(packed)[1]
-    assert not got.isnan().any()
-    whole = SparsePacked(packed.format, n, k, got, starts=packed.starts, places=packed.places)
-    exact = (grad.double().T @ x.double()).where(stored, torch.zeros(()))
-    bound = numerics.product_bound(grad.double().abs().T, x.double().abs())
-    numerics.assert_within(sparse_formats.dequantize(whole), exact, bound)
+    block_sparse_gradients.assert_values(got, packed, grad, x)
 
 
 @pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)

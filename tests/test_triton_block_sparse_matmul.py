@@ -7,7 +7,7 @@ import torch
 from memlm import sparse_formats
 from memlm.sparse_formats import SparsePacked
 
-from . import numerics
+from . import block_sparse_gradients, numerics
 from .gpu_matmul_checks import DTYPES
 from .matmul_checks import quantized, random_case, weight_arguments
 from .triton_matmul_checks import kernels, matmul
@@ -73,37 +73,16 @@ def gradient(name: str, *arguments) -> torch.Tensor:
 
 
 def check_gradient_of_x(name: str, n: int, k: int, m: int):
-    """grad W in f32, over the stored blocks; what stands beyond n is not read."""
-    packed = random_case(name, n, k, 1, torch.float32)[1]
-    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
-    bound = numerics.product_bound(grad.double().abs(), numerics.magnitudes(packed))
-    exact = grad.double() @ numerics.dequantize(packed)
-    if packed.format.is_float and n % 16:
-        beyond = packed.codes.clone()
-        beyond[sparse_formats.positions(packed)[0] == packed.tiles - 1, :, n % 16 :] = float("nan")
-        packed = SparsePacked(packed.format, n, k, beyond, starts=packed.starts, places=packed.places)
+    packed, grad, expected = block_sparse_gradients.of_x(name, n, k, m)
     got = gradient("grad_x", grad, *weight_arguments(packed))
     assert got.dtype == torch.float32 and got.shape == (m, k)
-    numerics.assert_within(got, exact, bound)
+    numerics.assert_within(got, *expected)
 
 
 def check_gradient_of_values(n: int, k: int, m: int):
-    """grad^T x, at the stored places alone; zeros beyond n and k."""
-    packed = random_case("block/f32", n, k, 1, torch.float32)[1]
-    generator = torch.Generator().manual_seed(5)
-    grad, x = (torch.randn(m, size, generator=generator) for size in (n, k))
+    packed, grad, x = block_sparse_gradients.of_values(n, k, m)
     got = gradient("grad_values", grad, x, packed.starts, packed.places, n, k)
-    assert got.dtype == torch.float32 and got.shape == packed.codes.shape
-    tiles, places = sparse_formats.positions(packed)
-    beyond = (16 * tiles[:, None, None] + torch.arange(16) >= n) | (
-        32 * places[:, None, None] + torch.arange(32)[:, None] >= k
-    )
-    assert torch.equal(got[beyond], torch.zeros(int(beyond.sum())))
-    whole = SparsePacked(packed.format, n, k, got, starts=packed.starts, places=packed.places)
-    stored = sparse_formats.unpack(packed)[1]
-    exact = (grad.double().T @ x.double()).where(stored, torch.zeros(()))
-    bound = numerics.product_bound(grad.double().abs().T, x.double().abs())
-    numerics.assert_within(sparse_formats.dequantize(whole), exact, bound)
+    block_sparse_gradients.assert_values(got, packed, grad, x)
 
 
 @pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)

@@ -27,9 +27,9 @@ def matmul(op: str, x, packed, bias, config, **around) -> torch.Tensor:
 
 
 class WeightOnly(GpuWeightOnly):
-    """``SPACE``: its configurations."""
+    """``SPACE``: its configurations; ``FAST``: n, k and rows of the fast subset."""
 
-    SPACE = SPACE
+    SPACE, FAST = SPACE, FAST
 
     def pytest_generate_tests(self, metafunc):
         super().pytest_generate_tests(metafunc)
@@ -41,7 +41,7 @@ class WeightOnly(GpuWeightOnly):
         return matmul(self.OP, x, packed, bias, config or self.SPACE[0], **around)
 
     def test_against_fp64(self, format, dtype):
-        for case in FAST:
+        for case in self.FAST:
             self.check(format, *case, dtype, [True], config=self.SPACE[0])
             self.check(format, *case, dtype, [False], config=split(self.SPACE))
 

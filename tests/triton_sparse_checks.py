@@ -16,7 +16,6 @@ from .triton_matmul_checks import WeightOnly, kernels, matmul, split
 from memlm.kernels._targets import TARGETS
 from memlm.kernels._weight_only import pruned
 
-FAST = [(1, 1, 1), (17, 33, 17), (40, 160, 3)]  # tails in each, more than one program and step of k
 PROOF_SHAPES = SHAPES[:-1]  # but the largest, which takes minutes in each configuration
 
 
@@ -47,16 +46,12 @@ class Sparse(GpuSparse, WeightOnly):
     """``INTEGERS``: formats whose sums are integers."""
 
     INTEGERS: list[str]
+    FAST = [(1, 1, 1), (17, 33, 17), (40, 160, 3)]  # tails in each, more than one program and step of k
 
     def pytest_generate_tests(self, metafunc):
         super().pytest_generate_tests(metafunc)
         if "integers" in metafunc.fixturenames:
             metafunc.parametrize("integers", self.INTEGERS)
-
-    def test_against_fp64(self, format, dtype):
-        for case in FAST:
-            self.check(format, *case, dtype, [True], config=self.SPACE[0])
-            self.check(format, *case, dtype, [False], config=split(self.SPACE))
 
     @pytest.mark.gpu_proof
     def test_every_shape_and_configuration(self, format, dtype, config):
