@@ -20,7 +20,7 @@ SPILLS = {
     ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
     ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
 }
-# Gradients of attention take all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
+# Attention takes all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
 # Which configuration is fastest is measured.
 FEW = {"cuda": 48, "hip": 20}
 # Kernels that multiply matrices; of f32 no unit does.
@@ -33,7 +33,7 @@ def check(found, name: str) -> None:
     assert found
     for code in found:
         assert not code.error, code
-        few = FEW[target.backend] if code.kernel.startswith("attention_backward") else 0
+        few = FEW[target.backend] if code.kernel.startswith("attention") else 0
         assert code.spills <= SPILLS.get((code.kernel, name, code.config), few), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
