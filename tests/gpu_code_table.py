@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import harness
+
 from . import build, cubin, emulator, gpu_calls, gpu_limits
 
 FILE = build.ROOT / "docs" / "gpu.md"
@@ -144,7 +146,7 @@ def issue_table() -> str:
 
 N = K = 4096
 SHAPES = ((1, "decode"), (512, "prefill"))
-COUNTED_N, COUNTED_K = 256, 2048  # what the emulator runs; bytes grow with n as they do there
+COUNTED_N = 512  # what the emulator runs, with as many fewer multiprocessors; bytes grow with n as they do there
 
 
 def traffic_table() -> str:
@@ -167,14 +169,17 @@ def traffic_table() -> str:
 
 def traffic(op: str, format: str, m: int) -> tuple[int, int, int]:
     """Bytes that the kernels of a product touch, those that they move between chip and L2, and those it
-    cannot do without: every weight, x and y once.  Of a smaller W, which the emulator can run."""
+    cannot do without: every weight, x and y once.  Of some of W's rows, on some of an A100's multiprocessors."""
     rows = min(m, 64)  # more are blocks of 64, each of which reads W again, from L2
-    w = gpu_calls.packed(format, COUNTED_N, COUNTED_K)
-    x = torch.zeros(rows, COUNTED_K, dtype=torch.float16)
-    counts = emulator.emulator().counts(lambda: emulator.matmul(op, x, w, None))
+    w = gpu_calls.packed(format, COUNTED_N, K)
+    x = torch.zeros(rows, K, dtype=torch.float16)
+    machine, (processors, shared) = emulator.emulator(), emulator.DEVICES[800]
+    machine.lib.emulator_device(800, max(1, processors * COUNTED_N * rows // (N * m)), shared)
+    counts = machine.counts(lambda: emulator.matmul(op, x, w, None))
+    machine.lib.emulator_device(800, processors, shared)
     touched = 32 * (counts.distinct_read + counts.distinct_written)
     moved = 32 * (counts.read_sectors + counts.write_sectors)
-    return touched, moved, w.nbytes + 2 * rows * (COUNTED_N + COUNTED_K)
+    return touched, moved, w.nbytes + 2 * rows * (COUNTED_N + K)
 
 
 def account(archs: tuple[int, ...] = cubin.ARCHS) -> str:
@@ -199,17 +204,16 @@ How long four schedulers for each multiprocessor take to begin all of `w4_matmul
 of tokens:
 
 {issue_table()}
-Bytes that the emulator counts, in sectors of 32, for n = {COUNTED_N}, k = {COUNTED_K}, at most 64 rows: **touched**,
-each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.  Where up to 16 tokens
-have fewer than 64 features for each multiprocessor, as here, blocks share out k, and their sums are the surplus;
-with more there is none ([test_cuda_traffic.py](../tests/test_cuda_traffic.py)).  And the time that bandwidth and
-tensor cores leave on paper, whichever is longer:
+Bytes that the emulator counts, in sectors of 32, for {COUNTED_N} of n = k = {N} and as many fewer multiprocessors than
+an A100's: **touched**, each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.
+Where up to 16 tokens have fewer than 64 features for each multiprocessor, as in decoding here, blocks share out k,
+and their sums, which stay in L2, are the surplus; with more there is none
+([test_cuda_traffic.py](../tests/test_cuda_traffic.py)).  And the time that bandwidth and tensor cores leave on
+paper, whichever is longer:
 
 {traffic_table()}"""
 
 
 if __name__ == "__main__":  # architectures may be named: 80 90
     archs = tuple(map(int, sys.argv[1:])) or cubin.ARCHS
-    text = FILE.read_text()
-    before, rest = text.split(BEGIN)
-    FILE.write_text(before + BEGIN + account(archs) + END + rest.split(END)[1])
+    harness.put_between(FILE, BEGIN, END, account(archs))
