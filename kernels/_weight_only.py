@@ -197,8 +197,9 @@ def pruned(
         shared = config.num_stages * (rows * step * 2 + wide * step * bits // 8)
         room = fits(target, shared, 2 * rows * wide, config.num_warps * target.warp)
         splits = config.kwargs["SPLITS"] == 1 or m <= SPLIT_ROWS
-        # CDNA multiplies 32 rows by 32 x 32 at a time, whose operands fill its registers.
-        suits = (rows == 16 or rows < 2 * m) and not (rows == 32 and target.warp == 64)
+        # CDNA multiplies 32 rows by 32 x 32 at a time, whose operands fill its registers; and 256 features of
+        # looked-up numbers, which are f32 in its shared memory, fill that.
+        suits = (rows == 16 or rows < 2 * m) and not (target.warp == 64 and (rows == 32 or wide == 256))
         if room and splits and suits:
             found.append(config)
     return found
