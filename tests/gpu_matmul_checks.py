@@ -20,14 +20,10 @@ def in_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class GpuWeightOnly:
-    """``OP``: the operation; ``FORMATS`` that it takes."""
+    """``OP``: the operation; ``FORMATS`` that it takes; ``run(x, packed, bias, **around)``: its product."""
 
     OP: str
     FORMATS: list[str]
-
-    def run(self, x, packed, bias, **around) -> torch.Tensor:
-        """The product."""
-        raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc):
         values = {"format": self.FORMATS, "dtype": DTYPES}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memlm import kv_formats
 from memlm.kv_formats import KvFormat
 from memlm.ops._registry import implementations
 
@@ -74,3 +75,16 @@ def paged(
         append = implementations("kv_append")[implementation]
         append(pool, tails, k, v, *made.step(lengths))
     return made
+
+
+def check_extremes(append, type: str, dtype: torch.dtype = torch.float32) -> None:
+    """What is not finite, zeros, and numbers beyond f16's range, stored by ``append`` as the op."""
+    made = paged(type, 32, [5], kv_heads=1, tokens=32)
+    k, v = torch.ones(2, 5, 1, 32)
+    k[0, 0, 3], k[1, 0, 3], k[2], k[3] = torch.nan, torch.inf, 0, 1e-30
+    v[2] = 1e30
+    append(made.pool, made.tails, k.to(dtype), v.to(dtype), *made.step([5]))
+    keys, values = kv_formats.read(made.format, made.pool[0, made.tables[0, 0]])
+    assert not keys[:2].isfinite().any() and not keys[2:4].any() and not values[2].isfinite().any()
+    torch.testing.assert_close(keys[4], torch.ones(32), rtol=2**-10, atol=2**-10)
+    torch.testing.assert_close(values[[0, 1, 3, 4]], torch.ones(4, 32), rtol=2**-10, atol=2**-10)

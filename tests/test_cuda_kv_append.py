@@ -4,13 +4,12 @@ reference stores."""
 import pytest
 import torch
 
-from memlm import kv_formats
 from memlm.kv_formats import TYPES
 from memlm.ops._registry import implementations
 
 from . import cuda_kv
 from .emulator import emulator
-from .paged import Paged, paged
+from .paged import Paged, check_extremes, paged
 from .test_kv_append import DIMS, LENGTHS
 
 types = pytest.mark.parametrize("type", TYPES)
@@ -98,16 +97,7 @@ def test_rows_that_lie_apart():
 
 @pytest.mark.parametrize("type", ["int8", "int4"])
 def test_extremes(type):
-    made = paged(type, 32, [5], kv_heads=1, tokens=32)
-    k = torch.ones(5, 1, 32)
-    k[0, 0, 3], k[1, 0, 3], k[2], k[3] = torch.nan, torch.inf, 0, 1e-30
-    v = torch.ones(5, 1, 32)
-    v[2] = 1e30
-    cuda_kv.kv_append(made.pool, made.tails, k.bfloat16(), v.bfloat16(), *made.step([5]))
-    keys, values = kv_formats.read(made.format, made.pool[0, made.tables[0, 0]])
-    assert not keys[:2].isfinite().any() and not keys[2:4].any() and not values[2].isfinite().any()
-    torch.testing.assert_close(keys[4], torch.ones(32), rtol=2**-10, atol=2**-10)
-    torch.testing.assert_close(values[[0, 1, 3, 4]], torch.ones(4, 32), rtol=2**-10, atol=2**-10)
+    check_extremes(cuda_kv.kv_append, type, torch.bfloat16)
 
 
 @types

@@ -63,10 +63,23 @@ def case(format: str, n: int, k: int, m: int, dtype: torch.dtype):
     return in_range(x, dtype), packed, bias.to(dtype), norm
 
 
-def check(format: str, mode: str, n: int, k: int, m: int, dtype: torch.dtype, arch: int = 800) -> None:
+def assert_largest(values, indices, x, packed, bias, norm) -> None:
     """Each value within its own f32 bound of the exact logit at its index; and no logit that is not among
-    them is larger than the smallest of them by more than both bounds.  x rounded to int8 gives the bits
-    of that product."""
+    them is larger than the smallest of them by more than both bounds."""
+    if norm is None:
+        exact, bound = numerics.exact_matmul(x, packed, bias, "mma", F32)
+    else:  # exact_around knows no bias: it is one more rounding of the sum
+        exact, bound = numerics.exact_around(x, packed, "mma", norm=norm, eps=1e-5, y_dtype=F32)
+        exact = exact + bias.double()
+        bound = bound + numerics.ROUNDOFF[F32] * (exact.abs() + bias.double().abs())
+    numerics.assert_within(values, exact.gather(1, indices), bound.gather(1, indices))
+    left_out = torch.ones(exact.shape, dtype=torch.bool).scatter_(1, indices, False)
+    above = (exact - bound).masked_fill(~left_out, -torch.inf)
+    assert (above <= values[:, -1:].double()).all()
+
+
+def check(format: str, mode: str, n: int, k: int, m: int, dtype: torch.dtype, arch: int = 800) -> None:
+    """As assert_largest says; x rounded to int8 gives the bits of that product."""
     x, packed, bias, norm = case(format, n, k, m, dtype)
     top = min(n, 7)
     for norm in (norm, None):
@@ -78,16 +91,7 @@ def check(format: str, mode: str, n: int, k: int, m: int, dtype: torch.dtype, ar
             expected, at = torch.sort(every, dim=-1, descending=True, stable=True)
             assert torch.equal(values, expected[:, :top]) and torch.equal(indices, at[:, :top])
             continue
-        if norm is None:
-            exact, bound = numerics.exact_matmul(x, packed, bias, "mma", F32)
-        else:  # exact_around knows no bias: it is one more rounding of the sum
-            exact, bound = numerics.exact_around(x, packed, "mma", norm=norm, eps=1e-5, y_dtype=F32)
-            exact = exact + bias.double()
-            bound = bound + numerics.ROUNDOFF[F32] * (exact.abs() + bias.double().abs())
-        numerics.assert_within(values, exact.gather(1, indices), bound.gather(1, indices))
-        left_out = torch.ones(m, n, dtype=torch.bool).scatter_(1, indices, False)
-        above = (exact - bound).masked_fill(~left_out, -torch.inf)
-        assert (above <= values[:, -1:].double()).all()
+        assert_largest(values, indices, x, packed, bias, norm)
 
 
 @every_case

@@ -165,21 +165,25 @@ def test_independent_of_what_else_is_in_the_step(type):
         row += count
 
 
-@types
-def test_extreme_scores(type):
-    made, q = paged(type, 64, [130]), random_queries([3], 4, 64)
+def check_extreme_scores(type: str, run, append, length: int, kv_heads: int) -> None:
+    """Of ``run(made, q, new)``.  One key wins: its value comes out, as ``append`` has stored it."""
+    made, q = paged(type, 64, [length], kv_heads), random_queries([3], 2 * kv_heads, 64)
     for size in (1e4, 1e-30):
         assert run(made, (q * size).bfloat16(), [3]).isfinite().all()
-    # One key wins: its value comes out, as it is stored.
-    k, v = torch.zeros(130, 2, 64), torch.randn(130, 2, 64)
-    k[77] = 1.0
-    cuda_kv.kv_append(made.pool, made.tails, k.half(), v.half(), *made.step([130]))
-    out = run(made, torch.full((1, 2, 64), 1e4).half(), [1])
+    k, v = torch.zeros(length, kv_heads, 64), torch.randn(length, kv_heads, 64)
+    k[length // 2] = 1.0
+    append(made.pool, made.tails, k.half(), v.half(), *made.step([length]))
+    out = run(made, torch.full((1, kv_heads, 64), 1e4).half(), [1])
     tail = None if made.tail_of is None else made.tail_of[0]
-    value = stored(made.format, made.pool, made.tails, made.tables[0], tail, 0, 130, F32)[1][:, 77]
+    value = stored(made.format, made.pool, made.tails, made.tables[0], tail, 0, length, F32)[1][:, length // 2]
     if made.format.quantized:
         value = kv_formats.hadamard(value)
     torch.testing.assert_close(out[0].float(), value[:, :64], rtol=2**-10, atol=2**-10)
+
+
+@types
+def test_extreme_scores(type):
+    check_extreme_scores(type, run, cuda_kv.kv_append, 130, 2)
 
 
 def test_reads_the_cache_once():

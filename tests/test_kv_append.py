@@ -9,7 +9,7 @@ from memlm.kv_formats import LEAST, TYPES, ZEROS, KvFormat
 from memlm.ops import kv_append
 from memlm.ops._registry import implementations
 
-from .paged import paged
+from .paged import check_extremes, paged
 
 PATHS = memlm.isas()
 DIMS = [1, 16, 33, 64, 80, 96, 128, 256]
@@ -142,16 +142,7 @@ def test_rows_that_lie_apart(type):
 @pytest.mark.parametrize("isa", PATHS)
 def test_extremes(type, isa, restore_isa):
     memlm.set_isa(isa)
-    made = paged(type, 32, [5], kv_heads=1, tokens=32)
-    k = torch.ones(5, 1, 32)
-    k[0, 0, 3], k[1, 0, 3], k[2], k[3] = torch.nan, torch.inf, 0, 1e-30
-    v = torch.ones(5, 1, 32)
-    v[2] = 1e30
-    kv_append(made.pool, made.tails, k, v, *made.step([5]))
-    keys, values = kv_formats.read(made.format, made.pool[0, made.tables[0, 0]])
-    assert not keys[:2].isfinite().any() and not keys[2:4].any() and not values[2].isfinite().any()
-    torch.testing.assert_close(keys[4], torch.ones(32), rtol=2**-10, atol=2**-10)
-    torch.testing.assert_close(values[[0, 1, 3, 4]], torch.ones(4, 32), rtol=2**-10, atol=2**-10)
+    check_extremes(kv_append, type)
 
 
 @types

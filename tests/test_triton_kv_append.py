@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from memlm import kv_formats
 from memlm.kv_formats import TYPES
 from memlm.ops._registry import implementations
 
 from .matmul_checks import DTYPES
-from .paged import paged
+from .paged import check_extremes, paged
 from .test_cuda_kv_append import all_tokens, assert_same, emptied
 from .test_kv_append import DIMS, LENGTHS
 from .triton_interpreter import interpret
@@ -106,16 +105,7 @@ def test_rows_that_lie_apart():
 
 @pytest.mark.parametrize("type", ["int8", "int4"])
 def test_extremes(type):
-    made = paged(type, 32, [5], kv_heads=1, tokens=32)
-    k = torch.ones(5, 1, 32)
-    k[0, 0, 3], k[1, 0, 3], k[2], k[3] = torch.nan, torch.inf, 0, 1e-30
-    v = torch.ones(5, 1, 32)
-    v[2] = 1e30
-    kv_append(made.pool, made.tails, k, v, *made.step([5]))
-    keys, values = kv_formats.read(made.format, made.pool[0, made.tables[0, 0]])
-    assert not keys[:2].isfinite().any() and not keys[2:4].any() and not values[2].isfinite().any()
-    torch.testing.assert_close(keys[4], torch.ones(32), rtol=2**-10, atol=2**-10)
-    torch.testing.assert_close(values[[0, 1, 3, 4]], torch.ones(4, 32), rtol=2**-10, atol=2**-10)
+    check_extremes(kv_append, type)
 
 
 def check_rope(type, dtype, lengths, new, dim, kv_heads, group):

@@ -5,9 +5,8 @@ import torch
 
 from memlm.ops import _matmul
 
-from . import numerics
 from .matmul_checks import off_by_one, random_case
-from .test_cuda_matmul_topk import case
+from .test_cuda_matmul_topk import assert_largest, case
 from .test_matmul_topk import CASES, MODES, integers
 from .triton_interpreter import interpret
 
@@ -39,7 +38,7 @@ def topk(x, packed, bias=None, mode="fast", norm=None, eps=0.0, top=1, config=WI
 
 
 def check(format: str, mode: str, n: int, k: int, m: int, dtype, config=WIDE, most_logits: int = LOGITS) -> None:
-    """As test_cuda_matmul_topk.check; x rounded to int8 is compared with the sorted product in Triton."""
+    """As assert_largest says; x rounded to int8 is compared with the sorted product in Triton."""
     x, packed, bias, norm = case(format, n, k, m, dtype)
     top = min(n, 7)
     for norm in (norm, None):
@@ -53,16 +52,7 @@ def check(format: str, mode: str, n: int, k: int, m: int, dtype, config=WIDE, mo
             expected, at = torch.sort(every, dim=-1, descending=True, stable=True)
             assert torch.equal(values, expected[:, :top]) and torch.equal(indices, at[:, :top])
             continue
-        if norm is None:
-            exact, bound = numerics.exact_matmul(x, packed, bias, "mma", F32)
-        else:
-            exact, bound = numerics.exact_around(x, packed, "mma", norm=norm, eps=1e-5, y_dtype=F32)
-            exact = exact + bias.double()
-            bound = bound + numerics.ROUNDOFF[F32] * (exact.abs() + bias.double().abs())
-        numerics.assert_within(values, exact.gather(1, indices), bound.gather(1, indices))
-        left_out = torch.ones(m, n, dtype=torch.bool).scatter_(1, indices, False)
-        above = (exact - bound).masked_fill(~left_out, -torch.inf)
-        assert (above <= values[:, -1:].double()).all()
+        assert_largest(values, indices, x, packed, bias, norm)
 
 
 @every_case

@@ -4,14 +4,12 @@ the arithmetic is the same."""
 import pytest
 import torch
 
-from memlm import kv_formats
 from memlm.kv_formats import TYPES
 from memlm.ops._registry import implementations
-from memlm.ops.paged_attention import stored
 
 from .paged import paged
-from .test_attention import F32, slopes_of
-from .test_cuda_paged_attention import check, types
+from .test_attention import slopes_of
+from .test_cuda_paged_attention import check, check_extreme_scores, types
 from .test_paged_attention import random_queries
 from .triton_interpreter import interpret
 
@@ -161,19 +159,7 @@ def test_rows_that_are_not_there():
 
 @types
 def test_extreme_scores(type):
-    made, q = paged(type, 64, [70], 1), random_queries([2], 2, 64)
-    for size in (1e4, 1e-30):
-        assert run(made, (q * size).bfloat16(), [2]).isfinite().all()
-    # One key wins: its value comes out, as it is stored.
-    k, v = torch.zeros(70, 1, 64), torch.randn(70, 1, 64, generator=torch.Generator().manual_seed(2))
-    k[37] = 1.0
-    implementations("kv_append")["cpp"](made.pool, made.tails, k.half(), v.half(), *made.step([70]))
-    out = run(made, torch.full((1, 1, 64), 1e4).half(), [1])
-    tail = None if made.tail_of is None else made.tail_of[0]
-    value = stored(made.format, made.pool, made.tails, made.tables[0], tail, 0, 70, F32)[1][:, 37]
-    if made.format.quantized:
-        value = kv_formats.hadamard(value)
-    torch.testing.assert_close(out[0].float(), value[:, :64], rtol=2**-10, atol=2**-10)
+    check_extreme_scores(type, run, implementations("kv_append")["cpp"], 70, 1)
 
 
 def test_what_is_not_finite_is_not_seen_before_it_comes():

@@ -139,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
                              of_bias = {args.v};
   const ScalarType type = hidden.scalar_type();
   const bool one = chunk >= args.v;
-  Tensor d_hidden = stable::new_zeros(hidden, want_hidden ? of_hidden : none, one ? type : ScalarType::Float);
+  Tensor d_hidden =
+      stable::new_zeros(hidden, want_hidden && !one ? of_hidden : none, one ? type : ScalarType::Float);
   Tensor d_weight = stable::new_empty(hidden, want_weight ? of_weight : none);
   Tensor d_bias = stable::new_empty(hidden, want_bias ? of_bias : none);
   for (int64_t first = 0; first < args.v; first += chunk) {
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(Tensor grad, Te
     On::call(hidden, On::linear_cross_entropy_backward, &args, &grads);
     if (want_hidden) {
       const Tensor product = stable::matmul(logits, stable::narrow(in.weight, 0, first, words));
-      d_hidden = one ? product : stable::subtract(d_hidden, product, -1.0);
+      d_hidden = one ? product : stable::subtract(d_hidden, product, -1.0);  // there is no stable add
     }
     if (want_weight) {
       Tensor to = stable::narrow(d_weight, 0, first, words);
