@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class Target:
     """``shared``: bytes that one block may have; ``registers``: of 32 bits, for a thread at most;
     ``need``: registers for each accumulator of the packed matmuls, as the compiler takes them
-    (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75), and
-    held twice by RDNA's; ``step``: k of one of their products, of which both hold the less; ``stages``: in which
-    operands come, at most, as RDNA's are registers."""
+    (``python -m tests.triton_code``): operands are copied for products without matrix instructions (sm_75),
+    and held twice by RDNA's; ``step``: k of one product, at most: these two hold no more of them;
+    ``stages``: of operands, at most: on RDNA 3 they are registers, and CDNA 3 has shared memory for two."""
 
     backend: str
     arch: int | str
