@@ -288,9 +288,9 @@ def _mix(x):
 
 @triton.jit
 def dropout_rows(a, at, head, i):
-    """What the hashes of queries i begin with; None without dropout."""
+    """What the hashes of queries i begin with; without dropout nothing reads it."""
     if a.dropped is None:
-        return None
+        return i
     else:
         row = _mix(tl.cast(a.seed_low, tl.uint32) + GOLDEN_RATIO)
         row = _mix((row ^ tl.cast(a.seed_high, tl.uint32)) + GOLDEN_RATIO)

@@ -77,7 +77,7 @@ def join_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     sum_z = tl.zeros([BLOCK], tl.float32)
     logit = tl.zeros([BLOCK], tl.float32)
-    part = shares.to(tl.int64) * m
+    part = tl.cast(shares, tl.int64) * m
     for share in range(0, shares):
         of = parts + tl.cast(share, tl.int64) * m + at
         other = tl.load(of, at < m, 0.0)

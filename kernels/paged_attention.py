@@ -58,8 +58,9 @@ LEAST_CHUNK, MOST_CHUNKS = 256, 32  # tokens; programs of a sequence
 def _zeros(ROWS: tl.constexpr, F: tl.constexpr):
     parts = ()
     GROUPS: tl.constexpr = F.groups
+    GROUP: tl.constexpr = F.group
     for _ in tl.static_range(GROUPS):
-        parts = parts + (tl.zeros([ROWS, F.group], tl.float32),)
+        parts = parts + (tl.zeros([ROWS, GROUP], tl.float32),)
     return parts
 
 

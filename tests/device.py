@@ -66,8 +66,10 @@ def moved(value, copies: list[Copy]):
 
 
 def _pointer(pointer: int | None, copies: list[Copy]) -> int | None:
-    """Host memory that was not copied, as memlm_packed.levels, stays where it is."""
-    found = next((copy for copy in copies if pointer and copy.has(pointer)), None)
+    """Into the copy of the tensor that begins there; or that has it, as tensors may share memory.  Host memory
+    that was not copied, as memlm_packed.levels, stays where it is."""
+    found = next((copy for copy in copies if pointer == copy.begin), None)
+    found = found or next((copy for copy in copies if pointer and copy.has(pointer)), None)
     return found.at(pointer) if found else pointer
 
 

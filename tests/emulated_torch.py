@@ -2,7 +2,8 @@
 built with CUDA, and for libmemlm_cuda.so the emulator's library, whose device memory is the CPU's.  The
 ops' C++ code for CUDA then runs on CPU tensors, as ``torch.ops.memlm_emulated.*``.
 
-``start`` runs a function of this module there; each raises what it finds wrong."""
+``start`` runs a function of this module there; each raises what it finds wrong.  Where the tests run on a GPU,
+``torch.ops.memlm.*`` do instead, in the same process."""
 
 from __future__ import annotations
 
@@ -13,11 +14,16 @@ import types
 import warnings
 from pathlib import Path
 
+from . import device
+
 ROOT = Path(__file__).parent.parent
+OF_EMULATOR = ("unsupported", "registered", "device_runner")  # a GPU has tests of its own for them
 
 
 def start(function: str, folder: Path) -> None:
     """Runs ``function`` in such a process; raises AssertionError with what it says where it fails."""
+    if device.wanted():
+        return on_gpu(function)
     from .emulator import emulator
 
     driver = folder / "libcuda.so.1"
@@ -29,6 +35,20 @@ def start(function: str, folder: Path) -> None:
     command = [sys.executable, "-c", f"from tests.emulated_torch import *; set_up(); {function}()"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def on_gpu(function: str) -> None:
+    import pytest
+    import torch
+
+    from memlm import ops
+
+    from .triton_interpreter import on_device
+
+    if function in OF_EMULATOR:
+        pytest.skip("of the emulated device")
+    ops.emulated = on_device(lambda name: getattr(torch.ops.memlm, name), "cuda")
+    globals()[function]()
 
 
 def set_up() -> None:
@@ -58,6 +78,8 @@ def set_up() -> None:
 
 def emulator_may_touch_all() -> None:
     """The ops' own tensors cannot be named here."""
+    if device.wanted():
+        return
     from .emulator import emulator
 
     emulator().lib.emulator_forget()
@@ -66,6 +88,8 @@ def emulator_may_touch_all() -> None:
 
 
 def ran_well() -> None:
+    if device.wanted():
+        return
     from .emulator import emulator
 
     error = emulator().lib.emulator_error().decode()
@@ -315,7 +339,7 @@ def linear_cross_entropy() -> None:
     given = random_case(Case(20, 40, 150), torch.float32)
     with pytest.warns(UserWarning, match="linear_cross_entropy has no kernel for this call .dtype: got f32"):
         losses, _ = ops.emulated("linear_cross_entropy")(*given.arguments())
-    assert torch.equal(losses, torch.ops.memlm.linear_cross_entropy(*given.arguments())[0])
+    torch.testing.assert_close(losses, torch.ops.memlm.linear_cross_entropy(*given.arguments())[0])
     ran_well()
 
 

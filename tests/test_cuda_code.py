@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from . import cubin, gpu_code_table, gpu_limits
+from . import cubin, device, gpu_code_table, gpu_limits
 
+pytestmark = pytest.mark.skipif(device.wanted(), reason="needs no GPU")
 
 FEW = 32  # bytes stored and loaded that may be spilled where all registers are taken
 # More are: of sums that take half of 255 registers, and of 64 tokens in 128.

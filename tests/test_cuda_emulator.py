@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from . import emulator
+from . import device, emulator
 from .emulator import KernelError, emulator_of, pointer
+
+pytestmark = pytest.mark.skipif(device.wanted(), reason="needs no GPU")
 
 PLANTED = Path(__file__).parent / "cuda_emulator" / "planted.cu"
 THREADS = 64

@@ -6,10 +6,12 @@ import torch
 
 from memlm.formats import Packed
 
-from . import emulator
+from . import device, emulator
 from .matmul_checks import random_case
 from .test_cuda_quantize_rows import quantize_rows
 from .test_cuda_w8a8_matmul import run
+
+pytestmark = pytest.mark.skipif(device.wanted(), reason="only the emulator counts")
 
 SECTOR = 32
 M = 16

@@ -6,9 +6,12 @@ import pytest
 
 from memlm.kernels._targets import TARGETS
 
+from . import device
 from .triton_code import Code, account
 from .triton_code_table import table
 from .triton_specimens import specimens
+
+pytestmark = pytest.mark.skipif(device.wanted(), reason="needs no GPU")
 
 # What multiplies matrices on each; Triton uses mma.sync on sm_90 and sm_100 for fewer than 64 rows.
 UNITS = {

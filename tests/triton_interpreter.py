@@ -20,28 +20,37 @@ from . import device
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def moved(run, written: set[int], device: str):
+    """A callable that takes and gives tensors of the host, and runs on a device.  ``written``: the arguments
+    that are written to, which are copied back.  Tensors of one number, as a seed, stay on the host."""
+
+    def call(*args, **settings):
+        there = [a.to(device, copy=True) if isinstance(a, torch.Tensor) and a.dim() else a for a in args]
+        result = run(*there, **settings)
+        for i, (mine, its) in enumerate(zip(args, there)):
+            if i in written and isinstance(mine, torch.Tensor):
+                mine.copy_(its)
+        if isinstance(result, torch.Tensor):
+            return result.cpu()
+        return result and tuple(r.cpu() for r in result)
+
+    return call
+
+
 def on_device(implementation, device: str):
-    """``memlm.kernels.implementation`` whose callables take and give tensors of the host, and run on a
-    device.  What the operation writes to is copied back."""
+    """``memlm.kernels.implementation`` with operations :func:`moved`."""
 
-    def moved(name: str):
-        run = implementation(name)
+    def of(name: str):
         arguments = getattr(torch.ops.memlm, name).default._schema.arguments
-        written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+        written = {i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write}
+        return moved(implementation(name), written, device)
 
-        def call(*args, **settings):
-            there = [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
-            result = run(*there, **settings)
-            for mine, its, out in zip(args, there, written):
-                if out and isinstance(mine, torch.Tensor):
-                    mine.copy_(its)
-            if isinstance(result, torch.Tensor):
-                return result.cpu()
-            return result and tuple(r.cpu() for r in result)
+    return of
 
-        return call
 
-    return moved
+def executed(run, written: set[int] = frozenset()):
+    """What calls kernels and is no operation, as the tests call it: interpreted, or moved to the GPU."""
+    return moved(run, written, "cuda") if device.wanted() else run
 
 
 @functools.cache
