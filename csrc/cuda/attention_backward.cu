@@ -108,7 +108,7 @@ MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, fl
 // The rows of a warp's sums that exist, times a factor.
 template <class T, int kDim>
 MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int64_t first, int row0, int rows,
-                             const float (&sums)[kDim / 8][4], float factor) {
+                             const float (&sums)[1][kDim / 8][4], float factor) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = row0 + lane() / 4 + 8 * r;
@@ -117,8 +117,8 @@ MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int6
 #pragma unroll
     for (int t = 0; t < kDim / 8; t++) {
       const int d = t * 8 + lane() % 4 * 2;
-      if (d < to.dim) x[d] = from_float<T>(sums[t][2 * r] * factor);
-      if (d + 1 < to.dim) x[d + 1] = from_float<T>(sums[t][2 * r + 1] * factor);
+      if (d < to.dim) x[d] = from_float<T>(sums[0][t][2 * r] * factor);
+      if (d + 1 < to.dim) x[d + 1] = from_float<T>(sums[0][t][2 * r + 1] * factor);
     }
   }
 }
@@ -136,11 +136,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   uint8_t* const grads = queries + kRowTile * kDim * 2;
   uint8_t* const ring = grads + kRowTile * kDim * 2;
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
-  const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
-                            exists);
-  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first,
-                            grads, exists);
+  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, rows_here, queries);
+  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first, rows_here, grads);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
@@ -153,10 +150,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   };
   const auto copy = [&](int j, int stage) {
     if (j < end) {
-      const auto there = [&](int r) { return j + r < end; };
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, others>(a.k, k, j, to, there);
-      copy_rows<kDim, others>(a.v, v, j, to + tile_bytes, there);
+      copy_rows<kDim, others>(a.k, k, j, end - j, to);
+      copy_rows<kDim, others>(a.v, v, j, end - j, to + tile_bytes);
     }
     commit_copies();
   };
@@ -171,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     delta[r] = row < rows_here ? p.delta[at] : 0;
     if (a.dropped) hashes[r] = dropout_row(a.seed, place.sequence, place.head, place.first + row);
   }
-  float sums[kDim / 8][4] = {};
+  float sums[1][kDim / 8][4] = {};
   int j = next_shown(begin), stage = 0;
   copy(j, 0);
   while (j < end) {
@@ -184,9 +180,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     }
     MEMLM_SYNC_THREADS();
     uint8_t* const tile = ring + stage * 2 * tile_bytes;
-    float s[others / 8][4] = {}, ds[others / 8][4] = {};
-    multiply_rows<T, kDim, others / 8>(queries, row0, tile, 0, s);
-    multiply_rows<T, kDim, others / 8>(grads, row0, tile + tile_bytes, 0, ds);
+    float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+    multiply_rows<T, kDim>(queries, row0, tile, s);
+    multiply_rows<T, kDim>(grads, row0, tile + tile_bytes, ds);
 #pragma unroll
     for (int t = 0; t < others / 8; t++) {
 #pragma unroll
@@ -196,10 +192,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
                                 ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len
                                 : nullptr;
         soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2],
-               hashes[e / 2], s[t][e], ds[t][e], mask);
+               hashes[e / 2], s[0][t][e], ds[0][t][e], mask);
       }
     }
-    multiply_weights<T, kDim, others / 8>(ds, tile, sums);
+    multiply_weights<T, kDim>(ds, tile, sums);
     MEMLM_SYNC_THREADS();
     if (stages == 1) copy(next, 0);
     else stage ^= 1;
@@ -222,10 +218,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   uint8_t* const ring = values + kRowTile * kDim * 2;
   uint8_t* const statistics = ring + stages * 2 * tile_bytes;
   const int rows_here = rows < place.k_len - place.first ? rows : place.k_len - place.first;
-  const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, keys, exists);
-  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values,
-                            exists);
+  copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, rows_here, keys);
+  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, rows_here, values);
   // The queries that see any of the block's keys: begin to end - 1.
   const int shift = place.shift(a);
   int begin = place.first - a.right - shift;
@@ -234,7 +228,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   begin = begin > 0 ? begin / others * others : 0;
 
   const int row0 = warp() * 16;
-  float grad_k[wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[wanted & kGradV ? kDim / 8 : 1][4] = {};
+  float grad_k[1][wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[1][wanted & kGradV ? kDim / 8 : 1][4] = {};
   for (int head = place.head * a.group; head < (place.head + 1) * a.group; head++) {
     const Scores<T> scores(a, place, head);
     const uint16_t* const q = a.q.row(place.batch, head, place.q_first);
@@ -245,14 +239,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
     };
     const auto copy = [&](int i, int stage) {
       if (i < end) {
-        const auto there = [&](int r) { return i + r < end; };
         uint8_t* const to = ring + stage * 2 * tile_bytes;
-        copy_rows<kDim, others>(a.q, q, i, to, there);
-        copy_rows<kDim, others>(p.grad_out, grad_out, i, to + tile_bytes, there);
+        copy_rows<kDim, others>(a.q, q, i, end - i, to);
+        copy_rows<kDim, others>(p.grad_out, grad_out, i, end - i, to + tile_bytes);
         if (thread() < others) {
           float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>);
           const int64_t at = statistic_at(a, place, head, i + thread());
-          const bool valid = there(thread());
+          const bool valid = i + thread() < end;
           of[thread()] = valid ? base_of(a.lse[at]) : INFINITY;
           of[others + thread()] = valid ? p.delta[at] : 0;
           of[2 * others + thread()] =
@@ -274,21 +267,21 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
       MEMLM_SYNC_THREADS();
       uint8_t* const tile = ring + stage * 2 * tile_bytes;
       const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
-      float s[others / 8][4] = {}, ds[others / 8][4] = {};
-      multiply_rows<T, kDim, others / 8>(keys, row0, tile, 0, s);
-      if (wanted & kGradK) multiply_rows<T, kDim, others / 8>(values, row0, tile + tile_bytes, 0, ds);
+      float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+      multiply_rows<T, kDim>(keys, row0, tile, s);
+      if (wanted & kGradK) multiply_rows<T, kDim>(values, row0, tile + tile_bytes, ds);
 #pragma unroll
       for (int t = 0; t < others / 8; t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int at = t * 8 + lane() % 4 * 2 + e % 2, row = row0 + lane() / 4 + e / 2 * 8;
           soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[others + at],
-                 as_bits(of[2 * others + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
+                 as_bits(of[2 * others + at]), s[0][t][e], ds[0][t][e], static_cast<float*>(nullptr));
         }
       }
       if constexpr ((wanted & kGradV) != 0)
-        multiply_weights<T, kDim, others / 8>(s, tile + tile_bytes, grad_v);
-      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, others / 8>(ds, tile, grad_k);
+        multiply_weights<T, kDim>(s, tile + tile_bytes, grad_v);
+      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim>(ds, tile, grad_k);
       MEMLM_SYNC_THREADS();
       if (stages == 1) copy(next, 0);
       else stage ^= 1;
