@@ -116,20 +116,19 @@ MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t f
   constexpr int pieces = kDim / 8, step = kAttentionThreads / pieces;
   const int piece = thread() % pieces, row0 = thread() / pieces;
   const bool inside = piece * 8 < tensor.dim;
+  const uint16_t* x = from + row0 * tensor.strides[2] + (inside ? piece * 8 : 0) + first * tensor.strides[2];
   if (tensor.wide && rows >= kRows) {
-    const uint16_t* x = from + (first + row0) * tensor.strides[2] + (inside ? piece * 8 : 0);
 #pragma unroll
     for (int n = 0; n < kRows / step; n++, x += step * tensor.strides[2])
       copy_async(piece_at<kDim>(tile, row0 + n * step, piece), x, inside);
     return;
   }
 #pragma unroll 1
-  for (int row = row0; row < kRows; row += step) {
+  for (int row = row0; row < kRows; row += step, x += step * tensor.strides[2]) {
     const bool valid = inside && row < rows;
-    const uint16_t* const x = valid ? from + (first + row) * tensor.strides[2] + piece * 8 : tensor.p;
     uint8_t* const to = piece_at<kDim>(tile, row, piece);
     if (tensor.wide) {
-      copy_async(to, x, valid);
+      copy_async(to, valid ? x : tensor.p, valid);
     } else {
       uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
