@@ -110,10 +110,21 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
         }
       };
       if (!plain) {
-        each([&](float& x, int, int i, int key) {
-          float factor;
-          x = scores.score(i, key, x, &factor);
-        });
+        // One row of matrices after the other in the same registers, whose code is there once.
+#pragma unroll 1
+        for (int h = 0; h < height; h++) {
+#pragma unroll
+          for (int t = 0; t < kKeys / 8; t++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int i = i0 + 16 * h + e / 2 * 8, key = j + t * 8 + lane() % 4 * 2 + e % 2;
+              float factor;
+              const float score = scores.score(i, key, p[0][t][e], &factor);
+              p[0][t][e] = p[height - 1][t][e];
+              p[height - 1][t][e] = score;
+            }
+          }
+        }
       } else if (!scores.all_seen(first, first + warp_rows - 1, j, j + kKeys - 1)) {
         each([&](float& x, int, int i, int key) { x = scores.seen(i, key) ? x : -INFINITY; });
       }
@@ -148,7 +159,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
       } else {
         uint32_t hashes[2 * height];
 #pragma unroll
-        for (int r = 0; r < 2 * height; r++)
+        for (int r = 0; r < 2 * height; r++) 
           hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
         each([&](float& x, int r, int i, int key) {
           weigh(x, r, i, key);
