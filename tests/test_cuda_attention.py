@@ -207,7 +207,7 @@ def test_packed_sequences():
 
 @pytest.mark.parametrize("dim", [64, 200])
 def test_growing_scores(dim):
-    """Sums are multiplied again where the largest score grows by more than 2^8, of some rows and not of others."""
+    """Sums are multiplied again where weights would exceed 2^8: of some rows and not of others."""
     q, k, v, _ = random_case(1, (2, 1), 100, 330, dim, dtype=F16)
     q *= torch.linspace(0, 4, 100)[:, None]
     k *= torch.linspace(0.1, 4, 330)[:, None]

@@ -3,16 +3,16 @@
 // A thread block takes 128 queries of a head, or 64 of heads above 128, a warp a fourth of them.  Keys and
 // values come to shared memory 32 at a time, the next while these are multiplied.  The scores of a warp are
 // sums of m16n8k16 and stay in registers: as probabilities, rounded to 16 bits, they are the A operand of the
-// product with the values, in the very lanes that hold them.  With 32 queries a warp, matrices that are loaded
-// serve two products; more do not fit the registers.
+// product with the values, in the very lanes that hold them.  With 32 queries a warp, each matrix of keys or
+// values that is loaded serves two products; more do not fit the registers.
 //
 //   shared memory:  queries [128 or 64][kDim] | stage 0: keys, values [32][kDim] | stage 1
 //
 // Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
-// relative to a base that is a score of the row, below the largest so far by less than 8 (2^8, which T holds):
-// so sums are seldom multiplied again.  Where nothing but the limits changes scores, product times scale minus
-// base is rounded once.  Weights are rounded to T, their sum is taken of those unrounded; results are rounded
-// once.
+// relative to a base, which is a score of the row and at most 8 below the largest so far: weights are up to
+// 2^8, which T holds, and sums are seldom multiplied again.  Where only the limits change scores, product times
+// scale minus base is rounded once.  Weights are rounded to T, their sum is taken of those unrounded; results
+// are rounded once.
 #include "attention.h"
 
 namespace memlm::cuda {

@@ -111,7 +111,8 @@ MEMLM_DEVICE uint8_t* piece_at(uint8_t* tile, int row, int piece) {
 // Begins to copy rows first .. first + rows - 1 of those from `from` on; the tile's others, up to kRows,
 // become 0.
 template <int kDim, int kRows>
-MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, int rows, uint8_t* tile) {
+MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, int rows,
+                            uint8_t* tile) {
   // A piece of each `step`-th row is the thread's.
   constexpr int pieces = kDim / 8, step = kAttentionThreads / pieces;
   const int piece = thread() % pieces, row0 = thread() / pieces;
@@ -141,8 +142,8 @@ MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t f
 }
 
 // Where a lane reads matrices of a tile: pieces `last`, 0 or 1, of a row, and with even_piece those an even
-// number of pieces further.  The row's number turns bits 4 to 6 of an offset alone, so that constants suffice,
-// also where the tile begins and whole eights of rows.
+// number of pieces further.  The row's number turns bits 4 to 6 of an offset alone, so that constants do for
+// pieces and for rows that are a multiple of 8 apart.
 template <int kDim>
 MEMLM_DEVICE int lane_offset(int row, int last) {
   return row * (kDim * 2) + (last ^ row % 8) * 16;
@@ -154,7 +155,8 @@ template <class T, int kDim, int kHeight, int kColumns>
 MEMLM_DEVICE void multiply_rows(const uint8_t* a, int row0, const uint8_t* b,
                                 float (&sums)[kHeight][kColumns][4]) {
   const int r = lane() % 8, upper = lane() / 8 % 2, last = lane() / 16;
-  const int of_a = lane_offset<kDim>(row0 + r + 8 * upper, last), of_b = lane_offset<kDim>(r + 8 * last, upper);
+  const int of_a = lane_offset<kDim>(row0 + r + 8 * upper, last);
+  const int of_b = lane_offset<kDim>(r + 8 * last, upper);
 #pragma unroll
   for (int d = 0; d < kDim / 16; d++) {
     uint32_t x[kHeight][4];
@@ -205,6 +207,18 @@ MEMLM_DEVICE void multiply_weights(const float (&w)[kHeight][kRows][4], const ui
   }
 }
 
+// The first column of matrices becomes the last, so that a loop over columns needs code for one.
+template <int kColumns>
+MEMLM_DEVICE void turn(float (&x)[kColumns][4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const float first = x[0][e];
+#pragma unroll
+    for (int t = 1; t < kColumns; t++) x[t - 1][e] = x[t][e];
+    x[kColumns - 1][e] = first;
+  }
+}
+
 // ---- Scores ----
 
 // Of one sequence and head.
@@ -244,7 +258,8 @@ struct Scores {
     return j_last < place.k_len && j >= i_last + shift - a.left && j_last <= i + shift + a.right;
   }
   MEMLM_DEVICE bool any_seen(int i, int i_last, int j, int j_last) const {
-    return i < place.q_len && j < place.k_len && j_last >= i + shift - a.left && j <= i_last + shift + a.right;
+    return i < place.q_len && j < place.k_len && j_last >= i + shift - a.left &&
+           j <= i_last + shift + a.right;
   }
   MEMLM_DEVICE bool seen(int i, int j) const {
     const int position = i + shift;
