@@ -10,9 +10,9 @@
 //
 // Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
 // relative to a base, which is a score of the row and at most 8 below the largest so far: weights are up to
-// 2^8, which T holds, and sums are seldom multiplied again.  Where only the limits change scores, product times
-// scale minus base is rounded once.  Weights are rounded to T, their sum is taken of those unrounded; results
-// are rounded once.
+// 2^8, which T holds, and sums are seldom multiplied again.  Where only the limits change scores, product
+// times scale minus base is rounded once.  Weights are rounded to T, their sum is taken of those unrounded;
+// results are rounded once.
 #include "attention.h"
 
 namespace memlm::cuda {

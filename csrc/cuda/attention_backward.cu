@@ -362,10 +362,10 @@ memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   }
   if (k_blocks) {
     if constexpr (kDim == 256) {  // whose sums do not fit the registers together
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream,
-                                p, rows, plain)));
-      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream,
-                                p, rows, plain)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes,
+                                stream, p, rows, plain)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes,
+                                stream, p, rows, plain)));
     } else {
       MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads,
                                 bytes, stream, p, rows, plain)));
