@@ -47,15 +47,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   const Scores<T> scores(a, place, place.head);
 
   const int rows_here = block_rows < place.q_len - place.first ? block_rows : place.q_len - place.first;
-  copy_rows<kDim, block_rows>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, rows_here,
-                              queries);
+  copy_rows<block_rows>(Source<kDim>(a.q, place.batch, place.head, place.q_first), place.first, rows_here,
+                        queries);
   // What the block's queries see: keys begin to end - 1.
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left, end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
   begin = begin > 0 ? begin / kKeys * kKeys : 0;
 
-  const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
-  const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
+  const Source<kDim> k(a.k, place.batch, kv_head, place.k_first);
+  const Source<kDim> v(a.v, place.batch, kv_head, place.k_first);
   // The first keys from j on that the block mask shows to any of the queries.
   const auto next_shown = [&](int j) {
     const auto shown = [&] {
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   const auto copy = [&](int j, int stage) {
     if (j < end) {
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, kKeys>(a.k, k, j, end - j, to);
-      copy_rows<kDim, kKeys>(a.v, v, j, end - j, to + tile_bytes);
+      copy_rows<kKeys>(k, j, end - j, to);
+      copy_rows<kKeys>(v, j, end - j, to + tile_bytes);
     }
     commit_copies();
   };

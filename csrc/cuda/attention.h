@@ -105,19 +105,32 @@ struct Place {
 
 template <int kDim>
 MEMLM_DEVICE uint8_t* piece_at(uint8_t* tile, int row, int piece) {
-  return tile + row * (kDim * 2) + (piece ^ row % 8) * 16;
+  return tile + row * (kDim * 2) + (piece ^ (row & 7)) * 16;
 }
 
-// Begins to copy rows first .. first + rows - 1 of those from `from` on; the tile's others, up to kRows,
-// become 0.
-template <int kDim, int kRows>
-MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, int rows,
-                            uint8_t* tile) {
-  // A piece of each `step`-th row is the thread's.
-  constexpr int pieces = kDim / 8, step = kAttentionThreads / pieces;
-  const int piece = thread() % pieces, row0 = thread() / pieces;
-  const bool inside = piece * 8 < tensor.dim;
-  const uint16_t* x = from + row0 * tensor.strides[2] + (inside ? piece * 8 : 0) + first * tensor.strides[2];
+// Rows of a sequence and a head that come to tiles.  A thread copies one piece of every kApart-th row.
+template <int kDim>
+struct Source {
+  static constexpr int kPieces = kDim / 8, kApart = kAttentionThreads / kPieces;
+  const Rows4& tensor;
+  const uint16_t* own;  // the thread's piece of the first row that is its; what is beyond a row is not read
+
+  MEMLM_DEVICE Source(const Rows4& tensor, int batch, int head, int first)
+      : tensor(tensor),
+        own(tensor.row(batch, head, first) + thread() / kPieces * tensor.strides[2] +
+            (inside() ? piece() * 8 : 0)) {}
+  MEMLM_DEVICE int piece() const { return thread() % kPieces; }
+  MEMLM_DEVICE bool inside() const { return piece() * 8 < tensor.dim; }
+};
+
+// Begins to copy rows first .. first + rows - 1; the tile's others, up to kRows, become 0.
+template <int kRows, int kDim>
+MEMLM_DEVICE void copy_rows(const Source<kDim>& source, int first, int rows, uint8_t* tile) {
+  constexpr int step = Source<kDim>::kApart;
+  const Rows4& tensor = source.tensor;
+  const int row0 = thread() / Source<kDim>::kPieces, piece = source.piece();
+  const bool inside = source.inside();
+  const uint16_t* x = source.own + first * tensor.strides[2];
   if (tensor.wide && rows >= kRows) {
 #pragma unroll
     for (int n = 0; n < kRows / step; n++, x += step * tensor.strides[2])
@@ -146,7 +159,7 @@ MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t f
 // pieces and for rows that are a multiple of 8 apart.
 template <int kDim>
 MEMLM_DEVICE int lane_offset(int row, int last) {
-  return row * (kDim * 2) + (last ^ row % 8) * 16;
+  return row * (kDim * 2) + (last ^ (row & 7)) * 16;
 }
 MEMLM_DEVICE int even_piece(int offset, int piece) { return (offset ^ piece % 8 * 16) + piece / 8 * 128; }
 
@@ -253,17 +266,17 @@ struct Scores {
   }
 
   // Whether all queries from i to i_last see all keys from j to j_last, if block mask and mask do not say
-  // otherwise, and any of them any.
+  // otherwise, and any of them any.  Without branches, as all of these.
   MEMLM_DEVICE bool all_seen(int i, int i_last, int j, int j_last) const {
-    return j_last < place.k_len && j >= i_last + shift - a.left && j_last <= i + shift + a.right;
+    return (j_last < place.k_len) & (j >= i_last + shift - a.left) & (j_last <= i + shift + a.right);
   }
   MEMLM_DEVICE bool any_seen(int i, int i_last, int j, int j_last) const {
-    return i < place.q_len && j < place.k_len && j_last >= i + shift - a.left &&
-           j <= i_last + shift + a.right;
+    return (i < place.q_len) & (j < place.k_len) & (j_last >= i + shift - a.left) &
+           (j <= i_last + shift + a.right);
   }
   MEMLM_DEVICE bool seen(int i, int j) const {
     const int position = i + shift;
-    return i < place.q_len && j < place.k_len && j >= position - a.left && j <= position + a.right;
+    return (i < place.q_len) & (j < place.k_len) & (j >= position - a.left) & (j <= position + a.right);
   }
 
   // The score of query i and key j, both of the sequence, of their product; -Inf where not seen.  *factor:

@@ -143,16 +143,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   uint8_t* const grads = queries + kRowTile * kDim * 2;
   uint8_t* const ring = grads + kRowTile * kDim * 2;
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, rows_here,
-                            queries);
-  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first,
-                            rows_here, grads);
+  copy_rows<kRowTile>(Source<kDim>(a.q, place.batch, place.head, place.q_first), place.first, rows_here,
+                      queries);
+  copy_rows<kRowTile>(Source<kDim>(p.grad_out, place.batch, place.head, place.q_first), place.first, rows_here,
+                      grads);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
   begin = begin > 0 ? begin / others * others : 0;
-  const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
-  const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
+  const Source<kDim> k(a.k, place.batch, kv_head, place.k_first);
+  const Source<kDim> v(a.v, place.batch, kv_head, place.k_first);
   const auto next_shown = [&](int j) {
     while (j < end && !scores.shown(place.first, j)) j += others;
     return j;
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   const auto copy = [&](int j, int stage) {
     if (j < end) {
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, others>(a.k, k, j, end - j, to);
-      copy_rows<kDim, others>(a.v, v, j, end - j, to + tile_bytes);
+      copy_rows<others>(k, j, end - j, to);
+      copy_rows<others>(v, j, end - j, to + tile_bytes);
     }
     commit_copies();
   };
@@ -237,10 +237,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   uint8_t* const ring = values + kRowTile * kDim * 2;
   uint8_t* const statistics = ring + stages * 2 * tile_bytes;
   const int rows_here = rows < place.k_len - place.first ? rows : place.k_len - place.first;
-  copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, rows_here,
-                            keys);
-  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, rows_here,
-                            values);
+  copy_rows<kRowTile>(Source<kDim>(a.k, place.batch, place.head, place.k_first), place.first, rows_here,
+                      keys);
+  copy_rows<kRowTile>(Source<kDim>(a.v, place.batch, place.head, place.k_first), place.first, rows_here,
+                      values);
   // The queries that see any of the block's keys: begin to end - 1.
   const int shift = place.shift(a);
   int begin = place.first - a.right - shift;
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   float grad_k[1][wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[1][wanted & kGradV ? kDim / 8 : 1][4] = {};
   for (int head = place.head * a.group; head < (place.head + 1) * a.group; head++) {
     const Scores<T> scores(a, place, head);
-    const uint16_t* const q = a.q.row(place.batch, head, place.q_first);
-    const uint16_t* const grad_out = p.grad_out.row(place.batch, head, place.q_first);
+    const Source<kDim> q(a.q, place.batch, head, place.q_first);
+    const Source<kDim> grad_out(p.grad_out, place.batch, head, place.q_first);
     const auto next_shown = [&](int i) {
       while (i < end && !scores.shown(i, place.first)) i += others;
       return i;
@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
     const auto copy = [&](int i, int stage) {
       if (i < end) {
         uint8_t* const to = ring + stage * 2 * tile_bytes;
-        copy_rows<kDim, others>(a.q, q, i, end - i, to);
-        copy_rows<kDim, others>(p.grad_out, grad_out, i, end - i, to + tile_bytes);
+        copy_rows<others>(q, i, end - i, to);
+        copy_rows<others>(grad_out, i, end - i, to + tile_bytes);
         if (thread() < others) {
           const int64_t at = statistic_at(a, place, head, i + thread());
           const bool valid = i + thread() < end;
