@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
   copy_rows<kRowTile>(Source<kDim>(a.q, place.batch, place.head, place.q_first), place.first, rows_here,
                       queries);
-  copy_rows<kRowTile>(Source<kDim>(p.grad_out, place.batch, place.head, place.q_first), place.first, rows_here,
-                      grads);
+  copy_rows<kRowTile>(Source<kDim>(p.grad_out, place.batch, place.head, place.q_first), place.first,
+                      rows_here, grads);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
