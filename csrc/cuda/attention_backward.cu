@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
       return i;
     };
     // A thread's: of the query that is its number further than the first that are copied.
-    float base = 0, delta = 0;
+    float lse = 0, delta = 0;
     uint32_t hash = 0;
     const auto copy = [&](int i, int stage) {
       if (i < end) {
@@ -269,18 +269,18 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
         if (thread() < others) {
           const int64_t at = statistic_at(a, place, head, i + thread());
           const bool valid = i + thread() < end;
-          base = valid ? base_of(a.lse[at]) : INFINITY;
+          lse = valid ? a.lse[at] : -INFINITY;
           delta = valid ? p.delta[at] : 0;
           hash = a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0;
         }
       }
       commit_copies();
     };
-    // Behind products, which hide how long the loads take.
+    // Behind products, in whose time the loads take place.
     const auto store_statistics = [&](int stage) {
       if (thread() >= others) return;
       float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>) + thread();
-      of[0] = base, of[others] = delta, of[2 * others] = as_float(hash);
+      of[0] = base_of(lse), of[others] = delta, of[2 * others] = as_float(hash);
     };
     int i = next_shown(begin), stage = 0;
     copy(i, 0);
