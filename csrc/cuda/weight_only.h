@@ -48,7 +48,6 @@ struct WeightOnly : Product {
   Levels levels;
   float zero;  // subtracted from codes
   int k, groups, group_shift;  // 2^group_shift steps of k in a group
-  int64_t code_stride;         // bytes of a tile's codes: `steps` times those of a step
   const void* x;
   int64_t x_stride;
 };
@@ -204,48 +203,35 @@ struct Dense {
   // Up to so many tiles of tokens, sums leave registers for both steps of a stage at once; 8-bit codes of a
   // step are twice as many registers.
   static constexpr int kUnrolledTiles = kBits == 8 ? 2 : 4;
-  static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
-  static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
+  using Codes = DenseCodes<kBits>;
+  static constexpr int kBytes = Codes::kBytes;
 
   // Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
   // 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
 
   const Codec codec;
+  const Codes codes;
   uint32_t w[4][4];  // [feature][pair of k], of a step
 
   template <class Here>
-  MEMLM_DEVICE Dense(const WeightOnly& p, const Here&) : codec(p) {}
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Here& here) : codec(p), codes(p.codes, p.steps, here) {}
 
   // Begins to copy what a stage from step0 on has; nothing where not `valid`.
   template <class Here>
-  MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Here& here, uint8_t* to, int step0, bool valid) {
-    // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-    const int block = kBits == 8 ? 2 * here.c : kBits == 4 ? here.c : here.c / 2;
-    const int64_t begin = here.mine * p.code_stride + block * 64 + here.g % 4 * 16;
-#pragma unroll
-    for (int s = 0; s < kStageSteps; s++) {
-      const int step = step0 + s;
-      const bool there = valid && here.have && step < p.steps;
-      const uint8_t* const from = p.codes + (there ? begin + static_cast<int64_t>(step) * (kBits * 64) : 0);
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
-      }
-    }
+  MEMLM_DEVICE void begin_copies(const WeightOnly&, const Here&, uint8_t* to, int step0, bool valid) const {
+    codes.begin_copies(to, step0, valid);
   }
 
   // Makes step s of a stage ready to be multiplied.
   MEMLM_DEVICE void unpack(const uint8_t* from, int s) {
-    Vec4 pieces[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; i++)
-      pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
+    Vec4 pieces[Codes::kPieces];
+    codes.read(from, s, pieces);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      uint32_t words[kPieces];
+      uint32_t words[Codes::kPieces];
 #pragma unroll
-      for (int i = 0; i < kPieces; i++) {
+      for (int i = 0; i < Codes::kPieces; i++) {
         const Vec4 v = pieces[i];
         words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
         if (kBits == 2) words[i] >>= lane() % 2 * 4;  // the upper half of a byte has k 8 to 15
