@@ -81,29 +81,26 @@ struct DenseCodes {
   static constexpr int kPieces = bits == 8 ? 2 : 1;  // that a lane reads for a step
   static constexpr int kBytes = 2 * kTilePieces * 16;
 
-  const uint8_t* codes;
-  int64_t begin;
-  int steps;  // 0 where W does not have the tile
+  const uint8_t* next;  // the lane's first piece of the stage that is to be copied next
+  int steps;            // 0 where W does not have the tile
 
   template <class Place>
   MEMLM_DEVICE DenseCodes(const uint8_t* codes, int64_t steps, const Place& place)
-      : codes(codes),
-        begin(place.mine * steps * (bits * 64) + lane() % 16 * 16),
+      : next(codes + (place.mine * steps + place.first * kStageSteps) * (bits * 64) + lane() % 16 * 16),
         steps(place.have ? static_cast<int>(steps) : 0) {}
 
   // Where piece j of a tile lies: turned about so that 8 lanes that read two pieces of 4 blocks meet all banks.
   static MEMLM_DEVICE int place_of(int j) { return j ^ (j >> 3 & (bits / 2 - 1)) << 1; }
 
-  // Begins to copy what a stage from step0 on has; nothing where not `valid`.
-  MEMLM_DEVICE void begin_copies(uint8_t* to, int step0, bool valid) const {
-    uint8_t* const of_tile = to + lane() / 16 * (kTilePieces * 16);
+  // Begins to copy what the next stage, from step0 on, has; nothing where not `valid`.
+  MEMLM_DEVICE void begin_copies(uint8_t* to, int step0, bool valid) {
 #pragma unroll
     for (int i = 0; i < kTilePieces / 16; i++) {
       const int j = i * 16 + lane() % 16;
       const bool there = valid && step0 + j / kStepPieces < steps;
-      const int64_t from = begin + static_cast<int64_t>(step0) * (bits * 64) + i * 256;
-      copy_async(of_tile + place_of(j) * 16, codes + (there ? from : 0), there);
+      copy_async(to + (lane() / 16 * kTilePieces + place_of(j)) * 16, next + i * 256, there);
     }
+    next += kStageSteps * bits * 64;
   }
 
   // The lane's pieces of step s of a stage.
@@ -159,10 +156,12 @@ MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond])
     fence();
     if (first) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) {
-        Sum sum = 0;
-        for (int split = 0; split < blocks_y(); split++) sum += partial[place(split, i)];
-        mine(i) = sum;
+      for (int i = 0; i < kSums; i++) mine(i) = 0;
+#pragma unroll 1
+      for (int split = 0; split < blocks_y(); split++) {
+        const Sum* const of_split = partial + place(split, 0);
+#pragma unroll
+        for (int i = 0; i < kSums; i++) mine(i) += of_split[i * kSlots];
       }
     }
   }

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
   const int row = here.row, g = here.g, c = here.c, token0 = here.token0;
   const int x_place = kWarps * kWarpBytes + here.slice * x_bytes(kTokenTiles);
 
-  const Codes codes(p.codes, p.steps, here);
+  Codes codes(p.codes, p.steps, here);
   // Scales: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so that a lane
   // brings at most one piece.
   const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift < 0 ? 0
@@ -76,9 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
             later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales
-          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
-          : 0;
+      (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16;
   // x: 4 pieces a token, halves exchanged for two tokens of four, so that 16 lanes that read 8 bytes each, of
   // four tokens, meet all banks.  A thread brings at most one, and one of the scales: those of 4 tokens.
   constexpr int kQuarters = kTokens / 4;
@@ -94,22 +92,22 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     if (!whole && later_group < stage_groups) {
       const int group = (step0 >> p.group_shift) + later_group;
       const bool there = valid && brings_scales && group < p.groups;
-      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      const int64_t offset = scales_begin + static_cast<int64_t>(group) * (scale_pieces * 16);
       copy_async(weights + Codes::kBytes + lane() * 16, p.scales + offset, there);
     }
     uint8_t* const x = to + x_place;
     if (in_slice < kTokens * 4) {
       // The address is computed each time: kept, its registers are too many where tokens are.
-      const int k = step0 * kStep;
-      const bool there = valid && token0 + x_token < p.m && k + x_piece * 16 < p.k;
+      const int k = step0 * kStep + x_piece * 16;
+      const bool there = valid && token0 + x_token < p.m && k < p.k;
       copy_async(x + x_token * kXRow + (x_piece ^ x_token / 2 % 2 * 2) * 16,
-                 p.x + (there ? (token0 + x_token) * p.x_stride + k + x_piece * 16 : 0), there);
+                 p.x + (token0 + x_token) * p.x_stride + k, there);
     }
     if (!whole && p.x_scale_stride && in_slice < kStageSteps * kQuarters) {
       const int step = step0 + in_slice / kQuarters, token = token0 + in_slice % kQuarters * 4;
       const bool there = valid && step < p.x_steps && token < p.m;
       copy_async(x + kTokens * kXRow + in_slice * 16,
-                 p.x_scales + (there ? step * p.x_scale_stride + token : 0), there);
+                 p.x_scales + (step * p.x_scale_stride + token), there);
     }
     commit_copies();
   };

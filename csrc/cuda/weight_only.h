@@ -104,10 +104,10 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
-      const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] =
-          fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
+      pairs[i] = fma_pair<T>(select_bits<mask, kMagic<T>>(both), power_of_two<T>(0), minus_magic);
+      const uint32_t above = upper_in_place() ? select_bits<mask << bits, kMagic<T>>(both)
+                                              : select_bits<mask, kMagic<T>>(both >> bits);
+      pairs[2 + i] = fma_pair<T>(above, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -211,15 +211,15 @@ struct Dense {
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
 
   const Codec codec;
-  const Codes codes;
+  Codes codes;
   uint32_t w[4][4];  // [feature][pair of k], of a step
 
   template <class Here>
   MEMLM_DEVICE Dense(const WeightOnly& p, const Here& here) : codec(p), codes(p.codes, p.steps, here) {}
 
-  // Begins to copy what a stage from step0 on has; nothing where not `valid`.
+  // Begins to copy what the next stage, from step0 on, has; nothing where not `valid`.
   template <class Here>
-  MEMLM_DEVICE void begin_copies(const WeightOnly&, const Here&, uint8_t* to, int step0, bool valid) const {
+  MEMLM_DEVICE void begin_copies(const WeightOnly&, const Here&, uint8_t* to, int step0, bool valid) {
     codes.begin_copies(to, step0, valid);
   }
 
@@ -268,14 +268,12 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
             later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales
-          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
-          : 0;
+      (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16;
   // x: 8 pieces a token.
   constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
   const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
-  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
+  const T* x_next = static_cast<const T*>(p.x) + (token0 + x_token) * p.x_stride + here.first * kStageK + x_piece * 8;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStage;
@@ -286,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     if (later_group < stage_groups) {
       const int group = (step0 >> p.group_shift) + later_group;
       const bool there = valid && brings_scales && group < p.groups;
-      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      const int64_t offset = scales_begin + static_cast<int64_t>(group) * (scale_pieces * 16);
       uint8_t* const scales = of_warp + Weights::kBytes + lane() * 16;
       copy_async(scales, p.scales + offset, there);
       if (Weights::kOffsets && p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
@@ -294,11 +292,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     uint8_t* const x = to + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
 #pragma unroll
     for (int i = 0; i < kXPieces; i++) {
-      const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
-      const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
-      const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
-      copy_async(x + x_place(token, x_piece), static_cast<const T*>(p.x) + offset, there);
+      const int token = x_token + i * kTokensAtOnce;
+      const bool there = valid && token0 + token < p.m && step0 * kStep + x_piece * 8 < p.k;
+      copy_async(x + x_place(token, x_piece), x_next + i * kTokensAtOnce * p.x_stride, there);
     }
+    x_next += kStageK;
     commit_copies();
   };
 
