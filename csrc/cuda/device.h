@@ -270,6 +270,7 @@ MEMLM_DEVICE float log2_approx(float x) {  // off by 2^-22 from 0.5 to 2, else 1
 MEMLM_DEVICE float rsqrt_approx(float x) { return rsqrtf(x); }  // 2 ulp
 MEMLM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }  // rounded to nearest
 MEMLM_DEVICE float fma_f32(float a, float b, float c) { return fmaf(a, b, c); }
+MEMLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other, where one is NaN
 // The product rounded to f32, whatever is done with it: the compiler makes no FMA of it.
 MEMLM_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 MEMLM_DEVICE int round_int(float x) { return __float2int_rn(x); }
