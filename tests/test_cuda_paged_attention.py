@@ -28,8 +28,8 @@ def run(made: Paged, q, new, scale=None, window=0, softcap=0.0, slopes=None, sin
 
 
 def parts_off(type: str, dtype: torch.dtype, arch: int):
-    """What the kernel's head says of its products: relative errors of scores' terms, of weights, of values,
-    and what of a weight is lost below f16's least number."""
+    """Of products of floats, relative errors of scores' terms, of weights, of values, and what of a weight is
+    lost below f16's least number."""
     exact_queries = type in ("f32", "bf16") and dtype == (torch.bfloat16 if arch >= 800 else torch.float16)
     unit = ROUNDOFF[torch.bfloat16 if arch >= 800 else torch.float16]
     two = 2 * unit**2  # as a sum of two
@@ -38,10 +38,37 @@ def parts_off(type: str, dtype: torch.dtype, arch: int):
     return scores + lost, (two if dtype == torch.float16 else unit), two if type == "f32" else 0, lost
 
 
+# What the kernel's head says of its integers: half a step, of 1 / 32,639 of the largest, and its f32 rounding.
+HALF_STEP = 0.5 / 32639 + 2 * ROUNDOFF[F32]
+STAGE = 64  # tokens whose weights have a step
+
+
+def digits_off(made: Paged, table, length: int, p: torch.Tensor, group: int) -> torch.Tensor:
+    """[1, H, n, channels]: how far off sums are of weights ``p`` [1, H, n, length] as integers: by half a step
+    for each token, of the largest weight times scale in its stage, times its code."""
+    format = made.format
+    parts = kv_formats.unpack(format, made.pool[:, table[: -(-length // format.tokens)].long()])
+    scales = parts.value_scales.double().abs().flatten(1, 2)[:, :length]  # [kv_heads, length, groups]
+    codes = (parts.values.double().flatten(1, 2)[:, :length] - kv_formats.ZEROS[format.bits[1]]).abs()
+    if format.tail:  # its tokens are multiplied as floats
+        newest = (length - 1) // format.tokens * format.tokens
+        scales[:, newest:], codes[:, newest:] = 0, 0
+    off = []
+    for of in range(format.groups):
+        weights = p[0] * scales[..., of].repeat_interleave(group, 0)[:, None]
+        stages = torch.nn.functional.pad(weights, (0, -length % STAGE)).unflatten(-1, (-1, STAGE))
+        largest = stages.amax(-1, keepdim=True).expand_as(stages).flatten(-2)[..., :length]
+        its = codes[..., of * format.group : (of + 1) * format.group].repeat_interleave(group, 0)
+        off.append(HALF_STEP * largest @ its)
+    return torch.cat(off, -1)[None]
+
+
 def check(
-    made: Paged, q, new, window=0, scale=None, sinks=None, arch=800, run=run, parts_off=parts_off, **rules
+    made: Paged, q, new, window=0, scale=None, sinks=None, arch=800, run=run, parts_off=parts_off,
+    digits=True, **rules
 ):  # fmt: skip
-    """A result within its bounds; returns the share of elements that a zero would fail."""
+    """A result within its bounds, of ``digits`` (int8, and int4 but its tail) or of products of floats; returns
+    the share of elements that a zero would fail."""
     format, group = made.format, q.shape[1] // made.pool.shape[0]
     scale = format.dim**-0.5 if scale is None else scale
     options = {key: rules.pop(key) for key in ("longest", "spare") if key in rules}
@@ -54,6 +81,9 @@ def check(
         if format.tail:  # twice, as keys have them: rounded and not
             x = torch.cat((x, x), dim=-1)
     off_scores, off_weights, off_values, lost = parts_off(format.type, q.dtype, arch)
+    digits = digits and format.quantized
+    if digits and not format.tail:
+        off_scores = off_weights = off_values = lost = 0
     rules |= {"scale": 1.0, "right": 0, "left": window - 1, "to_end": True}
     for i, (table, length, count) in enumerate(zip(made.tables, made.lengths, new)):
         here = slice(row, row + count)
@@ -70,8 +100,13 @@ def check(
         p = exact(ours, keys, each, sinks=sinks, **rules).value["out"]  # [1, H, n, length]
         wide_keys, wide_values = (t.double().abs().repeat_interleave(group, 1) for t in (keys, values))
         off_p = p * off_scores * (ours.double().abs() @ wide_keys.mT)
+        if digits:
+            largest = ours.double().abs().amax(-1, keepdim=True)
+            off_p = off_p + p * HALF_STEP * largest * wide_keys.sum(-1)[..., None, :]
         size = p @ wide_values
         off = off_p @ wide_values + off_p.sum(-1, keepdim=True) * size + (off_weights + off_values) * size
+        if digits:
+            off = off + digits_off(made, table, length, p, group)
         seen = (p > 0).double()
         off = off + lost * (127 if format.quantized else 1) * (seen @ (wide_values + 1))
         out, bound = (t.transpose(1, 2)[0] for t in (wanted.value["out"], wanted.bound["out"] + off))

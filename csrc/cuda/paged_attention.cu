@@ -40,7 +40,6 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kMostDim = 256;
 constexpr int kSplitRows = 16;                       // of a sequence whose length is shared out
 constexpr int kLeastChunk = 256, kMostChunks = 32;   // tokens; blocks of a sequence
-constexpr int kWeightsPitch = 64 + 16;  // for the longest stage
 constexpr float kLog2E = 1.44269504f;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -59,12 +58,12 @@ struct Attention {
   KvCache cache;
   const void* q;
   void* out;
-  int64_t q_stride, out_stride, window;
-  int heads, group;
+  int64_t q_stride, out_stride;
+  int heads, group, window;
   float scale, softcap;
   const float *slopes, *sinks;
-  int query_pitch;           // elements from one row to the next in shared memory
   int stage_bytes;  // that a stage, and at last the sums, take of shared memory
+  int pitch;        // Room's
   // Of sequences with at most split_tokens new tokens, each chunk's sums [width], maximum and total, for
   // each slot and head.  A slot is a row, or where those would be more: split_tokens of each sequence.
   int splits, split_tokens;
@@ -82,58 +81,60 @@ MEMLM_DEVICE int64_t part_of(const Attention& a, int sequence, int64_t row, int 
   return (slot * a.heads + head) * a.splits + split;
 }
 
-// ---- Tiles in shared memory: 16 rows x 16 k from k0 on ----
+// ---- Tiles in shared memory ----
 
-// Four codes, one a byte, to pairs of M: 2^n beside them, less 2^n and the zero.
-MEMLM_DEVICE void pairs_of(uint32_t codes, uint32_t minus, uint32_t (&to)[2]) {
-  constexpr uint32_t magic = kSame<M, f16> ? 0x64646464 : 0x43434343;
-  constexpr uint32_t ones = kSame<M, f16> ? 0x3c003c00 : 0x3f803f80;
-  constexpr uint32_t above = kSame<M, f16> ? 0xe4e4e4e4 : 0xc3c3c3c3;
-  to[0] = fma_pair<M>(permute_bytes(codes, magic, 0x4140), ones, permute_bytes(minus, above, 0x4140));
-  to[1] = fma_pair<M>(permute_bytes(codes, magic, 0x4342), ones, permute_bytes(minus, above, 0x4342));
-}
-
+// Of 16 rows x 32 k from k0 on, as bytes that are kUnit times what a code stands for: k 8c to 8c + 7 of rows
+// 2g and 2g + 1.
 struct Codes8 {
-  static constexpr int kBits = 8, kStage = 64, kParts = 1;
+  static constexpr int kBits = 8, kStage = 64, kUnit = 1;
   static constexpr bool kCoded = true;
-  MEMLM_DEVICE static int place(int piece) { return piece; }
-  MEMLM_DEVICE static void load16(const uint8_t* tile, int k0, int, uint32_t (&a)[4]) {
-    const int g = lane() / 4, c = lane() % 4, first = c / 2 * 8;  // lanes c and c + 2 on other banks
-    const uint8_t* const at = tile + ((k0 / 4 + c) * kKvTile + g) * 4;
-    const uint32_t one = load<uint32_t>(at + first * 4), other = load<uint32_t>(at + (8 - first) * 4);
-    const uint32_t upper = first ? other : one, lower = first ? one : other;
-    uint32_t pairs[2];
-    pairs_of(upper & 0x7f7f7f7f, upper & 0x80808080, pairs);
-    a[0] = pairs[0], a[2] = pairs[1];
-    pairs_of(lower & 0x7f7f7f7f, lower & 0x80808080, pairs);
-    a[1] = pairs[0], a[3] = pairs[1];
+  // 16 bytes are 4 rows of 4 k.  Those that half a warp reads at once lie on all banks.
+  MEMLM_DEVICE static int place(int piece) { return piece ^ (piece >> 3 & 3) << 1; }
+  MEMLM_DEVICE static void load32(const uint8_t* tile, int k0, uint32_t (&a)[4]) {
+    const int g = lane() / 4, c = lane() % 4, piece = 8 * c + g / 2;
+    const uint8_t* const at = tile + k0 * kKvTile + g % 2 * 8;
+    const Vec2 first = load<Vec2>(at + place(piece) * 16), second = load<Vec2>(at + place(piece + 4) * 16);
+    a[0] = first.x, a[1] = first.y, a[2] = second.x, a[3] = second.y;
   }
 };
 
-// 4 bits, or 5.
-template <int bits>
-struct Nibbles {
-  static constexpr int kBits = bits, kParts = 1;
-  [[maybe_unused]] static constexpr int kStage = 64;
+// 4 bits go to the upper half of a byte, as two's complement.
+struct Codes4 {
+  static constexpr int kBits = 4, kUnit = 16;
   static constexpr bool kCoded = true;
-  MEMLM_DEVICE static int place(int piece) { return piece; }
-  MEMLM_DEVICE static void load16(const uint8_t* tile, int k0, int, uint32_t (&a)[4]) {
+  MEMLM_DEVICE static int place(int piece) { return piece ^ (piece >> 3 & 1) << 1; }  // as above
+  MEMLM_DEVICE static void load32(const uint8_t* tile, int k0, uint32_t (&a)[4]) {
     const int g = lane() / 4, c = lane() % 4;
-    const uint8_t* const run = tile + k0 / 32 * (64 * bits);
-    for (int half = 0; half < 2; half++) {
-      const int row = g + 8 * half, k = k0 % 32 / 4 + c;
-      uint32_t codes = load<uint32_t>(run + (k / 2 * kKvTile + row) * 4) >> c % 2 * 4 & 0x0f0f0f0f;
-      if (bits == 5) {
-        const uint32_t fifth = run[256 + (k * kKvTile + row) / 2] >> row % 2 * 4 & 15;
-        codes |= (fifth * 0x00204081 & 0x01010101) << 4;
-      }
-      uint32_t pairs[2];
-      pairs_of(codes, bits == 5 ? 0x10101010 : 0x08080808, pairs);
-      a[half] = pairs[0], a[half + 2] = pairs[1];
-    }
+    const Vec2 codes = load<Vec2>(tile + k0 * kKvTile / 2 + g % 2 * 8 + place(4 * c + g / 2) * 16);
+    constexpr uint32_t zero = 0x88888888, upper = 0xf0f0f0f0;
+    a[0] = (codes.x << 4 ^ zero) & upper, a[1] = (codes.y << 4 ^ zero) & upper;
+    a[2] = (codes.x ^ zero) & upper, a[3] = (codes.y ^ zero) & upper;
   }
 };
 
+// 5 bits go to the upper ones of a byte likewise.
+struct Codes5 {
+  static constexpr int kBits = 5, kStage = 64, kUnit = 8;
+  static constexpr bool kCoded = true;
+  MEMLM_DEVICE static int place(int piece) { return piece; }
+  MEMLM_DEVICE static void load32(const uint8_t* tile, int k0, uint32_t (&a)[4]) {
+    const int g = lane() / 4, c = lane() % 4, second = c / 2;  // lanes c and c + 2 on other banks
+    const uint8_t* const run = tile + k0 * (kKvTile * 5 / 8);
+    const uint8_t* const at = run + (c * kKvTile + 2 * g) * 4;
+    const uint32_t one = load<uint32_t>(at + second * 4), other = load<uint32_t>(at + (1 - second) * 4);
+    const uint32_t even = second ? other : one, odd = second ? one : other;
+    // Nibbles of fifth bits, of rows 2g and 2g + 1: multiplied they lie 8 bits apart.
+    const uint32_t fifth = run[256 + c * kKvTile + g], next = run[256 + c * kKvTile + 8 + g];
+    constexpr uint32_t low = 0x10204080, high = low >> 4;
+    a[0] = joined(even << 3, (fifth & 0x0f) * low), a[1] = joined(odd << 3, (fifth & 0xf0) * high);
+    a[2] = joined(even >> 1, (next & 0x0f) * low), a[3] = joined(odd >> 1, (next & 0xf0) * high);
+  }
+  MEMLM_DEVICE static uint32_t joined(uint32_t nibbles, uint32_t fifth) {
+    return (nibbles & 0x78787878) | (~fifth & 0x80808080);
+  }
+};
+
+// Of 16 rows x 16 k from k0 on: k 4c to 4c + 3 of rows g and g + 8.
 struct Floats16 {
   static constexpr int kBits = 16, kStage = 64, kParts = 1;
   static constexpr bool kCoded = false;
@@ -141,8 +142,8 @@ struct Floats16 {
   MEMLM_DEVICE static int place(int piece) { return piece ^ (piece >> 3 & 1) ^ (piece >> 4 & 1) << 2; }
   MEMLM_DEVICE static void load16(const uint8_t* tile, int k0, int, uint32_t (&a)[4]) {
     const int matrix = lane() / 8, row = lane() % 8;
-    const int k = k0 + row / 2 * 4 + row % 2 + matrix / 2 * 2;
-    load_matrices_transposed(a, tile + place(2 * k + matrix % 2) * 16);
+    const int k = row / 2 * 4 + row % 2 + matrix / 2 * 2;
+    load_matrices_transposed(a, tile + place(2 * k + matrix % 2) * 16 + k0 * 32);
     if (kSame<M, f16>) {
       for (int i = 0; i < 4; i++) a[i] = pair<M>(low<bf16>(a[i]), high<bf16>(a[i]));
     }
@@ -169,10 +170,45 @@ struct Floats32 {
   }
 };
 
-// ---- The work of a block ----
+// ---- What tiles are multiplied by ----
 
-// Where a row's weight of a token of the stage lies: on other banks than what is read or written with it.
-MEMLM_DEVICE int place_of(int row, int token) { return row * kWeightsPitch + (token ^ (row >> 1 & 3) * 8); }
+// Four numbers of M, of consecutive k, as the sum of `parts` of two pairs each.
+template <int parts>
+struct alignas(8 * parts) Pairs {
+  uint32_t of[parts][2];
+};
+template <int parts>
+MEMLM_DEVICE Pairs<parts> pairs_of(const float (&x)[4]) {
+  Pairs<parts> p;
+  for (int part = 0; part < parts; part++) {
+    p.of[part][0] = pair_part(x[0], x[1], part), p.of[part][1] = pair_part(x[2], x[3], part);
+  }
+  return p;
+}
+
+// Numbers as integers of two digits, high * 256 + low, both from -128 to 127: at most kMostDigits.
+constexpr int kMostDigits = 127 * 256 + 127;
+// Bits of the larger magnitude, NaN being the largest.
+MEMLM_DEVICE uint32_t largest(uint32_t bits, float x) {
+  const uint32_t magnitude = as_bits(x) & 0x7fffffff;
+  return magnitude > bits ? magnitude : bits;
+}
+// Four consecutive k times `per_step`: the high digits, the low ones.
+MEMLM_DEVICE Vec2 digits(const float (&x)[4], float per_step) {
+  uint32_t y[4];  // its lower half: the number + 128
+  for (int i = 0; i < 4; i++) y[i] = as_bits(fma_f32(x[i], per_step, 0x1.8p23f + 128));
+  const uint32_t first = permute_bytes(y[0], y[1], 0x5410), second = permute_bytes(y[2], y[3], 0x5410);
+  return {permute_bytes(first, second, 0x7531), permute_bytes(first, second, 0x6420) ^ 0x80808080};
+}
+// Of 8 consecutive k and a column: two of those.
+MEMLM_DEVICE void add_product(int (&high)[4], int (&low)[4], const uint32_t (&a)[4], const Vec4& b) {
+  const uint32_t upper[2] = {b.x, b.z}, lower[2] = {b.y, b.w};
+  mma_int8(high, a, upper);
+  mma_int8(low, a, lower);
+}
+MEMLM_DEVICE float sum_of(int high, int low) { return static_cast<float>(high * 256 + low); }
+
+// ---- The work of a block ----
 
 template <int columns, int tiles>  // tiles of 8 query rows; of 16 channels, for each warp
 struct State {
@@ -182,206 +218,371 @@ struct State {
 
 struct Work {
   int sequence, kv_head, rows;
-  int64_t first_row, before;  // of the first new token, and how many tokens lie before it
-  int first;                  // of the sequence's query rows
-  float factor;               // of scores
+  int64_t first_row;
+  int before;    // tokens before the first new one
+  int first;     // of the sequence's query rows
+  float factor;  // of scores
 };
 
+// In shared memory.  What is multiplied lies as lanes load it: for 16 or 32 k, each 8 rows, each lane (g, c) what
+// it has of row g.
 struct Room {
-  uint8_t *keys, *values;
-  uint16_t *key_scales, *value_scales;
-  M* queries;      // [parts][rows][query_pitch]
-  float* weights;  // of each row and token, where place_of says: scores first
-  float* factors;  // [rows]
+  uint8_t* stage;
+  Vec4* codes;     // queries as digits [channels / 32][rows / 8][32]
+  uint8_t* pairs;  // as Pairs [channels / 16][rows / 8][32]
+  float* steps;    // [rows]: what 1 is, of the digits
+  // Of each row its scores of a stage, then its weights: Pairs [tokens / 16][4], or digits [groups][2][4].
+  // Rows are 16 words apart, of 32 banks.
+  float* lines;
+  int pitch;
+  float* factors;       // [rows]: of the sums till now
+  float* weight_steps;  // [groups][rows]
+};
+
+// 32 tokens that lie in one block: its place in the table, and their first one's in it.
+struct Run {
+  int block, place;
 };
 
 // All tokens from lo to hi - 1: into `state`.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles>
-MEMLM_DEVICE void attend(const Attention& a, const Work& w, Room room, const KvLayout& f,
-                         const uint8_t* tail, int64_t lo, int64_t hi, State<columns, tiles>& state) {
+MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, const KvLayout& f,
+                         const uint8_t* tail, int lo, int hi, State<columns, tiles>& state) {
   constexpr int kStage = K::kStage, kRows = 8 * columns, kOfRow = kThreads / kRows;
-  constexpr int kRun = kActGroup;  // tokens that lie in one block
+  constexpr int kRun = kActGroup;
   const int key_pitch = (f.channels + 15) / 16 * 2 * kKvTile * K::kBits, value_pitch = kStage * 2 * V::kBits;
-  const int group = K::kCoded ? f.group : (f.channels + 15) / 16 * 16, g = lane() / 4, c = lane() % 4;
+  const int groups = K::kCoded ? f.groups : 0, g = lane() / 4, c = lane() % 4;
 
-  room.keys = shared<uint8_t>();
-  room.values = room.keys + kStage / kKvTile * key_pitch;
-  room.key_scales = reinterpret_cast<uint16_t*>(room.values + f.width / kKvTile * value_pitch);
-  room.value_scales = room.key_scales + kStage * f.groups;
+  uint8_t* const all_keys = room.stage;
+  uint8_t* const all_values = all_keys + kStage / kKvTile * key_pitch;
+  uint16_t* const all_key_scales = reinterpret_cast<uint16_t*>(all_values + f.width / kKvTile * value_pitch);
+  uint16_t* const all_value_scales = all_key_scales + kStage * groups;  // of this stage and the next
 
-  const auto block = [&](int64_t t) {
-    return tail ? tail : block_of(a.cache, w.sequence, w.kv_head, t);
+  const auto after = [&](Run run) {
+    run.place += kRun;
+    return run.place < f.tokens ? run : Run{run.block + 1, 0};
   };
-  const auto is_there = [&](int64_t run) { return run < hi && run + kRun > lo; };
-  // Of a stage from token `start` on: the keys of the warp's tile, and their scales.
-  const auto copy_keys = [&](int64_t start) {
-    const int64_t t = start + warp() * kKvTile;
-    if (warp() >= kStage / kKvTile) return;
-    const bool valid = is_there(t / kRun * kRun);
-    const uint8_t* const from = valid ? block(t) : a.cache.blocks;
-    const int place = static_cast<int>(t % f.tokens) / kKvTile;
-    uint8_t* const to = room.keys + warp() * key_pitch;
-    for (int i = lane(); i < f.key_tile / 16; i += kWarp) {
-      copy_async(to + K::place(i) * 16, valid ? from + place * f.key_tile + i * 16 : from, valid);
-    }
-    for (int i = lane(); K::kCoded && i < 2 * f.groups; i += kWarp) {
-      copy_async(room.key_scales + (warp() * 2 * f.groups + i) * 8,
-                 valid ? from + f.key_scales + (place * 2 * f.groups + i) * 16 : from, valid);
-    }
+  const auto is_there = [&](int run) { return run < hi && run + kRun > lo; };
+  const auto block = [&](Run run) -> const uint8_t* {
+    if (tail) return tail;
+    const int64_t block = a.cache.tables[w.sequence * a.cache.table_stride + run.block];
+    return a.cache.blocks + (w.kv_head * a.cache.count + block) * f.bytes;
   };
-  // The values of the warp's channels; scales by all.  What is not there becomes 0: it may be NaN.
-  const auto copy_values = [&](int64_t start) {
-    constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = V::kCoded ? kPieces : kPieces / kRun;
-    for (int run = 0; run < kStage / kRun; run++) {
-      const int64_t t = start + run * kRun;
-      const bool valid = is_there(t);
-      const uint8_t* const from = valid ? block(t) : a.cache.blocks;
-      const int place = static_cast<int>(t % f.tokens);
-      for (int tile = warp(); tile < f.width / kKvTile; tile += kWarps) {
-        const uint8_t* const at = from + f.values + tile * f.value_tile + place * 2 * V::kBits;
-        for (int i = lane(); i < kPieces; i += kWarp) {
-          const int64_t token = t + i / kOfToken;
-          const bool copied = V::kCoded ? valid : valid && token < hi;
-          copy_async(room.values + tile * value_pitch + V::place(run * kPieces + i) * 16,
-                     valid ? at + i * 16 : from, copied);
-        }
+  // Of a stage from token `start` on, which `run` begins: the keys of the warp's tile; all scales.
+  const auto copy_keys = [&](int start, Run run, int turn) {
+    const Run next = kStage > kRun ? after(run) : run;
+    if (warp() < kStage / kKvTile) {
+      const bool valid = is_there(start + warp() / 2 * kRun);
+      const Run mine = warp() < 2 ? run : next;
+      const int place = mine.place / kKvTile + warp() % 2;
+      const uint8_t* const its = valid ? block(mine) : a.cache.blocks;
+      const uint8_t* from = valid ? its + place * f.key_tile + lane() * 16 : its;
+      uint8_t* to = all_keys + warp() * key_pitch + K::place(lane()) * 16;
+      for (int i = lane(); i < f.key_tile / 16; i += kWarp) {
+        copy_async(to, from, valid);
+        from += valid ? kWarp * 16 : 0, to += kWarp * 16;
       }
-      for (int i = thread(); V::kCoded && i < 4 * f.groups; i += kThreads) {
-        copy_async(room.value_scales + i / 4 * kStage + run * kRun + i % 4 * 8,
-                   valid ? from + f.value_scales + (i / 4 * f.tokens + place) * 2 + i % 4 * 16 : from, valid);
+      if (K::kCoded && lane() < 2 * groups) {
+        copy_async(all_key_scales + (warp() * 2 * groups + lane()) * 8,
+                   valid ? its + f.key_scales + (place * 2 * groups + lane()) * 16 : its, valid);
+      }
+    }
+    if (K::kCoded && thread() < 8 * groups) {
+      const int of = thread() / 8, half = thread() / 4 % 2, piece = thread() % 4;
+      const bool valid = is_there(start + half * kRun);
+      const Run mine = half ? next : run;
+      copy_async(all_value_scales + (turn * groups + of) * kStage + half * kRun + piece * 8,
+                 valid ? block(mine) + f.value_scales + (of * f.tokens + mine.place) * 2 + piece * 16
+                       : a.cache.blocks,
+                 valid);
+    }
+  };
+  // The values of the warp's channels.  Floats that are not there become 0: they may be NaN.
+  const auto copy_values = [&](int start, Run run) {
+    constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = kPieces / kRun, kRuns = kStage / kRun;
+    const uint8_t* from[kRuns];
+    for (int r = 0; r < kRuns; r++) {
+      from[r] = is_there(start + r * kRun) ? block(run) + f.values + run.place * 2 * V::kBits : nullptr;
+      run = after(run);
+    }
+#pragma unroll
+    for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
+      const int i = lane() + n * kWarp, of = i / kPieces, piece = i % kPieces;
+      const uint8_t* const its = from[of];
+      bool valid = its;
+      if (!V::kCoded) valid = valid && start + of * kRun + piece / (V::kCoded ? 1 : kOfToken) < hi;
+#pragma unroll
+      for (int j = 0; j < tiles; j++) {
+        const int tile = warp() + j * kWarps;
+        if (tile >= f.width / kKvTile) continue;
+        copy_async(all_values + tile * value_pitch + V::place(lane()) * 16 + n * kWarp * 16,
+                   its ? its + tile * f.value_tile + piece * 16 : a.cache.blocks, valid);
       }
     }
   };
 
   // Channels that the keys do not have, up to a multiple of 16.
   for (int i = f.key_tile / 16 + lane(); warp() < kStage / kKvTile && i < key_pitch / 16; i += kWarp) {
-    store(room.keys + warp() * key_pitch + K::place(i) * 16, Vec4{0, 0, 0, 0});
+    store(all_keys + warp() * key_pitch + K::place(i) * 16, Vec4{0, 0, 0, 0});
   }
 
-  // The thread's row of the softmax.
-  const int row = thread() / kOfRow, i = w.first + row;
-  const int64_t position = w.before + i / a.group;
-  const int64_t row_end = row < w.rows ? position + 1 : 0;
-  const int64_t row_begin = a.window && position >= a.window ? position - a.window + 1 : 0;
+  // The thread's row of the softmax, its tokens: `pieces` times kNext that follow each other.  Which is which
+  // differs from row to row: they lie on other banks then.
+  constexpr int kEach = kStage / kOfRow, kNext = kEach < 4 ? kEach : 4, kPieces = kEach / kNext;
+  const int row = thread() / kOfRow, turned = row >> 1 & (kPieces - 1) & 1, i = w.first + row;
+  const int swapped = (row >> 1 & 3) * 8, other_unit = (row >> 1 & 1) * 4;
+  float* const line = room.lines + row * room.pitch;
+  const int position = w.before + i / a.group;
+  const int end = row < w.rows ? static_cast<int>(least(position + 1, hi)) : 0;
+  const int begin = a.window && position >= a.window ? static_cast<int>(most(position - a.window + 1, lo)) : lo;
+  const uint32_t seen = end > begin ? end - begin : 0;
   const float slope = a.slopes ? a.slopes[w.kv_head * a.group + i % a.group] : 0;
+  const bool has_rows = warp() * kWarp / kOfRow < w.rows;  // the warp
 
-  const int64_t begin = lo / kStage * kStage;
-  copy_keys(begin);
+  const int first = lo / kStage * kStage;
+  Run run = {static_cast<int>(static_cast<uint32_t>(first) / static_cast<uint32_t>(f.tokens)), 0};
+  run.place = first - run.block * f.tokens;
+  copy_keys(first, run, 0);
   commit_copies();
-  for (int64_t start = begin; start < hi; start += kStage) {
+  for (int start = first, turn = 0; start < hi; start += kStage, turn ^= 1) {
     wait_copies<0>();
     MEMLM_SYNC_THREADS();  // the keys are there, and the last stage's values not needed any more
-    copy_values(start);
+    copy_values(start, run);
     commit_copies();
+    run = after(run);
+    if (kStage > kRun) run = after(run);
 
     if (warp() < kStage / kKvTile) {
-      const uint8_t* const tile = room.keys + warp() * key_pitch;
+      const uint8_t* const tile = all_keys + warp() * key_pitch;
       float scores[columns][4] = {};
-      for (int of = 0; of * group < f.channels; of++) {
-        float sums[columns][4] = {};
-        for (int k0 = of * group; k0 < (of + 1) * group; k0 += 16) {
+      if constexpr (K::kCoded) {
+        for (int of = 0; of < groups; of++) {
+          int high[columns][4] = {}, low[columns][4] = {};
+#pragma unroll 2
+          for (int k0 = of * f.group; k0 < (of + 1) * f.group; k0 += 32) {
+            uint32_t keys[4];
+            K::load32(tile, k0, keys);
+#pragma unroll
+            for (int n = 0; n < columns; n++) {
+              add_product(high[n], low[n], keys, room.codes[(k0 / 32 * columns + n) * kWarp + lane()]);
+            }
+          }
+          const uint32_t both = load<uint32_t>(all_key_scales + (warp() * groups + of) * kKvTile + 2 * g);
+          const float scales[2] = {to_float(f16{static_cast<uint16_t>(both)}),
+                                   to_float(f16{static_cast<uint16_t>(both >> 16)})};
+#pragma unroll
+          for (int n = 0; n < columns; n++) {
+            for (int j = 0; j < 4; j++) {
+              scores[n][j] = fma_f32(sum_of(high[n][j], low[n][j]), scales[j / 2], scores[n][j]);
+            }
+          }
+        }
+      } else {
+#pragma unroll 4
+        for (int k0 = 0; k0 < f.channels; k0 += 16) {
 #pragma unroll
           for (int part = 0; part < K::kParts; part++) {
             uint32_t keys[4];
             K::load16(tile, k0, part, keys);
 #pragma unroll
             for (int n = 0; n < columns; n++) {
+              const auto x = load<Pairs<query_parts>>(
+                  room.pairs + ((k0 / 16 * columns + n) * kWarp + lane()) * sizeof(Pairs<query_parts>));
 #pragma unroll
-              for (int q = 0; q < query_parts; q++) {
-                const int at = (q * kRows + n * 8 + g) * a.query_pitch + k0 + 4 * c;
-                const Vec2 x = load<Vec2>(room.queries + at);
-                const uint32_t b[2] = {x.x, x.y};
-                mma<M>(sums[n], keys, b);
-              }
+              for (int q = 0; q < query_parts; q++) mma<M>(scores[n], keys, x.of[q]);
             }
           }
         }
-        float scales[2] = {1, 1};
-        if (K::kCoded) {
-          const uint16_t* const at = room.key_scales + (warp() * f.groups + of) * kKvTile + g;
-          scales[0] = to_float(f16{at[0]}), scales[1] = to_float(f16{at[8]});
-        }
-#pragma unroll
-        for (int n = 0; n < columns; n++) {
-          for (int j = 0; j < 4; j++) scores[n][j] = fma_f32(sums[n][j], scales[j / 2], scores[n][j]);
-        }
       }
+      // On other banks for each of a lane's rows.
 #pragma unroll
       for (int n = 0; n < columns; n++) {
-        for (int j = 0; j < 4; j++) {
-          room.weights[place_of(n * 8 + 2 * c + j % 2, warp() * kKvTile + g + j / 2 * 8)] = scores[n][j];
+        for (int j = 0; j < 2; j++) {
+          float* const to = room.lines + (n * 8 + 2 * c + j) * room.pitch;
+          if (K::kCoded) {
+            store(to + ((warp() * kKvTile + 2 * g) ^ 8 * c),
+                  Vec2{as_bits(scores[n][j]), as_bits(scores[n][j + 2])});
+          } else {
+            to[(warp() * kKvTile + g) ^ 8 * c] = scores[n][j];
+            to[(warp() * kKvTile + g + 8) ^ 8 * c] = scores[n][j + 2];
+          }
         }
       }
     }
     MEMLM_SYNC_THREADS();  // the scores are there, and the keys not needed any more
-    if (start + kStage < hi) copy_keys(start + kStage);
+    if (start + kStage < hi) copy_keys(start + kStage, run, turn ^ 1);
     commit_copies();
 
-    {
-      float mine[kStage / kOfRow], best = state.maximum;
+    if (has_rows) {
+      float p[kPieces][4] = {}, best = -INFINITY;
+      float of_scores = w.factor;
+      if constexpr (K::kCoded) of_scores = room.steps[row] * (1.f / K::kUnit);
 #pragma unroll
-      for (int j = 0; j < kStage / kOfRow; j++) {
-        const int of_stage = thread() % kOfRow + j * kOfRow;
-        const int64_t t = start + of_stage;
-        float s = room.weights[place_of(row, of_stage)] * w.factor;
-        // tanh x = 1 - 2 / (e^2x + 1)
-        if (a.softcap > 0) s = a.softcap * (1 - 2 / (exp2_approx(s / a.softcap * (2 * kLog2E)) + 1));
-        if (a.slopes) s = fma_f32(slope, static_cast<float>(t - position), s);
-        mine[j] = t >= row_begin && t < row_end && t >= lo && t < hi ? s : -INFINITY;
-        best = larger(best, mine[j]);
+      for (int n = 0; n < kPieces; n++) {
+        const int token = (n ^ turned) * kOfRow * kNext + thread() % kOfRow * kNext;
+        if constexpr (kNext == 4) {
+          const Vec4 four = load<Vec4>(line + (token ^ swapped));
+          p[n][0] = as_float(four.x), p[n][1] = as_float(four.y);
+          p[n][2] = as_float(four.z), p[n][3] = as_float(four.w);
+        } else {
+          const Vec2 two = load<Vec2>(line + (token ^ swapped));
+          p[n][0] = as_float(two.x), p[n][1] = as_float(two.y);
+        }
+#pragma unroll
+        for (int j = 0; j < kNext; j++) {
+          float s = p[n][j] * of_scores;
+          // tanh x = 1 - 2 / (e^2x + 1)
+          if (a.softcap > 0) s = a.softcap * (1 - 2 / (exp2_approx(s / a.softcap * (2 * kLog2E)) + 1));
+          if (a.slopes) s = fma_f32(slope, static_cast<float>(start + token + j - position), s);
+          p[n][j] = static_cast<uint32_t>(start + token + j - begin) < seen ? s : -INFINITY;
+          best = larger(best, p[n][j]);
+        }
       }
       for (int mask = kOfRow / 2; mask; mask /= 2) best = larger(best, shuffle_xor(best, mask));
+      best = larger(best, state.maximum);
       const float base = best == -INFINITY ? 0 : best, factor = exp2_approx((state.maximum - base) * kLog2E);
-      float sum = 0;
+      // Sums of consecutive tokens first, however many threads a row has: its total is the same.
+      float sums[kPieces];
 #pragma unroll
-      for (int j = 0; j < kStage / kOfRow; j++) {
-        const float p = exp2_approx((mine[j] - base) * kLog2E);
-        room.weights[place_of(row, thread() % kOfRow + j * kOfRow)] = p;
-        sum += p;
+      for (int n = 0; n < kPieces; n++) {
+#pragma unroll
+        for (int j = 0; j < kNext; j++) p[n][j] = exp2_approx((p[n][j] - base) * kLog2E);
+        sums[n] = p[n][0] + p[n][1];
+        if (kNext == 4) sums[n] += p[n][2] + p[n][3];
+        for (int mask = 1; mask < kOfRow; mask *= 2) sums[n] += shuffle_xor(sums[n], mask);
       }
-      for (int mask = kOfRow / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+#pragma unroll
+      for (int step = 1; step < kPieces; step *= 2) {
+        for (int n = 0; n + step < kPieces; n += 2 * step) sums[n] += sums[n + step];
+      }
       state.maximum = best;
-      state.total = fma_f32(state.total, factor, sum);
+      state.total = fma_f32(state.total, factor, sums[0]);
       if (thread() % kOfRow == 0) room.factors[row] = factor;
+
+      MEMLM_SYNC_WARP();  // the row's scores are read
+      if constexpr (K::kCoded) {
+        for (int of = 0; of < groups; of++) {
+          float x[kPieces][4];
+          uint32_t most = 0;
+#pragma unroll
+          for (int n = 0; n < kPieces; n++) {
+            const int token = (n ^ turned) * kOfRow * 4 + thread() % kOfRow * 4;
+            const Vec2 four = load<Vec2>(all_value_scales + (turn * groups + of) * kStage + token);
+            const float scales[4] = {low<f16>(four.x), high<f16>(four.x), low<f16>(four.y), high<f16>(four.y)};
+            for (int j = 0; j < 4; j++) {
+              // The scales of tokens that are not there may be NaN.
+              x[n][j] = p[n][j] != 0 ? p[n][j] * scales[j] : 0;
+              most = largest(most, x[n][j]);
+            }
+          }
+          for (int mask = kOfRow / 2; mask; mask /= 2) most = largest(most, as_float(shuffle_xor(most, mask)));
+          const float per_step = most ? kMostDigits / as_float(most) : 0;
+#pragma unroll
+          for (int n = 0; n < kPieces; n++) {
+            const int token = (n ^ turned) * kOfRow * 4 + thread() % kOfRow * 4;
+            store(line + of * 32 + token / 2, digits(x[n], per_step));
+          }
+          if (thread() % kOfRow == 0) {
+            room.weight_steps[of * kRows + row] = as_float(most) * (1.f / kMostDigits / V::kUnit);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < kPieces; n++) {
+          const int token = (n ^ turned) * kOfRow * kNext + thread() % kOfRow * kNext;
+          const Pairs<weight_parts> x = pairs_of<weight_parts>(p[n]);
+          float* const to = line + ((token / 4) ^ other_unit) * 2 * weight_parts;
+          if constexpr (kNext == 4) {
+            store(to, x);
+          } else {
+            for (int q = 0; q < weight_parts; q++) store(to + 2 * q + token / 2 % 2, x.of[q][0]);
+          }
+        }
+      }
     }
     wait_copies<1>();
     MEMLM_SYNC_THREADS();  // weights, factors and values are there
 
+    float factors[columns][2];
 #pragma unroll
     for (int n = 0; n < columns; n++) {
-      const float even = room.factors[n * 8 + 2 * c], odd = room.factors[n * 8 + 2 * c + 1];
+      const Vec2 two = load<Vec2>(room.factors + n * 8 + 2 * c);
+      factors[n][0] = as_float(two.x), factors[n][1] = as_float(two.y);
+    }
+    const float* const weights = room.lines + g * room.pitch;
+    if constexpr (K::kCoded) {
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
-        for (int r = 0; r < 4; r++) state.sums[j][n][r] *= r % 2 ? odd : even;
-      }
-    }
+        const int tile = warp() + j * kWarps, of = tile * kKvTile / f.group;
+        if (tile >= f.width / kKvTile) continue;
+        int high[columns][4] = {}, low[columns][4] = {};
 #pragma unroll
-    for (int j = 0; j < tiles; j++) {
-      const int tile = warp() + j * kWarps;
-      if (tile >= f.width / kKvTile) continue;
-      for (int k0 = 0; k0 < kStage; k0 += 16) {
-        float scales[4] = {1, 1, 1, 1};
-        if (V::kCoded) {
-          const Vec2 four = load<Vec2>(room.value_scales + tile * kKvTile / f.group * kStage + k0 + 4 * c);
-          scales[0] = low<f16>(four.x), scales[1] = high<f16>(four.x);
-          scales[2] = low<f16>(four.y), scales[3] = high<f16>(four.y);
-        }
-        uint32_t values[V::kParts][4];
-        for (int part = 0; part < V::kParts; part++) {
-          V::load16(room.values + tile * value_pitch, k0, part, values[part]);
+        for (int k0 = 0; k0 < kStage; k0 += 32) {
+          uint32_t values[4];
+          V::load32(all_values + tile * value_pitch, k0, values);
+#pragma unroll
+          for (int n = 0; n < columns; n++) {
+            add_product(high[n], low[n], values,
+                        load<Vec4>(weights + n * 8 * room.pitch + of * 32 + k0 / 2 + 4 * c));
+          }
         }
 #pragma unroll
         for (int n = 0; n < columns; n++) {
-          const Vec4 four = load<Vec4>(room.weights + place_of(n * 8 + g, k0 + 4 * c));
-          float p[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
-          // The scales of tokens that are not there may be NaN.
-          for (int r = 0; V::kCoded && r < 4; r++) p[r] = p[r] != 0 ? p[r] * scales[r] : 0;
-#pragma unroll
-          for (int q = 0; q < weight_parts; q++) {
-            const uint32_t b[2] = {pair_part(p[0], p[1], q), pair_part(p[2], p[3], q)};
-            for (int part = 0; part < V::kParts; part++) mma<M>(state.sums[j][n], values[part], b);
+          const Vec2 two = load<Vec2>(room.weight_steps + of * kRows + n * 8 + 2 * c);
+          for (int r = 0; r < 4; r++) {
+            const float step = as_float(r % 2 ? two.y : two.x);
+            state.sums[j][n][r] =
+                fma_f32(sum_of(high[n][r], low[n][r]), step, state.sums[j][n][r] * factors[n][r % 2]);
           }
         }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < columns; n++) {
+        for (int j = 0; j < tiles; j++) {
+          for (int r = 0; r < 4; r++) state.sums[j][n][r] *= factors[n][r % 2];
+        }
+      }
+#pragma unroll
+      for (int k0 = 0; k0 < kStage; k0 += 16) {
+        Pairs<weight_parts> p[columns];
+#pragma unroll
+        for (int n = 0; n < columns; n++) {
+          const int unit = (k0 / 4 + c) ^ (g >> 1 & 1) * 4;
+          p[n] = load<Pairs<weight_parts>>(weights + n * 8 * room.pitch + unit * 2 * weight_parts);
+        }
+#pragma unroll
+        for (int j = 0; j < tiles; j++) {
+          const int tile = warp() + j * kWarps;
+          if (tile >= f.width / kKvTile) continue;
+#pragma unroll
+          for (int part = 0; part < V::kParts; part++) {
+            uint32_t values[4];
+            V::load16(all_values + tile * value_pitch, k0, part, values);
+#pragma unroll
+            for (int n = 0; n < columns; n++) {
+#pragma unroll
+              for (int q = 0; q < weight_parts; q++) mma<M>(state.sums[j][n], values, p[n].of[q]);
+            }
+          }
+        }
+      }
+    }
+  }
+  if constexpr (K::kCoded) {
+    // From rows 2g and 2g + 1 to g and g + 8, as floats have them.
+#pragma unroll
+    for (int j = 0; j < tiles; j++) {
+#pragma unroll
+      for (int n = 0; n < columns; n++) {
+        float(&sums)[4] = state.sums[j][n];
+        float turned[4];
+        for (int r = 0; r < 4; r++) {
+          const int from = (g / 2 + r / 2 * 4) * 4 + c;
+          const float even = shuffle(sums[r % 2], from), odd = shuffle(sums[2 + r % 2], from);
+          turned[r] = g % 2 ? odd : even;
+        }
+        for (int r = 0; r < 4; r++) sums[r] = turned[r];
       }
     }
   }
@@ -411,31 +612,48 @@ MEMLM_DEVICE float normaliser(const Attention& a, int head, float maximum, float
   return factor / fma_f32(total, factor, exp2_approx((sink - base) * kLog2E));
 }
 
+// Of queries in M; int8 has none.
 template <class T, memlm_kv_type type>
-constexpr int kQueryParts = kSame<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
+constexpr int kQueryParts = type == MEMLM_KV_INT8 ? 0 : kSame<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
 
-// Queries into shared memory, by way of `scratch` [2][kWarps][width].
-template <class T, int parts, int rows>
-MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, M* to) {
+// Queries into shared memory, by way of `scratch` [2][kWarps][width]: as digits, and as the sum of `parts`.
+template <class T, int parts, bool coded, int rows>
+MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, const Room& room) {
   const KvLayout& f = a.cache.layout;
   float *raw = scratch + warp() * f.width, *turned = raw + kWarps * f.width;
   for (int row = warp(); row < rows; row += kWarps) {
     const int i = w.first + row;
+    const bool valid = row < w.rows;
     const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
                           static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
     for (int d = lane(); d < f.width; d += kWarp) {
-      const float x = row < w.rows && d < f.dim ? to_float(from[d]) : 0;
+      const float x = valid && d < f.dim ? to_float(from[d]) : 0;
       raw[d] = a.cache.piece > 1 ? x * a.scale : x;
     }
     MEMLM_SYNC_WARP();
     const float* x = raw;
-    if (a.cache.piece > 1) {
+    if (a.cache.piece > 1 && valid) {
       hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
       x = turned;
     }
-    for (int d = 2 * lane(); d < f.width; d += 2 * kWarp) {
-      for (int part = 0; part < parts; part++) {
-        store(to + (part * rows + row) * a.query_pitch + d, pair_part(x[d], x[d + 1], part));
+    float per_step = 0;
+    if constexpr (coded) {
+      uint32_t most = 0;
+      for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
+      for (int mask = kWarp / 2; mask; mask /= 2) most = largest(most, as_float(shuffle_xor(most, mask)));
+      per_step = most ? kMostDigits / as_float(most) : 0;
+      if (lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
+    }
+    for (int u = lane(); u < f.width / 4; u += kWarp) {
+      const Vec4 four = load<Vec4>(x + 4 * u);
+      const float numbers[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
+      if constexpr (coded) {
+        Vec4* const to = room.codes + (u / 8 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 8 / 2;
+        store(reinterpret_cast<Vec2*>(to) + u % 2, digits(numbers, per_step));
+      }
+      if constexpr (parts > 0) {
+        const int at = (u / 4 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 4;
+        store(room.pairs + at * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
       }
     }
     MEMLM_SYNC_WARP();
@@ -448,33 +666,44 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
+  constexpr bool kCoded = type >= MEMLM_KV_INT8;
   const KvCache& cache = a.cache;
   const KvLayout& f = cache.layout;
   const Deal deal = {a.group, kRows, 1};
   const int sequence = sequence_of(cache.rows, cache.sequences, deal, block_x());
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
-  const int64_t length = cache.lengths[sequence],
-                first = (block_x() - first_item(cache.rows, sequence, deal)) * kRows;
+  const int64_t first = (block_x() - first_item(cache.rows, sequence, deal)) * kRows;
+  const int length = static_cast<int>(cache.lengths[sequence]);
   if (first >= count * a.group) return;
   const Work w = {sequence, block_y(), static_cast<int>(least(kRows, count * a.group - first)), first_row,
-                  length - count, static_cast<int>(first), cache.piece > 1 ? 1 : a.scale};
+                  length - static_cast<int>(count), static_cast<int>(first), kCoded ? 1 : a.scale};
   // What its queries see.
-  const int64_t position = w.before + w.first / a.group;
-  int64_t lo = a.window && position >= a.window ? position - a.window + 1 : 0;
-  int64_t hi = w.before + (w.first + w.rows - 1) / a.group + 1;
+  const int position = w.before + w.first / a.group;
+  int lo = a.window && position >= a.window ? position - a.window + 1 : 0;
+  int hi = w.before + (w.first + w.rows - 1) / a.group + 1;
   const bool is_split = a.splits > 1 && count <= a.split_tokens;
   if (is_split) {
-    lo = most(lo, block_z() * a.chunk);
-    hi = least(hi, (block_z() + 1) * a.chunk);
+    lo = static_cast<int>(most(lo, block_z() * a.chunk));
+    hi = static_cast<int>(least(hi, (block_z() + 1) * a.chunk));
   }
   if (is_split ? lo >= hi : block_z() > 0) return;
 
   uint8_t* const stage = shared<uint8_t>();
   Room room;
-  room.queries = reinterpret_cast<M*>(stage + a.stage_bytes);
-  room.weights = reinterpret_cast<float*>(room.queries + kParts * kRows * a.query_pitch);
-  room.factors = room.weights + kRows * kWeightsPitch;
-  load_queries<T, kParts, kRows>(a, w, reinterpret_cast<float*>(stage), room.queries);
+  room.stage = stage;
+  room.codes = reinterpret_cast<Vec4*>(stage + a.stage_bytes);
+  room.pairs = stage + a.stage_bytes + (kCoded ? kRows * f.width * 2 : 0);
+  room.lines = reinterpret_cast<float*>(room.pairs + kParts * kRows * f.width * 2);
+  room.pitch = a.pitch;
+  room.factors = room.lines + kRows * a.pitch;
+  room.steps = room.factors + kRows;
+  room.weight_steps = room.steps + kRows;
+  // Rows that there are not have weights and factors as well.
+  for (float* i = room.lines + thread(); i < room.weight_steps + (kCoded ? f.groups : 0) * kRows; i += kThreads) {
+    *i = 0;
+  }
+  MEMLM_SYNC_THREADS();
+  load_queries<T, kParts, kCoded, kRows>(a, w, reinterpret_cast<float*>(stage), room);
 
   State<columns, tiles> state = {};
   state.maximum = -INFINITY;
@@ -483,17 +712,17 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
   } else if constexpr (type == MEMLM_KV_BF16) {
     attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state);
   } else if constexpr (type == MEMLM_KV_INT8) {
-    attend<Codes8, Codes8, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state);
+    attend<Codes8, Codes8, 1, 1>(a, w, room, f, nullptr, lo, hi, state);
   } else {
-    const int64_t newest = (length - 1) / f.tokens * f.tokens;
+    const int newest = (length - 1) / f.tokens * f.tokens;
     if (lo < newest) {
-      attend<Nibbles<5>, Nibbles<4>, kParts, kWeightParts>(a, w, room, f, nullptr, lo, least(hi, newest),
-                                                           state);
+      const int end = static_cast<int>(least(hi, newest));
+      attend<Codes5, Codes4, 1, 1>(a, w, room, f, nullptr, lo, end, state);
     }
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, most(lo, newest), hi,
-                                                       state);
+      const int begin = static_cast<int>(most(lo, newest));
+      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state);
     }
   }
 
@@ -521,7 +750,7 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
     }
   }
   MEMLM_SYNC_THREADS();
-  float* const scratch = reinterpret_cast<float*>(room.queries) + warp() * f.width;
+  float* const scratch = reinterpret_cast<float*>(stage + a.stage_bytes) + warp() * f.width;
   for (int one = warp(); one < w.rows; one += kWarps) {
     const int its_token = (w.first + one) / a.group;
     const int its_head = w.kv_head * a.group + (w.first + one) % a.group;
@@ -535,40 +764,53 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
   }
 }
 
-// The results of sequences that are shared out: a warp for each row and head.
+// The results of sequences that are shared out: a block for each row and head.
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a, int rows) {
+__global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a) {
   const KvCache& cache = a.cache;
-  const int width = cache.layout.width, item = block_x() * kWarps + warp();
-  const int row = item / a.heads, head = item % a.heads;
-  if (row >= rows || row >= cache.rows[cache.sequences]) return;
+  const int width = cache.layout.width, row = block_x(), head = block_y();
+  if (row >= cache.rows[cache.sequences]) return;
   const int sequence = sequence_of(cache.rows, cache.sequences, {1, 1, 0}, row);
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
   if (count > a.split_tokens) return;
   const int token = static_cast<int>(row - first_row);
-  const int64_t position = cache.lengths[sequence] - count + token;
-  const int64_t lo = a.window && position >= a.window ? position - a.window + 1 : 0;
+  const int position = static_cast<int>(cache.lengths[sequence] - count) + token;
+  const int lo = a.window && position >= a.window ? position - a.window + 1 : 0;
   const int begin = static_cast<int>(lo / a.chunk), end = static_cast<int>(position / a.chunk) + 1;
   const int64_t part = part_of(a, sequence, row, token, head, 0);
-  float maximum = -INFINITY;
-  for (int i = begin; i < end; i++) maximum = larger(maximum, a.totals[2 * (part + i)]);
-  float total = 0, sums[kMostDim / kWarp] = {};
-  for (int i = begin; i < end; i++) {
-    const float factor = exp2_approx((a.totals[2 * (part + i)] - maximum) * kLog2E);
-    total = fma_f32(a.totals[2 * (part + i) + 1], factor, total);
-#pragma unroll
-    for (int j = 0; j < kMostDim / kWarp; j++) {
-      const int at = lane() + j * kWarp;
-      if (at < width) sums[j] = fma_f32(a.sums[(part + i) * width + at], factor, sums[j]);
+  // A lane has a chunk's maximum and total.
+  const bool has = lane() >= begin && lane() < end;
+  const Vec2 mine = has ? load<Vec2>(a.totals + 2 * (part + lane())) : Vec2{as_bits(-INFINITY), 0};
+  float maximum = as_float(mine.x);
+  for (int mask = kWarp / 2; mask; mask /= 2) maximum = larger(maximum, shuffle_xor(maximum, mask));
+  const float factor = has ? exp2_approx((as_float(mine.x) - maximum) * kLog2E) : 0;
+  float total = as_float(mine.y) * factor;
+  for (int mask = kWarp / 2; mask; mask /= 2) total += shuffle_xor(total, mask);
+
+  // A warp adds up each fourth chunk, the first one then all.
+  float* const sums = shared<float>();
+  for (int some = 0; some < width; some += 4 * kWarp) {
+    const int first = some + 4 * lane();
+    float sum[4] = {};
+#pragma unroll 8
+    for (int i = begin + warp(); i < end; i += kWarps) {
+      const float its = shuffle(factor, i);
+      if (first >= width) continue;
+      const Vec4 four = load<Vec4>(a.sums + (part + i) * width + first);
+      sum[0] = fma_f32(as_float(four.x), its, sum[0]), sum[1] = fma_f32(as_float(four.y), its, sum[1]);
+      sum[2] = fma_f32(as_float(four.z), its, sum[2]), sum[3] = fma_f32(as_float(four.w), its, sum[3]);
     }
+    if (first >= width) continue;
+    store(sums + warp() * width + first,
+          Vec4{as_bits(sum[0]), as_bits(sum[1]), as_bits(sum[2]), as_bits(sum[3])});
   }
-  float* const mine = shared<float>() + warp() * 2 * width;
-#pragma unroll
-  for (int j = 0; j < kMostDim / kWarp; j++) {
-    if (lane() + j * kWarp < width) mine[lane() + j * kWarp] = sums[j];
+  MEMLM_SYNC_THREADS();
+  if (warp() > 0) return;
+  for (int i = lane(); i < width; i += kWarp) {
+    for (int from = 1; from < kWarps; from++) sums[i] += sums[from * width + i];
   }
   MEMLM_SYNC_WARP();
-  finish<T>(a, mine, mine + width, normaliser(a, head, maximum, total), row, head);
+  finish<T>(a, sums, sums + width, normaliser(a, head, maximum, total), row, head);
 }
 
 // ---- The host's side ----
@@ -594,7 +836,7 @@ template <class K, class V>
 int stage_bytes(const KvLayout& f) {
   const int codes =
       K::kStage * (static_cast<int>(round_up(f.channels, 16)) * K::kBits + f.width * V::kBits) / 8;
-  return codes + (K::kCoded ? K::kStage * f.groups * 4 : 0);
+  return codes + (K::kCoded ? K::kStage * f.groups * 6 : 0);
 }
 int stage_bytes(memlm_kv_type type, const KvCache& c) {
   switch (type) {
@@ -603,18 +845,21 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
     case MEMLM_KV_INT8: return stage_bytes<Codes8, Codes8>(c.layout);
     default:
       return static_cast<int>(
-          most(stage_bytes<Nibbles<5>, Nibbles<4>>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
+          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
   }
 }
 
 template <class T>
 memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& a, void* stream) {
   const int width = a.cache.layout.width, stage = stage_bytes(type, a.cache);
-  const bool exact = type <= MEMLM_KV_BF16 && (kSame<T, bf16> || gpu.arch < 800);  // as kQueryParts
+  const bool coded = type >= MEMLM_KV_INT8, exact = kSame<T, bf16> || gpu.arch < 800;
+  const int parts = type == MEMLM_KV_INT8 ? 0 : coded || !exact ? 2 : 1;  // as kQueryParts
+  const int groups = coded ? a.cache.layout.groups : 0;
+  a.pitch = static_cast<int>(most(64, 32 * groups)) + 16;
   int tile = rows * a.group > 8 * static_cast<int64_t>(a.cache.sequences) ? 32 : 8, bytes;
   for (;; tile = 8) {
     a.stage_bytes = static_cast<int>(most(stage, tile * (width + 4) * 4));
-    bytes = a.stage_bytes + tile * ((exact ? 1 : 2) * a.query_pitch * 2 + (kWeightsPitch + 1) * 4);
+    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (a.pitch + 2 + groups) * 4);
     if (bytes <= gpu.shared_bytes) break;
     if (tile == 8) {
       return fail(MEMLM_UNSUPPORTED, "pool: head_dim = %d needs %d bytes of shared memory, the device has %d",
@@ -624,8 +869,8 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   const Grid grid = {items(rows, a.cache.sequences, {a.group, tile, 1}), a.heads / a.group, a.splits};
   MEMLM_PASS(started(launch(kernel_of<T>(type, tile, width > 128), grid, kThreads, bytes, stream, a)));
   if (a.splits == 1) return MEMLM_OK;
-  return started(launch(&combine_kernel<T>, {ceil_div(rows * a.heads, kWarps)}, kThreads,
-                        kWarps * 2 * width * 4, stream, a, rows));
+  return started(
+      launch(&combine_kernel<T>, {rows, a.heads}, kThreads, kWarps * width * 4, stream, a));
 }
 
 }  // namespace
@@ -659,11 +904,9 @@ memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_s
               "q_stride, out_stride: at least heads * head_dim = %lld are needed",
               static_cast<long long>(args->heads * f.dim));
   a.q = args->q, a.out = args->out, a.q_stride = args->q_stride, a.out_stride = args->out_stride;
-  a.window = args->window, a.scale = args->scale, a.softcap = args->softcap;
+  a.window = static_cast<int>(least(args->window, INT32_MAX)), a.scale = args->scale, a.softcap = args->softcap;
   a.slopes = args->slopes, a.sinks = args->sinks;
   a.heads = static_cast<int>(args->heads), a.group = static_cast<int>(args->heads / pool->kv_heads);
-  // Rows 32 bytes apart, of 128: eight of them lie on all banks.
-  a.query_pitch = static_cast<int>(round_up(f.width, 64)) + 16;
 
   const int64_t longest = bounds->longest ? bounds->longest : sequences->table_stride * f.tokens;
   a.chunk = most(kLeastChunk, round_up(ceil_div(longest, kMostChunks), kLeastChunk));

@@ -140,6 +140,10 @@ MEMLM_EMULATED uint32_t ballot(bool vote) {
 
 // ---- Bits ----
 
+template <uint32_t mask, uint32_t others>
+MEMLM_DEVICE uint32_t select_bits(uint32_t value) {
+  return (value & mask) | others;
+}
 MEMLM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
   uint32_t d = 0;
