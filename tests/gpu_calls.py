@@ -138,6 +138,7 @@ def attention(arch: int) -> Calls:
         for dim in HEADS:
             x = torch.zeros(1, 1, 64, dim, dtype=dtype)
             yield partial(cuda_attention.forward, x, x, x)
+            yield partial(cuda_attention.forward, x, x, x, softcap=1.0)
             if arch >= 80 or dim <= 128:
                 yield partial(cuda_attention.backward, x, x, x, x, sinks=torch.zeros(1))
 
