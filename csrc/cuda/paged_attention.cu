@@ -672,7 +672,7 @@ MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch
 }
 
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) : tiles == 2 ? 3 : 2)
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
