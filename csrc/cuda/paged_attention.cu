@@ -256,7 +256,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   uint16_t* const all_value_scales = all_key_scales + kStage * groups;  // of this stage and the next
 
   // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or any
-  // memory where they are not there, and their first token in it.
+  // where they are not there, and their first token in it.
   constexpr int kRuns = kStage / kRun;
   struct Run {
     const uint8_t* block;
@@ -265,16 +265,22 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   };
   const int32_t* const table = a.cache.tables + w.sequence * a.cache.table_stride;
   const uint8_t* const blocks = tail ? tail : a.cache.blocks + w.kv_head * a.cache.count * f.bytes;
-  const int block_bytes = static_cast<int>(f.bytes);
+  const int block_bytes = static_cast<int>(f.bytes), last_block = (hi - 1) / f.tokens;
   Run first_run = {}, last_run = {};
   const auto run_of = [&](int r) { return kRuns == 1 || r == 0 ? first_run : last_run; };
   int next_block = lo / kStage * kStage / f.tokens, next_place = lo / kStage * kStage - next_block * f.tokens;
+  // Each lane has a block's number.
+  int known = next_block - kWarp, number = 0;
   const auto look_up = [&](int start) {
     for (int r = 0; r < kRuns; r++) {
-      const int first = start + r * kRun;
-      Run& run = r ? last_run : first_run;
-      run = {blocks, first < hi && first + kRun > lo, next_place};
-      if (!tail && run.there) run.block += static_cast<int64_t>(table[next_block]) * block_bytes;
+      if (!tail && next_block >= known + kWarp) {
+        known += kWarp;
+        number = known + lane() <= last_block ? table[known + lane()] : 0;
+      }
+      const int first = start + r * kRun, its = shuffle(number, next_block - known);
+      const bool there = first < hi && first + kRun > lo;
+      (r ? last_run : first_run) = {blocks + static_cast<int64_t>(there && !tail ? its : 0) * block_bytes, there,
+                                    next_place};
       next_place += kRun;
       if (next_place == f.tokens) next_place = 0, next_block++;
     }
@@ -286,9 +292,13 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
       const int place = run.place / kKvTile + warp() % 2;
       const uint8_t* keys = run.block + place * f.key_tile + lane() * 16;
       uint8_t* to = all_keys + warp() * key_pitch + K::place(lane()) * 16;
-      for (int i = lane(); i < f.key_tile / 16; i += kWarp) {
-        copy_async(to, keys, run.there);
-        keys += kWarp * 16, to += kWarp * 16;
+      for (int i = lane(); i < f.key_tile / 16; i += 4 * kWarp) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int at = j * kWarp * 16;
+          if (i + j * kWarp < f.key_tile / 16) copy_async(to + at, keys + at, run.there);
+        }
+        keys += 4 * kWarp * 16, to += 4 * kWarp * 16;
       }
       if (K::kCoded && lane() < 2 * groups) {
         copy_async(all_key_scales + (warp() * 2 * groups + lane()) * 8,
@@ -630,41 +640,50 @@ template <class T, int parts, bool coded, int rows>
 MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, const Room& room) {
   const KvLayout& f = a.cache.layout;
   float *raw = scratch + warp() * f.width, *turned = raw + kWarps * f.width;
+  const auto place = [&](int row, int unit, int units) {
+    return (unit / units * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % units / (units / 4);
+  };
   for (int row = warp(); row < rows; row += kWarps) {
     const int i = w.first + row;
-    const bool valid = row < w.rows;
-    const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
-                          static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
-    for (int d = lane(); d < f.width; d += kWarp) {
-      const float x = valid && d < f.dim ? to_float(from[d]) : 0;
-      raw[d] = a.cache.piece > 1 ? x * a.scale : x;
-    }
-    MEMLM_SYNC_WARP();
     const float* x = raw;
-    if (a.cache.piece > 1 && valid) {
-      hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
-      x = turned;
-    }
     float per_step = 0;
-    if constexpr (coded) {
-      uint32_t most = 0;
-      for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
-      for (int mask = kWarp / 2; mask; mask /= 2) most = largest(most, as_float(shuffle_xor(most, mask)));
-      per_step = most ? kMostDigits / as_float(most) : 0;
-      if (lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
-    }
-    for (int u = lane(); u < f.width / 4; u += kWarp) {
-      const Vec4 four = load<Vec4>(x + 4 * u);
-      const float numbers[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
+    uint32_t most = 0;
+    if (row < w.rows) {
+      const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
+                            static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
+      for (int d = lane(); d < f.width; d += kWarp) {
+        const float its = d < f.dim ? to_float(from[d]) : 0;
+        raw[d] = a.cache.piece > 1 ? its * a.scale : its;
+      }
+      MEMLM_SYNC_WARP();
+      if (a.cache.piece > 1) {
+        hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
+        x = turned;
+      }
       if constexpr (coded) {
-        const int at = (u / 8 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 8 / 2;
-        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + at) + u % 2;
+        for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
+        for (int mask = kWarp / 2; mask; mask /= 2) {
+          const uint32_t other = shuffle_xor(most, mask);
+          most = other > most ? other : most;
+        }
+        per_step = most ? kMostDigits / as_float(most) : 0;
+      }
+    }
+    if (coded && lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
+    for (int u = lane(); u < f.width / 4; u += kWarp) {
+      float numbers[4] = {};
+      if (row < w.rows) {
+        const Vec4 four = load<Vec4>(x + 4 * u);
+        numbers[0] = as_float(four.x), numbers[1] = as_float(four.y);
+        numbers[2] = as_float(four.z), numbers[3] = as_float(four.w);
+      }
+      if constexpr (coded) {
+        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + place(row, u, 8)) + u % 2;
         const Vec2 both = digits(numbers, per_step);
         to[0] = both.x, to[2] = both.y;
       }
       if constexpr (parts > 0) {
-        const int at = (u / 4 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 4;
-        store(room.pairs + at * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
+        store(room.pairs + place(row, u, 4) * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
       }
     }
     MEMLM_SYNC_WARP();
