@@ -13,22 +13,31 @@
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
-//   of 16 k lane (g, c) has the four k from 4c on, of rows g and g + 8:
-//   codes    a 32-bit word for each row; of 4 bits the half of one
-//   floats   pairs come out of the matrices by ldmatrix.trans; f32 one by one
+// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries and
+// weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
+//
+//     number = step * (256 * high + low)      step = largest / 32,639
+//
+//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie; of 4
+//            and 5 bits, shifted to the upper end of a byte each
+//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices by
+//            ldmatrix.trans; f32 one by one
 //
 // Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
-// on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
-// tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+// on the longest length alone: each block stores its sums, and a second kernel adds them up, always in the same
+// order (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
-// Arithmetic, of products in bf16, on compute capability 7.5 in f16 (called M): sums are f32.
+// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32, of codes
+// exact up to a group of channels, or of values up to a stage.
 //
-//     keys, values   codes and bf16 as they are; f32 as the sum of two M
-//     queries        f32 after scale and Hadamard transform for int8 and int4, then as the sum of two M; of
-//                    floats as they are, in two M where their dtype is another than M
-//     weights        exponentials, times the values' scale, as M; with f16 as the sum of two M
+//     int8, int4     codes as they are.  queries, after scale and Hadamard transform, as integers with a step
+//                    for each; weights times the values' scale likewise, with a step for each stage of 64 tokens
+//                    and group of channels
+//     keys, values   bf16 as they are; f32 as the sum of two M
+//     queries        of floats as they are, in two M where their dtype is another than M
+//     weights        exponentials as M; with f16 as the sum of two M
 //
-// An int4 cache's newest block is read from its tail, as bf16.
+// An int4 cache's newest block is read from its tail, as bf16, with queries in f32 as the sum of two M.
 #include <math.h>
 
 #include "kv.h"
@@ -277,10 +286,13 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
         known += kWarp;
         number = known + lane() <= last_block ? table[known + lane()] : 0;
       }
-      const int first = start + r * kRun, its = shuffle(number, next_block - known);
-      const bool there = first < hi && first + kRun > lo;
-      (r ? last_run : first_run) = {blocks + static_cast<int64_t>(there && !tail ? its : 0) * block_bytes, there,
-                                    next_place};
+      const int first = start + r * kRun;
+      Run& run = r ? last_run : first_run;
+      run = {blocks, first < hi && first + kRun > lo, next_place};
+      if (!tail) {
+        const int its = shuffle(number, next_block - known);
+        run.block += static_cast<int64_t>(run.there ? its : 0) * block_bytes;
+      }
       next_place += kRun;
       if (next_place == f.tokens) next_place = 0, next_block++;
     }
@@ -289,14 +301,15 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   const auto copy_keys = [&](int turn) {
     if (warp() < kStage / kKvTile) {
       const Run run = run_of(warp() / 2);
-      const int place = run.place / kKvTile + warp() % 2;
+      const int place = (run.place >> 4) + warp() % 2, pieces = f.key_tile >> 4;
       const uint8_t* keys = run.block + place * f.key_tile + lane() * 16;
       uint8_t* to = all_keys + warp() * key_pitch + K::place(lane()) * 16;
-      for (int i = lane(); i < f.key_tile / 16; i += 4 * kWarp) {
+#pragma unroll 1
+      for (int i = lane(); i < pieces; i += 4 * kWarp) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int at = j * kWarp * 16;
-          if (i + j * kWarp < f.key_tile / 16) copy_async(to + at, keys + at, run.there);
+          if (i + j * kWarp < pieces) copy_async(to + at, keys + at, run.there);
         }
         keys += 4 * kWarp * 16, to += 4 * kWarp * 16;
       }
