@@ -8,7 +8,7 @@ compared with the product in f64 of the weights that were packed before anything
 
 Marlin (github.com/IST-DASLab/marlin) takes part where it is installed; torch's int4 product is that of
 tinygemm.  ``--record`` adds what was measured, with device, driver and commit, to benchmarks/results/gpu.json
-and writes the last run into docs/gpu.md.
+and writes the last run into docs/gpu.md and docs/gpu.png.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
 import memlm
-from benchmarks import harness
+from benchmarks import harness, plots
 from memlm import formats
 from memlm.formats import Format, Packed
 from memlm.kv_formats import KvFormat
@@ -43,6 +43,7 @@ from memlm.ops._matmul import codebook_index
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+PICTURE = PAGE.with_suffix(".png")
 BEGIN, END = "<!-- begin: benchmarks/bench_gpu.py -->\n", "<!-- end: benchmarks/bench_gpu.py -->\n"
 ROUNDS = 20
 LEAST_CALLS = 16  # in a graph, so that its start does not count
@@ -328,6 +329,43 @@ def cells(row: dict) -> list[str]:
     return [row["op"], row["case"], row["impl"], f"{row['us']:.1f}", f"{row['of_limit']:.0%}", f"{row['error']:.1e}"]
 
 
+def plot(run: dict) -> None:
+    """The speed of products by a matrix of an 8B model, beside torch's of f16."""
+    plt = plots.pyplot()
+    if plt is None:
+        return
+    n, k = SHAPES[1]
+    figure, panels = plt.subplots(1, len(MS), figsize=(12, 4), sharey=True)
+    for m, axes in zip(MS, panels):
+        rows = [row for row in run["rows"] if row["case"].endswith(f" {n}x{k}, m={m}")]
+        formats = list(dict.fromkeys((row["op"], row["case"].split()[0]) for row in rows))
+        impls = [i for i in dict.fromkeys(row["impl"] for row in rows) if i != "torch f16"]
+        time = {(row["op"], row["case"].split()[0], row["impl"]): row["us"] for row in rows}
+        for i, impl in enumerate(impls):
+            have = [(at, f) for at, f in enumerate(formats) if (*f, impl) in time]
+            axes.bar(
+                [at + (i + 0.5) * 0.8 / len(impls) - 0.4 for at, _ in have],
+                [time[*f, "torch f16"] / time[*f, impl] for _, f in have], 0.8 / len(impls), label=impl,
+            )  # fmt: skip
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(formats)), ["\n".join(f) for f in formats], fontsize=7)
+        axes.set_title(f"{m} token{'s' * (m > 1)}")
+    panels[0].set_ylabel(f"speed beside torch's f16 product, {n} x {k}")
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(run["device"])
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+
+
+def record(run: dict) -> None:
+    """Keeps a run, and writes it where people look."""
+    runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n")
+    harness.put_between(PAGE, BEGIN, END, page(run))
+    plot(run)
+
+
 def page(run: dict) -> str:
     """The last run, for docs/gpu.md."""
     lines = [HEAD, ["---"] * len(HEAD), *map(cells, run["rows"])]
@@ -358,9 +396,7 @@ def main() -> None:
             "device": timer.name, "driver": driver(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
             "gbps": limits[0] / 1e3, "tmacs": limits[1] / 1e6, "rows": rows,
         }  # fmt: skip
-        runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n")
-        harness.put_between(PAGE, BEGIN, END, page(run))
+        record(run)
 
 
 if __name__ == "__main__":

@@ -140,10 +140,10 @@ def unpacked() -> None:
 
 
 def many_panels() -> None:
-    """Of 32 MB in x's type: on a GPU."""
+    """Of 128 MB in x's type: on a GPU."""
     import torch
 
-    check_unpacked("int4-g128", 8200, 4096, torch.float16)
+    check_unpacked("int4-g128", 16648, 4096, torch.float16)
 
 
 def check_unpacked(format: str, n: int, k: int, dtype) -> None:

@@ -63,6 +63,7 @@ def test_recorded(monkeypatch, tmp_path):
     page, results = tmp_path / "gpu.md", tmp_path / "gpu.json"
     page.write_text(f"before\n{bench_gpu.BEGIN}old{bench_gpu.END}after\n")
     monkeypatch.setattr(bench_gpu, "PAGE", page)
+    monkeypatch.setattr(bench_gpu, "PICTURE", tmp_path / "gpu.png")
     monkeypatch.setattr(bench_gpu, "RESULTS", results)
     monkeypatch.setattr(bench_gpu, "Gpu", Cpu)
     monkeypatch.setattr(bench_gpu, "problems", lambda device: [("w4_matmul", PROBLEMS["w4_matmul"])])
@@ -72,6 +73,7 @@ def test_recorded(monkeypatch, tmp_path):
         bench_gpu.main()
         kept = json.loads(results.read_text())
         assert len(kept) == runs and {"device", "driver", "torch", "commit", "date", "rows"} <= kept[-1].keys()
+    assert (tmp_path / "gpu.png").stat().st_size > 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| w4_matmul | int4-g128 64x256, m=3 | memlm cpp |" in text

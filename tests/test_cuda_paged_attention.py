@@ -43,23 +43,20 @@ HALF_STEP = 0.5 / 32639 + 2 * ROUNDOFF[F32]
 STAGE = 64  # tokens whose weights have a step
 
 
-def digits_off(made: Paged, table, length: int, p: torch.Tensor, group: int) -> torch.Tensor:
-    """[1, H, n, channels]: how far off sums are of weights ``p`` [1, H, n, length] as integers: by half a step
-    for each token, of the largest weight times scale in its stage, times its code."""
-    format = made.format
+def digits_off(made: Paged, table, p: torch.Tensor, group: int) -> torch.Tensor:
+    """[1, H, n, channels]: how far off sums are of weights ``p`` [1, H, n, length] as integers, where they are
+    not 0: by half a step for each token, of the largest weight times scale in its stage, times its code."""
+    format, length = made.format, p.shape[-1]
     parts = kv_formats.unpack(format, made.pool[:, table[: -(-length // format.tokens)].long()])
     scales = parts.value_scales.double().abs().flatten(1, 2)[:, :length]  # [kv_heads, length, groups]
     codes = (parts.values.double().flatten(1, 2)[:, :length] - kv_formats.ZEROS[format.bits[1]]).abs()
-    if format.tail:  # its tokens are multiplied as floats
-        newest = (length - 1) // format.tokens * format.tokens
-        scales[:, newest:], codes[:, newest:] = 0, 0
     off = []
     for of in range(format.groups):
         weights = p[0] * scales[..., of].repeat_interleave(group, 0)[:, None]
         stages = torch.nn.functional.pad(weights, (0, -length % STAGE)).unflatten(-1, (-1, STAGE))
         largest = stages.amax(-1, keepdim=True).expand_as(stages).flatten(-2)[..., :length]
         its = codes[..., of * format.group : (of + 1) * format.group].repeat_interleave(group, 0)
-        off.append(HALF_STEP * largest @ its)
+        off.append(HALF_STEP * (largest * (p[0] > 0)) @ its)
     return torch.cat(off, -1)[None]
 
 
@@ -82,8 +79,6 @@ def check(
             x = torch.cat((x, x), dim=-1)
     off_scores, off_weights, off_values, lost = parts_off(format.type, q.dtype, arch)
     digits = digits and format.quantized
-    if digits and not format.tail:
-        off_scores = off_weights = off_values = lost = 0
     rules |= {"scale": 1.0, "right": 0, "left": window - 1, "to_end": True}
     for i, (table, length, count) in enumerate(zip(made.tables, made.lengths, new)):
         here = slice(row, row + count)
@@ -99,15 +94,20 @@ def check(
         each = torch.eye(length).expand(*keys.shape[:2], -1, -1)
         p = exact(ours, keys, each, sinks=sinks, **rules).value["out"]  # [1, H, n, length]
         wide_keys, wide_values = (t.double().abs().repeat_interleave(group, 1) for t in (keys, values))
-        off_p = p * off_scores * (ours.double().abs() @ wide_keys.mT)
+        of_floats, of_digits = p, torch.zeros_like(p)  # tokens that are multiplied as such
         if digits:
-            largest = ours.double().abs().amax(-1, keepdim=True)
-            off_p = off_p + p * HALF_STEP * largest * wide_keys.sum(-1)[..., None, :]
+            newest = (length - 1) // format.tokens * format.tokens if format.tail else length
+            of_floats = p * (torch.arange(length) >= newest)
+            of_digits = p - of_floats
+        off_p = of_floats * off_scores * (ours.double().abs() @ wide_keys.mT)
+        largest = ours.double().abs().amax(-1, keepdim=True)
+        off_p = off_p + of_digits * HALF_STEP * largest * wide_keys.sum(-1)[..., None, :]
         size = p @ wide_values
-        off = off_p @ wide_values + off_p.sum(-1, keepdim=True) * size + (off_weights + off_values) * size
+        off = off_p @ wide_values + off_p.sum(-1, keepdim=True) * size
+        off = off + (off_weights + off_values) * (of_floats @ wide_values)
         if digits:
-            off = off + digits_off(made, table, length, p, group)
-        seen = (p > 0).double()
+            off = off + digits_off(made, table, of_digits, group)
+        seen = (of_floats > 0).double()
         off = off + lost * (127 if format.quantized else 1) * (seen @ (wide_values + 1))
         out, bound = (t.transpose(1, 2)[0] for t in (wanted.value["out"], wanted.bound["out"] + off))
         if format.quantized:

@@ -13,22 +13,31 @@
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
-//   of 16 k lane (g, c) has the four k from 4c on, of rows g and g + 8:
-//   codes    a 32-bit word for each row; of 4 bits the half of one
-//   floats   pairs come out of the matrices by ldmatrix.trans; f32 one by one
+// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries and
+// weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
+//
+//     number = step * (256 * high + low)      step = largest / 32,639
+//
+//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie; of 4
+//            and 5 bits, shifted to the upper end of a byte each
+//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices by
+//            ldmatrix.trans; f32 one by one
 //
 // Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
-// on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
-// tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+// on the longest length alone: each block stores its sums, and a second kernel adds them up, always in the same
+// order (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
-// Arithmetic, of products in bf16, on compute capability 7.5 in f16 (called M): sums are f32.
+// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32, of codes
+// exact up to a group of channels, or of values up to a stage.
 //
-//     keys, values   codes and bf16 as they are; f32 as the sum of two M
-//     queries        f32 after scale and Hadamard transform for int8 and int4, then as the sum of two M; of
-//                    floats as they are, in two M where their dtype is another than M
-//     weights        exponentials, times the values' scale, as M; with f16 as the sum of two M
+//     int8, int4     codes as they are.  queries, after scale and Hadamard transform, as integers with a step
+//                    for each; weights times the values' scale likewise, with a step for each stage of 64 tokens
+//                    and group of channels
+//     keys, values   bf16 as they are; f32 as the sum of two M
+//     queries        of floats as they are, in two M where their dtype is another than M
+//     weights        exponentials as M; with f16 as the sum of two M
 //
-// An int4 cache's newest block is read from its tail, as bf16.
+// An int4 cache's newest block is read from its tail, as bf16, with queries in f32 as the sum of two M.
 #include <math.h>
 
 #include "kv.h"
@@ -72,7 +81,7 @@ struct Attention {
   float *sums, *totals;
 };
 
-MEMLM_DEVICE float larger(float a, float b) { return b > a ? b : a; }  // a where b is NaN
+MEMLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // a where b is NaN
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -200,9 +209,9 @@ MEMLM_DEVICE Vec2 digits(const float (&x)[4], float per_step) {
   const uint32_t first = permute_bytes(y[0], y[1], 0x5410), second = permute_bytes(y[2], y[3], 0x5410);
   return {permute_bytes(first, second, 0x7531), permute_bytes(first, second, 0x6420) ^ 0x80808080};
 }
-// Of 8 consecutive k and a column: two of those.
+// Of 8 consecutive k and a column: high digits, then low ones.
 MEMLM_DEVICE void add_product(int (&high)[4], int (&low)[4], const uint32_t (&a)[4], const Vec4& b) {
-  const uint32_t upper[2] = {b.x, b.z}, lower[2] = {b.y, b.w};
+  const uint32_t upper[2] = {b.x, b.y}, lower[2] = {b.z, b.w};
   mma_int8(high, a, upper);
   mma_int8(low, a, lower);
 }
@@ -239,15 +248,12 @@ struct Room {
   float* weight_steps;  // [groups][rows]
 };
 
-// 32 tokens that lie in one block: its place in the table, and their first one's in it.
-struct Run {
-  int block, place;
-};
-
-// All tokens from lo to hi - 1: into `state`.
-template <class K, class V, int query_parts, int weight_parts, int columns, int tiles>
+// All tokens from lo to hi - 1: into `state`.  `prepare` is given the room of the values once the first keys are
+// on their way.
+template <class K, class V, int query_parts, int weight_parts, int columns, int tiles, class Prepare>
 MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, const KvLayout& f,
-                         const uint8_t* tail, int lo, int hi, State<columns, tiles>& state) {
+                         const uint8_t* tail, int lo, int hi, State<columns, tiles>& state,
+                         const Prepare& prepare) {
   constexpr int kStage = K::kStage, kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kRun = kActGroup;
   const int key_pitch = (f.channels + 15) / 16 * 2 * kKvTile * K::kBits, value_pitch = kStage * 2 * V::kBits;
@@ -258,65 +264,82 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   uint16_t* const all_key_scales = reinterpret_cast<uint16_t*>(all_values + f.width / kKvTile * value_pitch);
   uint16_t* const all_value_scales = all_key_scales + kStage * groups;  // of this stage and the next
 
-  const auto after = [&](Run run) {
-    run.place += kRun;
-    return run.place < f.tokens ? run : Run{run.block + 1, 0};
+  // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or any
+  // where they are not there, and their first token in it.
+  constexpr int kRuns = kStage / kRun;
+  struct Run {
+    const uint8_t* block;
+    bool there;
+    int place;
   };
-  const auto is_there = [&](int run) { return run < hi && run + kRun > lo; };
-  const auto block = [&](Run run) -> const uint8_t* {
-    if (tail) return tail;
-    const int64_t block = a.cache.tables[w.sequence * a.cache.table_stride + run.block];
-    return a.cache.blocks + (w.kv_head * a.cache.count + block) * f.bytes;
+  const int32_t* const table = a.cache.tables + w.sequence * a.cache.table_stride;
+  const uint8_t* const blocks = tail ? tail : a.cache.blocks + w.kv_head * a.cache.count * f.bytes;
+  const int block_bytes = static_cast<int>(f.bytes), last_block = (hi - 1) / f.tokens;
+  Run first_run = {}, last_run = {};
+  const auto run_of = [&](int r) { return kRuns == 1 || r == 0 ? first_run : last_run; };
+  int next_block = lo / kStage * kStage / f.tokens, next_place = lo / kStage * kStage - next_block * f.tokens;
+  // Each lane has a block's number.
+  int known = next_block - kWarp, number = 0;
+  const auto look_up = [&](int start) {
+    for (int r = 0; r < kRuns; r++) {
+      if (!tail && next_block >= known + kWarp) {
+        known += kWarp;
+        number = known + lane() <= last_block ? table[known + lane()] : 0;
+      }
+      const int first = start + r * kRun;
+      Run& run = r ? last_run : first_run;
+      run = {blocks, first < hi && first + kRun > lo, next_place};
+      if (!tail) {
+        const int its = shuffle(number, next_block - known);
+        run.block += static_cast<int64_t>(run.there ? its : 0) * block_bytes;
+      }
+      next_place += kRun;
+      if (next_place == f.tokens) next_place = 0, next_block++;
+    }
   };
-  // Of a stage from token `start` on, which `run` begins: the keys of the warp's tile; all scales.
-  const auto copy_keys = [&](int start, Run run, int turn) {
-    const Run next = kStage > kRun ? after(run) : run;
+  // The keys of the warp's tile; all scales.
+  const auto copy_keys = [&](int turn) {
     if (warp() < kStage / kKvTile) {
-      const bool valid = is_there(start + warp() / 2 * kRun);
-      const Run mine = warp() < 2 ? run : next;
-      const int place = mine.place / kKvTile + warp() % 2;
-      const uint8_t* const its = valid ? block(mine) : a.cache.blocks;
-      const uint8_t* from = valid ? its + place * f.key_tile + lane() * 16 : its;
+      const Run run = run_of(warp() / 2);
+      const int place = (run.place >> 4) + warp() % 2, pieces = f.key_tile >> 4;
+      const uint8_t* keys = run.block + place * f.key_tile + lane() * 16;
       uint8_t* to = all_keys + warp() * key_pitch + K::place(lane()) * 16;
-      for (int i = lane(); i < f.key_tile / 16; i += kWarp) {
-        copy_async(to, from, valid);
-        from += valid ? kWarp * 16 : 0, to += kWarp * 16;
+#pragma unroll 1
+      for (int i = lane(); i < pieces; i += 4 * kWarp) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int at = j * kWarp * 16;
+          if (i + j * kWarp < pieces) copy_async(to + at, keys + at, run.there);
+        }
+        keys += 4 * kWarp * 16, to += 4 * kWarp * 16;
       }
       if (K::kCoded && lane() < 2 * groups) {
         copy_async(all_key_scales + (warp() * 2 * groups + lane()) * 8,
-                   valid ? its + f.key_scales + (place * 2 * groups + lane()) * 16 : its, valid);
+                   run.block + f.key_scales + (place * 2 * groups + lane()) * 16, run.there);
       }
     }
     if (K::kCoded && thread() < 8 * groups) {
-      const int of = thread() / 8, half = thread() / 4 % 2, piece = thread() % 4;
-      const bool valid = is_there(start + half * kRun);
-      const Run mine = half ? next : run;
-      copy_async(all_value_scales + (turn * groups + of) * kStage + half * kRun + piece * 8,
-                 valid ? block(mine) + f.value_scales + (of * f.tokens + mine.place) * 2 + piece * 16
-                       : a.cache.blocks,
-                 valid);
+      const int of = thread() / 8, r = thread() / 4 % 2, piece = thread() % 4;
+      const Run run = run_of(r);
+      copy_async(all_value_scales + (turn * groups + of) * kStage + r * kRun + piece * 8,
+                 run.block + f.value_scales + (of * f.tokens + run.place) * 2 + piece * 16, run.there);
     }
   };
   // The values of the warp's channels.  Floats that are not there become 0: they may be NaN.
-  const auto copy_values = [&](int start, Run run) {
-    constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = kPieces / kRun, kRuns = kStage / kRun;
-    const uint8_t* from[kRuns];
-    for (int r = 0; r < kRuns; r++) {
-      from[r] = is_there(start + r * kRun) ? block(run) + f.values + run.place * 2 * V::kBits : nullptr;
-      run = after(run);
-    }
+  const auto copy_values = [&](int start) {
+    constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = V::kCoded ? kPieces : kPieces / kRun;
+    uint8_t* const to = all_values + warp() * value_pitch + V::place(lane()) * 16;
 #pragma unroll
     for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
-      const int i = lane() + n * kWarp, of = i / kPieces, piece = i % kPieces;
-      const uint8_t* const its = from[of];
-      bool valid = its;
-      if (!V::kCoded) valid = valid && start + of * kRun + piece / (V::kCoded ? 1 : kOfToken) < hi;
+      const int i = lane() + n * kWarp, r = i / kPieces, piece = i % kPieces;
+      const Run run = run_of(r);
+      const uint8_t* const values =
+          run.block + f.values + warp() * f.value_tile + run.place * 2 * V::kBits + piece * 16;
+      const bool valid = run.there && (V::kCoded || start + r * kRun + piece / kOfToken < hi);
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
-        const int tile = warp() + j * kWarps;
-        if (tile >= f.width / kKvTile) continue;
-        copy_async(all_values + tile * value_pitch + V::place(lane()) * 16 + n * kWarp * 16,
-                   its ? its + tile * f.value_tile + piece * 16 : a.cache.blocks, valid);
+        if (warp() + j * kWarps >= f.width / kKvTile) continue;
+        copy_async(to + j * kWarps * value_pitch + n * kWarp * 16, values + j * kWarps * f.value_tile, valid);
       }
     }
   };
@@ -330,7 +353,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   // differs from row to row: they lie on other banks then.
   constexpr int kEach = kStage / kOfRow, kNext = kEach < 4 ? kEach : 4, kPieces = kEach / kNext;
   const int row = thread() / kOfRow, turned = row >> 1 & (kPieces - 1) & 1, i = w.first + row;
-  const int swapped = (row >> 1 & 3) * 8, other_unit = (row >> 1 & 1) * 4;
+  const int swapped = (row >> 1 & 3) * 8, other_unit = (row >> 1 & 1) * 4, odd = row % 2 * 2;
   float* const line = room.lines + row * room.pitch;
   const int position = w.before + i / a.group;
   const int end = row < w.rows ? static_cast<int>(least(position + 1, hi)) : 0;
@@ -340,33 +363,32 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   const bool has_rows = warp() * kWarp / kOfRow < w.rows;  // the warp
 
   const int first = lo / kStage * kStage;
-  Run run = {static_cast<int>(static_cast<uint32_t>(first) / static_cast<uint32_t>(f.tokens)), 0};
-  run.place = first - run.block * f.tokens;
-  copy_keys(first, run, 0);
+  look_up(first);
+  copy_keys(0);
   commit_copies();
+  prepare(reinterpret_cast<float*>(all_values));
   for (int start = first, turn = 0; start < hi; start += kStage, turn ^= 1) {
     wait_copies<0>();
     MEMLM_SYNC_THREADS();  // the keys are there, and the last stage's values not needed any more
-    copy_values(start, run);
+    copy_values(start);
     commit_copies();
-    run = after(run);
-    if (kStage > kRun) run = after(run);
 
     if (warp() < kStage / kKvTile) {
       const uint8_t* const tile = all_keys + warp() * key_pitch;
       float scores[columns][4] = {};
       if constexpr (K::kCoded) {
-        for (int of = 0; of < groups; of++) {
+        const Vec4* codes = room.codes + lane();
+        for (int of = 0, k0 = 0; of < groups; of++) {
           int high[columns][4] = {}, low[columns][4] = {};
-#pragma unroll 2
-          for (int k0 = of * f.group; k0 < (of + 1) * f.group; k0 += 32) {
+          const auto multiply = [&] {
             uint32_t keys[4];
             K::load32(tile, k0, keys);
 #pragma unroll
-            for (int n = 0; n < columns; n++) {
-              add_product(high[n], low[n], keys, room.codes[(k0 / 32 * columns + n) * kWarp + lane()]);
-            }
-          }
+            for (int n = 0; n < columns; n++) add_product(high[n], low[n], keys, codes[n * kWarp]);
+            k0 += 32, codes += columns * kWarp;
+          };
+          multiply();
+          if (f.group == 64) multiply();
           const uint32_t both = load<uint32_t>(all_key_scales + (warp() * groups + of) * kKvTile + 2 * g);
           const float scales[2] = {to_float(f16{static_cast<uint16_t>(both)}),
                                    to_float(f16{static_cast<uint16_t>(both >> 16)})};
@@ -410,7 +432,10 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
       }
     }
     MEMLM_SYNC_THREADS();  // the scores are there, and the keys not needed any more
-    if (start + kStage < hi) copy_keys(start + kStage, run, turn ^ 1);
+    if (start + kStage < hi) {
+      look_up(start + kStage);
+      copy_keys(turn ^ 1);
+    }
     commit_copies();
 
     if (has_rows) {
@@ -475,12 +500,19 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
               most = largest(most, x[n][j]);
             }
           }
-          for (int mask = kOfRow / 2; mask; mask /= 2) most = largest(most, as_float(shuffle_xor(most, mask)));
+          for (int mask = kOfRow / 2; mask; mask /= 2) {
+            const uint32_t other = shuffle_xor(most, mask);
+            most = other > most ? other : most;
+          }
           const float per_step = most ? kMostDigits / as_float(most) : 0;
 #pragma unroll
           for (int n = 0; n < kPieces; n++) {
             const int token = (n ^ turned) * kOfRow * 4 + thread() % kOfRow * 4;
-            store(line + of * 32 + token / 2, digits(x[n], per_step));
+            const Vec2 both = digits(x[n], per_step);
+            uint32_t* const to = reinterpret_cast<uint32_t*>(line) + of * 32 + token / 8 * 4 + token / 4 % 2;
+            // Of two rows, a half of 32 banks apart, one stores its low digits first.
+            to[odd] = row % 2 ? both.y : both.x;
+            to[odd ^ 2] = row % 2 ? both.x : both.y;
           }
           if (thread() % kOfRow == 0) {
             room.weight_steps[of * kRows + row] = as_float(most) * (1.f / kMostDigits / V::kUnit);
@@ -513,7 +545,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
     if constexpr (K::kCoded) {
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
-        const int tile = warp() + j * kWarps, of = tile * kKvTile / f.group;
+        const int tile = warp() + j * kWarps, of = tile >> (f.group == 64 ? 2 : 1);
         if (tile >= f.width / kKvTile) continue;
         int high[columns][4] = {}, low[columns][4] = {};
 #pragma unroll
@@ -621,48 +653,58 @@ template <class T, int parts, bool coded, int rows>
 MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, const Room& room) {
   const KvLayout& f = a.cache.layout;
   float *raw = scratch + warp() * f.width, *turned = raw + kWarps * f.width;
+  const auto place = [&](int row, int unit, int units) {
+    return (unit / units * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % units / (units / 4);
+  };
   for (int row = warp(); row < rows; row += kWarps) {
     const int i = w.first + row;
-    const bool valid = row < w.rows;
-    const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
-                          static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
-    for (int d = lane(); d < f.width; d += kWarp) {
-      const float x = valid && d < f.dim ? to_float(from[d]) : 0;
-      raw[d] = a.cache.piece > 1 ? x * a.scale : x;
-    }
-    MEMLM_SYNC_WARP();
     const float* x = raw;
-    if (a.cache.piece > 1 && valid) {
-      hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
-      x = turned;
-    }
     float per_step = 0;
-    if constexpr (coded) {
-      uint32_t most = 0;
-      for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
-      for (int mask = kWarp / 2; mask; mask /= 2) most = largest(most, as_float(shuffle_xor(most, mask)));
-      per_step = most ? kMostDigits / as_float(most) : 0;
-      if (lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
-    }
-    for (int u = lane(); u < f.width / 4; u += kWarp) {
-      const Vec4 four = load<Vec4>(x + 4 * u);
-      const float numbers[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
+    uint32_t most = 0;
+    if (row < w.rows) {
+      const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
+                            static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
+      for (int d = lane(); d < f.width; d += kWarp) {
+        const float its = d < f.dim ? to_float(from[d]) : 0;
+        raw[d] = a.cache.piece > 1 ? its * a.scale : its;
+      }
+      MEMLM_SYNC_WARP();
+      if (a.cache.piece > 1) {
+        hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
+        x = turned;
+      }
       if constexpr (coded) {
-        Vec4* const to = room.codes + (u / 8 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 8 / 2;
-        store(reinterpret_cast<Vec2*>(to) + u % 2, digits(numbers, per_step));
+        for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
+        for (int mask = kWarp / 2; mask; mask /= 2) {
+          const uint32_t other = shuffle_xor(most, mask);
+          most = other > most ? other : most;
+        }
+        per_step = most ? kMostDigits / as_float(most) : 0;
+      }
+    }
+    if (coded && lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
+    for (int u = lane(); u < f.width / 4; u += kWarp) {
+      float numbers[4] = {};
+      if (row < w.rows) {
+        const Vec4 four = load<Vec4>(x + 4 * u);
+        numbers[0] = as_float(four.x), numbers[1] = as_float(four.y);
+        numbers[2] = as_float(four.z), numbers[3] = as_float(four.w);
+      }
+      if constexpr (coded) {
+        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + place(row, u, 8)) + u % 2;
+        const Vec2 both = digits(numbers, per_step);
+        to[0] = both.x, to[2] = both.y;
       }
       if constexpr (parts > 0) {
-        const int at = (u / 4 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + u % 4;
-        store(room.pairs + at * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
+        store(room.pairs + place(row, u, 4) * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
       }
     }
     MEMLM_SYNC_WARP();
   }
-  MEMLM_SYNC_THREADS();
 }
 
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) : tiles == 2 ? 3 : 2)
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
@@ -696,33 +738,33 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? 4 : tiles == 2 ? 3 : 
   room.lines = reinterpret_cast<float*>(room.pairs + kParts * kRows * f.width * 2);
   room.pitch = a.pitch;
   room.factors = room.lines + kRows * a.pitch;
-  room.steps = room.factors + kRows;
-  room.weight_steps = room.steps + kRows;
+  room.weight_steps = room.factors + kRows;
+  room.steps = room.weight_steps + (kCoded ? f.groups : 0) * kRows;
   // Rows that there are not have weights and factors as well.
-  for (float* i = room.lines + thread(); i < room.weight_steps + (kCoded ? f.groups : 0) * kRows; i += kThreads) {
-    *i = 0;
-  }
-  MEMLM_SYNC_THREADS();
-  load_queries<T, kParts, kCoded, kRows>(a, w, reinterpret_cast<float*>(stage), room);
+  for (float* i = room.lines + thread(); i < room.steps; i += kThreads) *i = 0;
+  const auto queries = [&](float* scratch) { load_queries<T, kParts, kCoded, kRows>(a, w, scratch, room); };
 
   State<columns, tiles> state = {};
   state.maximum = -INFINITY;
   if constexpr (type == MEMLM_KV_F32) {
-    attend<Floats32, Floats32, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state);
+    attend<Floats32, Floats32, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state, queries);
   } else if constexpr (type == MEMLM_KV_BF16) {
-    attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state);
+    attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, f, nullptr, lo, hi, state, queries);
   } else if constexpr (type == MEMLM_KV_INT8) {
-    attend<Codes8, Codes8, 1, 1>(a, w, room, f, nullptr, lo, hi, state);
+    attend<Codes8, Codes8, 1, 1>(a, w, room, f, nullptr, lo, hi, state, queries);
   } else {
     const int newest = (length - 1) / f.tokens * f.tokens;
     if (lo < newest) {
       const int end = static_cast<int>(least(hi, newest));
-      attend<Codes5, Codes4, 1, 1>(a, w, room, f, nullptr, lo, end, state);
+      attend<Codes5, Codes4, 1, 1>(a, w, room, f, nullptr, lo, end, state, queries);
     }
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
       const int begin = static_cast<int>(most(lo, newest));
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state);
+      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state,
+                                                       [&](float* scratch) {
+                                                         if (lo >= newest) queries(scratch);
+                                                       });
     }
   }
 

@@ -1,7 +1,7 @@
 // Products of many rows on a GPU.  The kernels of csrc/cuda are for few: they read W as it is stored, which is
 // what takes time then.  With many rows the multiplications do, and torch's are those of each device's own
-// instructions: W is unpacked to x's type, a panel of features at a time, and multiplied by torch.  A panel stays
-// in the L2 cache, and is all the memory that is needed; a weight is rounded once more.
+// instructions: W is unpacked to x's type, a panel of features at a time, and multiplied by torch.  A panel is
+// all the memory that is needed; a weight is rounded once more.
 #pragma once
 #include <array>
 
@@ -11,7 +11,8 @@ namespace memlm_torch {
 
 // Measured on an H200, 4096 x 4096 and 14336 x 4096: 128 rows take the kernel as long as this.
 constexpr int64_t kManyRows = 128;
-constexpr int64_t kPanelBytes = int64_t{32} << 20;
+// Enough features to keep a GPU busy, and whole tiles of torch's product.
+constexpr int64_t kPanelBytes = int64_t{128} << 20, kPanelUnit = 256;
 
 // Whether the product is for unpacked_matmul: of numbers of 16 bits, which hold the weights too, and with
 // nothing around it but a bias.
@@ -36,7 +37,8 @@ Tensor unpacked_matmul(const Tensor& x, const memlm_packed& w, int bits, const A
   namespace stable = torch::stable;
   check_operands(x, w, around, x.scalar_type());
   const std::vector<int64_t> shape = with_last(x, true, w.n);
-  const int64_t rows = x.numel() / w.k, panel = std::min(w.n, std::max<int64_t>(kPanelBytes / 2 / w.k, 1));
+  const int64_t units = std::max<int64_t>(kPanelBytes / 2 / w.k / kPanelUnit, 1);
+  const int64_t rows = x.numel() / w.k, panel = std::min(w.n, units * kPanelUnit);
   const std::vector<int64_t> dense = {rows, w.n}, none = {0};
   const Tensor flat = stable::reshape(x, {rows, w.k});
   Tensor weights = stable::new_empty(x, {panel, w.k});
