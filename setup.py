@@ -30,7 +30,7 @@ ISA_FLAGS = {
     isa: line.split() for isa, line in flags[machine if machine in flags else "DEFAULT"].items()
 }
 
-HEADERS = [str(p) for p in Path("csrc").rglob("*.h") if p.parent.name != "cuda"]
+HEADERS = [str(p) for p in Path("csrc").rglob("*.h") if p.parent.name not in ("cuda", "torch")]
 
 
 def find_torch():
@@ -101,7 +101,7 @@ setup(
             include_dirs=[str(torch / "include")] if torch else [],
             library_dirs=[str(torch / "lib")] if torch else [],
             libraries=["torch_cpu"],
-            depends=HEADERS,
+            depends=[*HEADERS, *map(str, Path("csrc/torch").glob("*.h"))],
             extra_compile_args=[*COMMON, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
             language="c++",
         ),

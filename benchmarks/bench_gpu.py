@@ -1,14 +1,14 @@
 """The GPU's kernels against torch's and Marlin's: ``python -m benchmarks.bench_gpu [--only REGEX] [--record]``.
 
-Every call is timed alone, by CUDA events on torch's stream, after a kernel that has written twice the L2
-cache: what a call reads comes from memory, as in a model.  The GPU then waits until the call has been queued, so
-that the host is not measured, which a captured graph does without.  Candidates take turns; reported is the median.  Limits, of reading and writing
-memory and of torch's f16 product, are measured in the same run.  A result is compared with the product in f64
-of the weights that were packed before anything is timed.
+A candidate's calls are captured in a graph, one after the other over as many copies of weights, or of cached
+keys and values, as are twice the L2 cache: these come from memory, as in a model, while code, inputs and results
+are where a model has them; and the host is not measured.  Candidates take turns; reported is the median.
+Limits, of reading and writing memory and of torch's f16 product, are measured in the same run.  A result is
+compared with the product in f64 of the weights that were packed before anything is timed.
 
 Marlin (github.com/IST-DASLab/marlin) takes part where it is installed; torch's int4 product is that of
 tinygemm.  ``--record`` adds what was measured, with device, driver and commit, to benchmarks/results/gpu.json
-and writes the last run into docs/gpu.md.
+and writes the last run into docs/gpu.md and docs/gpu.png.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
 import memlm
-from benchmarks import harness
+from benchmarks import harness, plots
 from memlm import formats
 from memlm.formats import Format, Packed
 from memlm.kv_formats import KvFormat
@@ -43,15 +43,35 @@ from memlm.ops._matmul import codebook_index
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+PICTURE = PAGE.with_suffix(".png")
 BEGIN, END = "<!-- begin: benchmarks/bench_gpu.py -->\n", "<!-- end: benchmarks/bench_gpu.py -->\n"
-ROUNDS = 50
-WAIT = 2_000_000  # cycles of the GPU, about a millisecond: calls from Python take up to 0.3
+ROUNDS = 20
+LEAST_CALLS = 16  # in a graph, so that its start does not count
+WAIT = 200_000  # cycles of the GPU, about 0.1 ms, before a graph: the host queues it meanwhile
 
 FORMATS = {"w2_matmul": ("int2a-g64",), "w4_matmul": ("int4-g128", "nf4-g64"), "w8_matmul": ("int8-row",)}
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # n, k: of an 8B model's layers
 MS = (1, 16, 512)
 # Relative error, Frobenius norm, of a sum of f16 products rounded once; and of int8 activations.
 ROUNDED, INT8 = 2e-3, 2e-2
+
+
+@dataclass
+class Call:
+    """``run(*reads)``; ``reads``: what comes from memory in a model, each time."""
+
+    run: Callable[..., torch.Tensor]
+    reads: tuple[torch.Tensor | None, ...] = ()
+
+    def __call__(self) -> torch.Tensor:
+        return self.run(*self.reads)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.reads if t is not None)
+
+    def copy(self) -> Call:
+        return Call(self.run, tuple(t if t is None else t.clone() for t in self.reads))
 
 
 @dataclass
@@ -65,7 +85,7 @@ class Problem:
     macs: int
     error: float
     exact: torch.Tensor
-    calls: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
 
 
 def kernels(op: str, device: str) -> dict[str, Callable]:
@@ -74,19 +94,14 @@ def kernels(op: str, device: str) -> dict[str, Callable]:
     return {f"memlm {name}": run for name, run in found.items() if name != "reference"}
 
 
-def _moved(packed: Packed, device: str) -> Packed:
-    parts = {name: tensor.to(device) for name, tensor in packed.tensors().items()}
-    return Packed(packed.format, packed.n, packed.k, **parts)
-
-
-def _arguments(op: str, x: torch.Tensor, w: Packed) -> tuple:
-    """Of the op, as its schema has them."""
+def _arguments(op: str, x: torch.Tensor, w: Packed, codes, scales, offsets) -> tuple:
+    """Of the op, as its schema has them; of ``w`` what it says of its tensors, which follow."""
     sizes, around = (w.n, w.k, w.format.group), (None, 0.0, False, None)
     if op == "w8a8_matmul":
-        return (x, None, w.codes, w.scales, *sizes, None, w.format.group and 32, *around, None)
-    offsets = () if op == "w8_matmul" else (w.offsets,)
+        return (x, None, codes, scales, *sizes, None, w.format.group and 32, *around, None)
+    offsets = () if op == "w8_matmul" else (offsets,)
     book = (codebook_index(w.format.codebook),) if op == "w4_matmul" else ()
-    return (x, w.codes, w.scales, *offsets, *book, *sizes, None, False, *around)
+    return (x, codes, scales, *offsets, *book, *sizes, None, False, *around)
 
 
 @functools.lru_cache(1)  # for the numbers of rows of one matrix
@@ -104,11 +119,10 @@ def matmul(op: str, format: str, m: int, n: int, k: int, device: str, dtype=torc
     moved = packed.nbytes + (m * k + m * n) * x.element_size()
     error = INT8 if op == "w8a8_matmul" else ROUNDED
     problem = Problem(op, f"{format} {n}x{k}, m={m}", moved, m * n * k, error, exact)
-    here = _moved(packed, device)
+    parts = [t if t is None else t.to(device) for t in (packed.codes, packed.scales, packed.offsets)]
     for name, run in kernels(op, device).items():
-        problem.calls[name] = lambda run=run: run(*_arguments(op, x, here))
-    dense = w.to(dtype)
-    problem.calls["torch f16"] = lambda: x @ dense.T
+        problem.calls[name] = Call(lambda *w, run=run: run(*_arguments(op, x, packed, *w)), tuple(parts))
+    problem.calls["torch f16"] = Call(lambda dense: x @ dense.T, (w.to(dtype),))
     if op == "w4_matmul" and format == "int4-g128":
         _int4_rivals(problem, x, w, packed)
     return problem
@@ -123,7 +137,9 @@ def _int4_rivals(problem: Problem, x: torch.Tensor, w: torch.Tensor, packed: Pac
         scales = scales.to(x.device)
         pairs = torch.stack((scales, torch.zeros_like(scales)), -1).transpose(0, 1).bfloat16().contiguous()
         wide = x.bfloat16()
-        problem.calls["torch int4"] = lambda: torch.ops.aten._weight_int4pack_mm(wide, tiles, 128, pairs)
+        problem.calls["torch int4"] = Call(
+            lambda tiles, pairs: torch.ops.aten._weight_int4pack_mm(wide, tiles, 128, pairs), (tiles, pairs)
+        )
     if x.is_cuda and importlib.util.find_spec("marlin"):
         import marlin
 
@@ -132,7 +148,10 @@ def _int4_rivals(problem: Problem, x: torch.Tensor, w: torch.Tensor, packed: Pac
         linear.weight.data = w.half().cpu()
         layer.pack(linear, scales.half().cpu())
         layer = layer.to(x.device)
-        problem.calls["marlin"] = lambda: layer(x)
+        y = torch.empty(len(x), packed.n, dtype=torch.float16, device=x.device)
+        problem.calls["marlin"] = Call(
+            lambda b, s: marlin.mul(x, b, y, s, layer.workspace) or y, (layer.B, layer.s)
+        )
 
 
 def attention(length: int, heads: int, kv_heads: int, dim: int, device: str) -> Problem:
@@ -149,8 +168,10 @@ def attention(length: int, heads: int, kv_heads: int, dim: int, device: str) -> 
     problem = Problem("attention", case, size, heads * length**2 * dim, ROUNDED, exact)
     rules = (None, None, 0, None, None, dim**-0.5, -1, 0, False, 0.0, None, None, 0.0, None)
     for name, run in kernels("attention", device).items():
-        problem.calls[name] = lambda run=run: run(q, k, v, *rules)[0]
-    problem.calls["torch f16"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        problem.calls[name] = Call(lambda run=run: run(q, k, v, *rules)[0])
+    problem.calls["torch f16"] = Call(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    )
     return problem
 
 
@@ -177,11 +198,13 @@ def paged_attention(type: str, sequences: int, length: int, heads: int, kv_heads
     case = f"{type}, {sequences} x {length} tokens, {heads}/{kv_heads} heads of {dim}"
     problem = Problem("paged_attention", case, size, 2 * heads * total * dim, INT8, exact)
     for name, run in kernels("paged_attention", device).items():
-        problem.calls[name] = lambda run=run: run(*here)
+        problem.calls[name] = Call(lambda pool, run=run: run(here[0], pool, *here[2:]), (here[1],))
     if type == "bf16":  # of keys and values that lie together
         parts = (t.view(sequences, length, kv_heads, dim).transpose(1, 2).to(device) for t in (k, v))
-        dense, new = tuple(parts), q[:, :, None].to(device)
-        problem.calls["torch f16"] = lambda: F.scaled_dot_product_attention(new, *dense, enable_gqa=True)[:, :, 0]
+        new = q[:, :, None].to(device)
+        problem.calls["torch f16"] = Call(
+            lambda k, v: F.scaled_dot_product_attention(new, k, v, enable_gqa=True)[:, :, 0], tuple(parts)
+        )
     return problem
 
 
@@ -205,26 +228,41 @@ class Gpu:
 
     def __init__(self):
         properties = torch.cuda.get_device_properties("cuda")
-        self.name = properties.name
-        self.cold = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+        self.name, self.cache = properties.name, properties.L2_cache_size
 
-    def us(self, call: Callable) -> float:
-        """Microseconds of one call."""
+    def ready(self, call: Call) -> Callable[[], float]:
+        """What measures the microseconds of one call, among many."""
+        count = -(-2 * self.cache // call.nbytes) if call.nbytes else 1
+        calls = [call, *(call.copy() for _ in range(count - 1))]
+        calls *= -(-LEAST_CALLS // count)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        stream.synchronize()
+        with torch.cuda.graph(graph):
+            for each in calls:
+                each()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cold.zero_()
-        torch.cuda._sleep(WAIT)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end)
+
+        def us() -> float:
+            torch.cuda._sleep(WAIT)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return 1e3 * begin.elapsed_time(end) / len(calls)
+
+        us()
+        return us
 
     def limits(self) -> tuple[float, float]:
         """Bytes, and multiply-adds of f16, that a microsecond can do."""
         source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
         to, square = torch.empty_like(source), torch.randn(8192, 8192, device="cuda").half()
-        copied = statistics.median(self.us(lambda: to.copy_(source)) for _ in range(10))
-        multiplied = statistics.median(self.us(lambda: square @ square) for _ in range(10))
+        copied, multiplied = (
+            statistics.median(us() for _ in range(3))
+            for us in (self.ready(Call(lambda: to.copy_(source))), self.ready(Call(lambda: square @ square)))
+        )
         return 2 * source.nbytes / copied, 8192**3 / multiplied
 
 
@@ -233,10 +271,13 @@ class Cpu:
 
     name = "cpu"
 
-    def us(self, call: Callable) -> float:
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
+    def ready(self, call: Call) -> Callable[[], float]:
+        def us() -> float:
+            start = time.perf_counter()
+            call.copy()()
+            return 1e6 * (time.perf_counter() - start)
+
+        return us
 
     def limits(self) -> tuple[float, float]:
         return 1.0, 1.0
@@ -259,9 +300,10 @@ def measured(problem: Problem, timer: Gpu | Cpu, limits: tuple[float, float], ro
             raise AssertionError(f"{name} {problem.op} {problem.case}: relative error {errors[name]:.3g}, "
                                  f"expected below {problem.error}")  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in problem.calls}
+    timed = {name: timer.ready(call) for name, call in problem.calls.items()}
     for _ in range(rounds):
-        for name, call in problem.calls.items():
-            times[name].append(timer.us(call))
+        for name, us in timed.items():
+            times[name].append(us())
     least = max(problem.bytes / limits[0], problem.macs / limits[1])
     return [
         {
@@ -285,6 +327,43 @@ HEAD = ("operation", "case", "kernel", "µs", "of the limit", "error")
 
 def cells(row: dict) -> list[str]:
     return [row["op"], row["case"], row["impl"], f"{row['us']:.1f}", f"{row['of_limit']:.0%}", f"{row['error']:.1e}"]
+
+
+def plot(run: dict) -> None:
+    """The speed of products by a matrix of an 8B model, beside torch's of f16."""
+    plt = plots.pyplot()
+    if plt is None:
+        return
+    n, k = SHAPES[1]
+    figure, panels = plt.subplots(1, len(MS), figsize=(12, 4), sharey=True)
+    for m, axes in zip(MS, panels):
+        rows = [row for row in run["rows"] if row["case"].endswith(f" {n}x{k}, m={m}")]
+        formats = list(dict.fromkeys((row["op"], row["case"].split()[0]) for row in rows))
+        impls = [i for i in dict.fromkeys(row["impl"] for row in rows) if i != "torch f16"]
+        time = {(row["op"], row["case"].split()[0], row["impl"]): row["us"] for row in rows}
+        for i, impl in enumerate(impls):
+            have = [(at, f) for at, f in enumerate(formats) if (*f, impl) in time]
+            axes.bar(
+                [at + (i + 0.5) * 0.8 / len(impls) - 0.4 for at, _ in have],
+                [time[*f, "torch f16"] / time[*f, impl] for _, f in have], 0.8 / len(impls), label=impl,
+            )  # fmt: skip
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(formats)), ["\n".join(f) for f in formats], fontsize=7)
+        axes.set_title(f"{m} token{'s' * (m > 1)}")
+    panels[0].set_ylabel(f"speed beside torch's f16 product, {n} x {k}")
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(run["device"])
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+
+
+def record(run: dict) -> None:
+    """Keeps a run, and writes it where people look."""
+    runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n")
+    harness.put_between(PAGE, BEGIN, END, page(run))
+    plot(run)
 
 
 def page(run: dict) -> str:
@@ -317,9 +396,7 @@ def main() -> None:
             "device": timer.name, "driver": driver(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
             "gbps": limits[0] / 1e3, "tmacs": limits[1] / 1e6, "rows": rows,
         }  # fmt: skip
-        runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n")
-        harness.put_between(PAGE, BEGIN, END, page(run))
+        record(run)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def write(results: dict[str, dict]) -> None:
 
 
 def draw(results: dict[str, dict]) -> None:
-    plt = plots._pyplot()
+    plt = plots.pyplot()
     if plt is None:
         return
     colours = dict(zip(METHODS, ("#9aa5b1", "#3e7cb1", "#d1495b")))

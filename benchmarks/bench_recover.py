@@ -174,7 +174,7 @@ def recoveries(results: dict) -> list[dict]:
 
 def draw(runs: list[dict]) -> None:
     """Divergence and perplexity over the steps."""
-    if not (plt := plots._pyplot()):
+    if not (plt := plots.pyplot()):
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, key, label in (

@@ -15,7 +15,7 @@ MARKERS = "os^Dvp*XP<>h"
 Name = tuple[str, str]  # impl, format
 
 
-def _pyplot():
+def pyplot():
     """matplotlib's pyplot, or None (with a warning) where it is not installed."""
     try:
         import matplotlib
@@ -67,7 +67,7 @@ def _finish(figure, path: Path, plt) -> None:
 def roofline(results: list[Measurement], path: Path) -> None:
     """Speed over intensity (multiply-adds per byte of weights), below the machine's roofs, with the
     most threads that were measured."""
-    if not (plt := _pyplot()):
+    if not (plt := pyplot()):
         return
     results = _most_threads(results)
     figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
@@ -95,7 +95,7 @@ def roofline(results: list[Measurement], path: Path) -> None:
 def ratios(results: list[Measurement], reference: Name, path: Path) -> None:
     """Each candidate's time over that of ``reference``, for each m, a panel for each W, with the
     most threads that were measured.  Above 1 the reference is faster."""
-    if not (plt := _pyplot()):
+    if not (plt := pyplot()):
         return
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -140,7 +140,7 @@ def ratios(results: list[Measurement], reference: Name, path: Path) -> None:
 def sparse(lines: list[Line], path: Path) -> None:
     """Time over that of the dense product, by the share of W that is stored: a panel for each m, the
     largest W of each format; dotted, the largest ratio that is wanted."""
-    if not (plt := _pyplot()):
+    if not (plt := pyplot()):
         return
     largest = max(line.n * line.k for line in lines)
     lines = [line for line in lines if line.n * line.k == largest]

@@ -128,6 +128,47 @@ def weight_only() -> None:
     ran_well()
 
 
+def unpacked() -> None:
+    """Many rows are torch's product with weights rounded to x's type; those around the edge of what is many are
+    the kernel's."""
+    from .gpu_matmul_checks import DTYPES
+
+    for format in ("int2a-g64", "int4a-g32", "nf4-g64", "int8-row"):
+        for dtype in DTYPES:
+            check_unpacked(format, 40, 96, dtype)
+    ran_well()
+
+
+def many_panels() -> None:
+    """Of 128 MB in x's type: on a GPU."""
+    import torch
+
+    check_unpacked("int4-g128", 16648, 4096, torch.float16)
+
+
+def check_unpacked(format: str, n: int, k: int, dtype) -> None:
+    import torch
+
+    from memlm import formats, ops
+
+    from . import numerics
+    from .gpu_matmul_checks import in_range
+    from .matmul_checks import arguments, random_case
+
+    x, packed, bias = random_case(format, n, k, 129, torch.float32)
+    x, bias, op = in_range(x, dtype), bias.to(dtype), f"w{packed.format.bits}_matmul"
+    w = formats.dequantize(packed, dtype).double()
+    for b in (bias, None):
+        few = ops.emulated(op)(*arguments(x[:127], packed, b, False))
+        numerics.assert_within(few, *numerics.exact_matmul(x[:127], packed, b, "mma"))
+        many = ops.emulated(op)(*arguments(x.view(3, 43, k), packed, b, False))
+        added = 0 if b is None else b.double()
+        exact, size = x.double() @ w.T + added, x.double().abs() @ w.abs().T + abs(added)
+        # torch's sums are f32, of parts that it may round.
+        numerics.assert_within(many.view(129, n), exact, torch.finfo(dtype).eps * size)
+        assert not torch.equal(many.view(129, n)[:127], few)
+
+
 def unsupported() -> None:
     """f32 goes to the reference, with one warning that says why; the kernel alone refuses it."""
     import pytest

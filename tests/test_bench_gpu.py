@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bench_gpu
-from benchmarks.bench_gpu import Cpu
+from benchmarks.bench_gpu import Call, Cpu
 
 PROBLEMS = {
     **{
@@ -35,7 +35,7 @@ def test_problems(name):
 
 def test_wrong_results_are_not_timed():
     problem = PROBLEMS["w4_matmul"]()
-    problem.calls["memlm cpp"] = lambda: torch.zeros_like(problem.exact)
+    problem.calls["memlm cpp"] = Call(lambda: torch.zeros_like(problem.exact))
     with pytest.raises(AssertionError, match="memlm cpp w4_matmul int4-g128 64x256, m=3: relative error 1, expected"):
         bench_gpu.measured(problem, Cpu(), (1.0, 1.0), 2)
 
@@ -46,7 +46,7 @@ def test_rivals_that_refuse_are_left_out(capsys):
     def refuses():
         raise RuntimeError("not on this device")
 
-    problem.calls["marlin"] = refuses
+    problem.calls["marlin"] = Call(refuses)
     assert all(row["impl"] != "marlin" for row in bench_gpu.measured(problem, Cpu(), (1.0, 1.0), 2))
     assert "marlin: not for w4_matmul int4-g128 64x256, m=3: not on this device" in " ".join(capsys.readouterr().err.split())
 
@@ -63,6 +63,7 @@ def test_recorded(monkeypatch, tmp_path):
     page, results = tmp_path / "gpu.md", tmp_path / "gpu.json"
     page.write_text(f"before\n{bench_gpu.BEGIN}old{bench_gpu.END}after\n")
     monkeypatch.setattr(bench_gpu, "PAGE", page)
+    monkeypatch.setattr(bench_gpu, "PICTURE", tmp_path / "gpu.png")
     monkeypatch.setattr(bench_gpu, "RESULTS", results)
     monkeypatch.setattr(bench_gpu, "Gpu", Cpu)
     monkeypatch.setattr(bench_gpu, "problems", lambda device: [("w4_matmul", PROBLEMS["w4_matmul"])])
@@ -72,6 +73,7 @@ def test_recorded(monkeypatch, tmp_path):
         bench_gpu.main()
         kept = json.loads(results.read_text())
         assert len(kept) == runs and {"device", "driver", "torch", "commit", "date", "rows"} <= kept[-1].keys()
+    assert (tmp_path / "gpu.png").stat().st_size > 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| w4_matmul | int4-g128 64x256, m=3 | memlm cpp |" in text

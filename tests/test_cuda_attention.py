@@ -205,6 +205,27 @@ def test_packed_sequences():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dim", [64, 200])
+def test_growing_scores(dim):
+    """Sums are multiplied again where weights would exceed 2^8: of some rows and not of others."""
+    q, k, v, _ = random_case(1, (2, 1), 100, 330, dim, dtype=F16)
+    q *= torch.linspace(0, 4, 100)[:, None]
+    k *= torch.linspace(0.1, 4, 330)[:, None]
+    check(q, k, v)
+    check(q, k.flip(2), v, right=0, to_end=True)
+
+
+@pytest.mark.parametrize("what", [0, 1])
+def test_nan_reaches_the_rows_that_see_it(what):
+    case = list(random_case(1, (1, 1), 150, 150, 24, dtype=F16)[:3])
+    case[what][0, 0, 70, 5] = math.nan
+    for options in ({}, {"softcap": 20.0}):
+        out, lse, _ = forward(*case, right=0, **options)
+        seen = torch.arange(150) >= 70 if what else torch.arange(150) == 70
+        assert torch.equal(out[0, 0].isnan().all(-1), seen) and torch.equal(out[0, 0].isnan().any(-1), seen)
+        assert torch.equal(lse[0, 0].isnan(), seen)
+
+
 def test_strides():
     case = random_case(2, (4, 2), 33, 50, 40, dtype=F16)
     plain = forward(*case[:3], right=0)[0]
@@ -231,11 +252,11 @@ def test_gradients_on_turing():
 
 
 def test_memory():
-    """Keys and values are read once for each block of 64 queries, and no banks collide."""
-    q, k, v, _ = random_case(1, (1, 1), 128, 256, 64, dtype=F16)
+    """Keys and values are read once for each block of 128 queries, and no banks collide."""
+    q, k, v, _ = random_case(1, (1, 1), 256, 128, 64, dtype=F16)
     counts = emulator().counts(lambda: forward(q, k, v))
     row = 64 * 2 // 32  # sectors
-    assert counts.read_sectors == 128 * row + 2 * 2 * 256 * row
+    assert counts.read_sectors == 256 * row + 2 * 2 * 128 * row
     assert counts.shared_passes == counts.shared_least
     assert counts.mmas == 2 * 128 * 256 * 64 // (16 * 8 * 16)
 

@@ -22,7 +22,7 @@ needs_gpu = pytest.mark.skipif(
 FORMATS = {"w2_matmul": "int2a-g64", "w4_matmul": "int4a-g32", "w8_matmul": "int8-row"}
 
 
-@pytest.mark.parametrize("what", ["weight_only", "unsupported", "registered", "paged", "attention", "others", "device_runner"])
+@pytest.mark.parametrize("what", ["weight_only", "unpacked", "unsupported", "registered", "paged", "attention", "others", "device_runner"])
 def test_over_the_emulator(what, tmp_path):
     emulated_torch.start(what, tmp_path)
 
@@ -68,6 +68,11 @@ def test_on_the_gpu(name, dtype):
             y = run(*on_gpu(arguments(x, packed, bias, False)))
         assert y.is_cuda and y.dtype == dtype
         numerics.assert_within(y.cpu(), *exact)
+
+
+@needs_gpu
+def test_many_rows_and_panels():
+    emulated_torch.start("many_panels", None)
 
 
 @needs_gpu

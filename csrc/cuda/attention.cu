@@ -1,15 +1,18 @@
 // softmax(scale q k^T + bias) v in one pass over the keys (FlashAttention-2, arXiv:2307.08691).
 //
-// A thread block takes 64 queries of a head, a warp 16.  Keys and values come to shared memory some at a
-// time, the next while these are multiplied.  The scores of a warp are sums of m16n8k16 and stay in
-// registers: as probabilities, rounded to 16 bits, they are the A operand of the product with the values, in
-// the very lanes that hold them.
+// A thread block takes 128 queries of a head, or 64 of heads above 128, a warp a fourth of them.  Keys and
+// values come to shared memory 32 at a time, the next while these are multiplied.  The scores of a warp are
+// sums of m16n8k16 and stay in registers: as probabilities, rounded to 16 bits, they are the A operand of the
+// product with the values, in the very lanes that hold them.  With 32 queries a warp, each matrix of keys or
+// values that is loaded serves two products; more do not fit the registers.
 //
-//   shared memory:  queries [64][kDim] | stage 0: keys, values [kKeys][kDim] | stage 1 | ...
+//   shared memory:  queries [128 or 64][kDim] | stage 0: keys, values [32][kDim] | stage 1
 //
 // Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
-// relative to the largest score so far, rounded to T, their sum taken of those unrounded; results rounded
-// once.
+// relative to a base, which is a score of the row and at most 8 below the largest so far: weights are up to
+// 2^8, which T holds, and sums are seldom multiplied again.  Where only the limits change scores, product
+// times scale minus base is rounded once.  Weights are rounded to T, their sum is taken of those unrounded;
+// results are rounded once.
 #include "attention.h"
 
 namespace memlm::cuda {
@@ -17,148 +20,172 @@ namespace {
 
 using ll = long long;
 
+constexpr int kKeys = kMaskUnit;  // at a time: they are seen or hidden together
+constexpr int kWarps = kAttentionThreads / kWarp;
+constexpr float kSlack = 8;  // of the base
+constexpr float kLeast = -3.402823466e38f;
 template <int kDim>
-constexpr int kKeys = kDim == 256 ? 32 : 64;  // at a time
+constexpr int kHeight = kDim == 256 ? 1 : 2;  // of a warp's queries, in rows of matrices
+template <int kDim>
+constexpr int kQueries = kWarps * 16 * kHeight<kDim>;
 constexpr int stages_of(int arch) { return arch < 800 ? 1 : 2; }
 template <int kDim>
 constexpr int shared_bytes(int arch) {
-  return 2 * kDim * (kRowTile + 2 * stages_of(arch) * kKeys<kDim>);
+  return 2 * kDim * (kQueries<kDim> + 2 * stages_of(arch) * kKeys);
 }
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
-    attention_kernel(const Attention a, int rows, bool plain) {
-  constexpr int keys = kKeys<kDim>, stages = stages_of(kArch), tile_bytes = 2 * kDim * keys;
-  const Place place(a, true, rows, a.heads);
+    attention_kernel(const Attention a, bool plain) {
+  constexpr int stages = stages_of(kArch), tile_bytes = 2 * kDim * kKeys;
+  constexpr int height = kHeight<kDim>, warp_rows = 16 * height, block_rows = kQueries<kDim>;
+  const Place place(a, true, block_rows, a.heads);
   if (place.first >= place.q_len) return;
   const int kv_head = place.head / a.group;
   uint8_t* const queries = shared<uint8_t>();
-  uint8_t* const ring = queries + kRowTile * kDim * 2;
+  uint8_t* const ring = queries + block_rows * kDim * 2;
   const Scores<T> scores(a, place, place.head);
 
-  const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
-                            [&](int r) { return r < rows_here; });
+  const int rows_here = block_rows < place.q_len - place.first ? block_rows : place.q_len - place.first;
+  copy_rows<block_rows>(Source<kDim>(a.q, place.batch, place.head, place.q_first), place.first, rows_here,
+                        queries);
   // What the block's queries see: keys begin to end - 1.
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left, end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
-  begin = begin > 0 ? begin / keys * keys : 0;
+  begin = begin > 0 ? begin / kKeys * kKeys : 0;
 
-  const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
-  const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
-  // Of each part of kMaskUnit keys from j on, whether it is seen.
-  const auto shown = [&](int j) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int u = 0; u < keys / kMaskUnit; u++) {
-      const int at = j + u * kMaskUnit;
-      if (at < end && scores.shown(place.first, at)) bits |= 1u << u;
-    }
-    return bits;
-  };
+  const Source<kDim> k(a.k, place.batch, kv_head, place.k_first);
+  const Source<kDim> v(a.v, place.batch, kv_head, place.k_first);
+  // The first keys from j on that the block mask shows to any of the queries.
   const auto next_shown = [&](int j) {
-    while (j < end && !shown(j)) j += keys;
+    const auto shown = [&] {
+      for (int i = 0; i < rows_here; i += kMaskUnit) {
+        if (scores.shown(place.first + i, j)) return true;
+      }
+      return false;
+    };
+    while (j < end && !shown()) j += kKeys;
     return j;
   };
   const auto copy = [&](int j, int stage) {
     if (j < end) {
-      const uint32_t bits = shown(j);
-      const auto there = [&](int r) { return j + r < end && bits >> r / kMaskUnit & 1; };
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, keys>(a.k, k, j, to, there);
-      copy_rows<kDim, keys>(a.v, v, j, to + tile_bytes, there);
+      copy_rows<kKeys>(k, j, end - j, to);
+      copy_rows<kKeys>(v, j, end - j, to + tile_bytes);
     }
     commit_copies();
   };
 
-  const int row0 = warp() * 16, i0 = place.first + row0 + lane() / 4;  // the lane's rows: i0, i0 + 8
-  uint32_t hashes[2] = {0, 0};
-  for (int r = 0; a.dropped && r < 2; r++)
-    hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
-  float sums[kDim / 8][4] = {};
-  float most[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+  // A lane's queries: those 8 apart from i0 on.
+  const int row0 = warp() * warp_rows, first = place.first + row0, i0 = first + lane() / 4;
+  float sums[height][kDim / 8][4] = {};
+  float base[2 * height], total[2 * height];
+#pragma unroll
+  for (int r = 0; r < 2 * height; r++) base[r] = kLeast, total[r] = 0;
 
   int j = next_shown(begin), stage = 0;
   copy(j, 0);
   while (j < end) {
-    const int next = next_shown(j + keys);
-    if (stages == 2) {
-      copy(next, stage ^ 1);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    MEMLM_SYNC_THREADS();
-    uint8_t* const tile = ring + stage * 2 * tile_bytes;
-    float p[keys / 8][4] = {};
-    multiply_rows<T, kDim, keys / 8>(queries, row0, tile, 0, p);
-
-    const uint32_t bits = shown(j);
-    const int first_row = place.first + row0;
-    if (plain && bits == (1u << keys / kMaskUnit) - 1 &&
-        scores.all_seen(first_row, first_row + 15, j, j + keys - 1)) {
+    const int next = next_shown(j + kKeys);
+    wait_copies<0>();
+    MEMLM_SYNC_THREADS();  // and all are done with the other stage
+    if (stages == 2) copy(next, stage ^ 1);
+    if (scores.any_seen(first, first + warp_rows - 1, j, j + kKeys - 1) && scores.shown(first, j)) {
+      const uint8_t* const tile = ring + stage * 2 * tile_bytes;
+      float p[height][kKeys / 8][4] = {};
+      multiply_rows<T, kDim>(queries, row0, tile, p);
+      // What p becomes the scores with.
+      const float scale = plain ? a.scale : 1;
+      const auto each = [&](const auto& change) {
 #pragma unroll
-      for (int t = 0; t < keys / 8; t++) {
+        for (int h = 0; h < height; h++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) p[t][e] *= a.scale;
-      }
-    } else {
+          for (int t = 0; t < kKeys / 8; t++) {
 #pragma unroll
-      for (int t = 0; t < keys / 8; t++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float factor;
-          const bool visible = bits >> t * 8 / kMaskUnit & 1;
-          const int key = j + t * 8 + lane() % 4 * 2 + e % 2;
-          p[t][e] = visible ? scores.score(i0 + e / 2 * 8, key, p[t][e], &factor) : -INFINITY;
+            for (int e = 0; e < 4; e++) {
+              const int r = 2 * h + e / 2;
+              change(p[h][t][e], r, i0 + 8 * r, j + t * 8 + lane() % 4 * 2 + e % 2);
+            }
+          }
         }
-      }
-    }
+      };
+      if (!plain) {
+        // One row of matrices after the other in the same registers, whose code is there once.
+#pragma unroll 1
+        for (int h = 0; h < height; h++) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float now = most[r];
+          for (int t = 0; t < kKeys / 8; t++) {
 #pragma unroll
-      for (int t = 0; t < keys / 8; t++) {
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; e++) now = p[t][e] > now ? p[t][e] : now;
-      }
-      for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = shuffle_xor(now, mask);
-        now = other > now ? other : now;
+            for (int e = 0; e < 4; e++) {
+              const int i = i0 + 16 * h + e / 2 * 8, key = j + t * 8 + lane() % 4 * 2 + e % 2;
+              float factor;
+              const float score = scores.score(i, key, p[0][t][e], &factor);
+              p[0][t][e] = p[height - 1][t][e];
+              p[height - 1][t][e] = score;
+            }
+          }
+        }
+      } else if (!scores.all_seen(first, first + warp_rows - 1, j, j + kKeys - 1)) {
+        each([&](float& x, int, int i, int key) { x = scores.seen(i, key) ? x : -INFINITY; });
       }
       // NaN is not the largest, but stays in the weights.
-      const float base = now == -INFINITY ? 0 : now, factor = exp2_approx(most[r] - base);
-      most[r] = now;
-      total[r] *= factor;
+      float most[2 * height];
 #pragma unroll
-      for (int t = 0; t < kDim / 8; t++) sums[t][2 * r] *= factor, sums[t][2 * r + 1] *= factor;
+      for (int r = 0; r < 2 * height; r++) most[r] = -INFINITY;
+      each([&](float& x, int r, int, int) { most[r] = larger(most[r], x); });
+      bool above = false;
 #pragma unroll
-      for (int t = 0; t < keys / 8; t++) {
+      for (int r = 0; r < 2 * height; r++) above |= most[r] * scale > base[r] + kSlack;
+      if (ballot(above)) {
 #pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; e++) {
-          p[t][e] = exp2_approx(p[t][e] - base);
-          total[r] += p[t][e];
-          if (a.dropped && scores.dropped(hashes[r], j + t * 8 + lane() % 4 * 2 + e % 2)) p[t][e] = 0;
+        for (int r = 0; r < 2 * height; r++) {
+          for (int mask = 1; mask < 4; mask *= 2) most[r] = larger(most[r], shuffle_xor(most[r], mask));
+          const float now = most[r] * scale, kept = base[r];
+          if (now > kept + kSlack) base[r] = now;
+          const float factor = exp2_approx(kept - base[r]);
+          total[r] *= factor;
+#pragma unroll
+          for (int t = 0; t < kDim / 8; t++) {
+            sums[r / 2][t][r % 2 * 2] *= factor, sums[r / 2][t][r % 2 * 2 + 1] *= factor;
+          }
         }
       }
+      const auto weigh = [&](float& x, int r, int, int) {
+        x = exp2_approx(fma_f32(x, scale, -base[r]));
+        total[r] += x;
+      };
+      if (!a.dropped) {
+        each(weigh);
+      } else {
+        uint32_t hashes[2 * height];
+#pragma unroll
+        for (int r = 0; r < 2 * height; r++) 
+          hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
+        each([&](float& x, int r, int i, int key) {
+          weigh(x, r, i, key);
+          if (scores.dropped(hashes[r], key)) x = 0;
+        });
+      }
+      multiply_weights<T, kDim>(p, tile + tile_bytes, sums);
     }
-    multiply_weights<T, kDim, keys / 8>(p, tile + tile_bytes, sums);
-    MEMLM_SYNC_THREADS();
-    if (stages == 1) copy(next, 0);
-    else stage ^= 1;
+    if (stages == 2) {
+      stage ^= 1;
+    } else {
+      MEMLM_SYNC_THREADS();
+      copy(next, 0);
+    }
     j = next;
   }
 
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
+  for (int r = 0; r < 2 * height; r++) {
     for (int mask = 1; mask < 4; mask *= 2) total[r] += shuffle_xor(total[r], mask);
     float factor = 1;
     if (a.sinks) {
-      const float sink = a.sinks[place.head] * kLog2E, now = sink > most[r] ? sink : most[r];
-      const float base = now == -INFINITY ? 0 : now;
-      factor = exp2_approx(most[r] - base);
-      total[r] = total[r] * factor + exp2_approx(sink - base);
-      most[r] = now;
+      const float sink = a.sinks[place.head] * kLog2E, now = larger(sink, base[r]);
+      factor = exp2_approx(base[r] - now);
+      total[r] = total[r] * factor + exp2_approx(sink - now);
+      base[r] = now;
     }
     const int i = i0 + 8 * r;
     if (row0 + lane() / 4 + 8 * r >= rows_here) continue;
@@ -167,13 +194,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     if (lane() % 4 == 0) {
       const int64_t at =
           (static_cast<int64_t>(place.batch) * a.heads + place.head) * a.q_len + place.q_first + i;
-      a.lse[at] = empty ? -INFINITY : (most[r] + log2_approx(total[r])) * kLn2;
+      a.lse[at] = empty ? -INFINITY : (base[r] + log2_approx(total[r])) * kLn2;
     }
     T* const out = reinterpret_cast<T*>(a.out.row(place.batch, place.head, place.q_first + i));
 #pragma unroll
     for (int t = 0; t < kDim / 8; t++) {
       const int d = t * 8 + lane() % 4 * 2;
-      const float x0 = sums[t][2 * r] * factor, x1 = sums[t][2 * r + 1] * factor;
+      const float x0 = sums[r / 2][t][r % 2 * 2] * factor, x1 = sums[r / 2][t][r % 2 * 2 + 1] * factor;
       if (a.out.wide) {
         if (d < a.out.dim) store(out + d, pair<T>(x0, x1));
       } else {
@@ -187,13 +214,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 
 template <class T, int kDim>
 memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
-  // Rows of a thread block are of one row of the block mask.
-  const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile;
-  const int64_t blocks = Place::count(a, true, rows) * a.heads * (a.q_offsets ? 1 : a.batch);
+  const int64_t blocks = Place::count(a, true, kQueries<kDim>) * a.heads * (a.q_offsets ? 1 : a.batch);
   MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1",
               static_cast<ll>(blocks));
   return started(launch(&attention_kernel<T, kDim>, {blocks}, kAttentionThreads, shared_bytes<kDim>(gpu.arch),
-                        stream, a, rows, a.plain()));
+                        stream, a, a.plain()));
 }
 
 template <class T>

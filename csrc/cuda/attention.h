@@ -19,7 +19,7 @@
 namespace memlm::cuda {
 
 constexpr int kAttentionThreads = 128;
-constexpr int kRowTile = 64;    // rows of a thread block, 16 a warp
+constexpr int kRowTile = 64;    // own rows of a thread block in the gradients, 16 a warp
 constexpr int kMaskUnit = 32;   // what mask_block is a multiple of
 constexpr int kFar = 1 << 30;   // sequences are shorter
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -58,7 +58,8 @@ struct Attention {
   float kept;        // what others are multiplied with
   uint64_t seed;
 
-  bool plain() const { return softcap <= 0 && !mask && !slopes && !dropped; }
+  // Whether scores are products times a scale above 0, where seen.
+  bool plain() const { return scale > 0 && softcap <= 0 && !mask && !slopes; }
 };
 
 // A tile of rows of one sequence and one head.
@@ -104,23 +105,44 @@ struct Place {
 
 template <int kDim>
 MEMLM_DEVICE uint8_t* piece_at(uint8_t* tile, int row, int piece) {
-  return tile + row * (kDim * 2) + (piece ^ row % 8) * 16;
+  return tile + row * (kDim * 2) + (piece ^ (row & 7)) * 16;
 }
 
-// Begins to copy rows first .. first + kRows - 1 of those from `from` on; those for which `there(row)` does
-// not hold become 0, and are not read.
-template <int kDim, int kRows, class There>
-MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t first, uint8_t* tile,
-                            const There& there) {
-  constexpr int pieces = kDim / 8;
-#pragma unroll 4
-  for (int i = thread(); i < kRows * pieces; i += kAttentionThreads) {
-    const int row = i / pieces, piece = i % pieces;
-    const bool valid = piece * 8 < tensor.dim && there(row);
-    const uint16_t* const x = valid ? from + (first + row) * tensor.strides[2] + piece * 8 : tensor.p;
+// Rows of a sequence and a head that come to tiles.  A thread copies one piece of every kApart-th row.
+template <int kDim>
+struct Source {
+  static constexpr int kPieces = kDim / 8, kApart = kAttentionThreads / kPieces;
+  const Rows4& tensor;
+  const uint16_t* own;  // the thread's piece of the first row that is its; what is beyond a row is not read
+
+  MEMLM_DEVICE Source(const Rows4& tensor, int batch, int head, int first)
+      : tensor(tensor),
+        own(tensor.row(batch, head, first) + thread() / kPieces * tensor.strides[2] +
+            (inside() ? piece() * 8 : 0)) {}
+  MEMLM_DEVICE int piece() const { return thread() % kPieces; }
+  MEMLM_DEVICE bool inside() const { return piece() * 8 < tensor.dim; }
+};
+
+// Begins to copy rows first .. first + rows - 1; the tile's others, up to kRows, become 0.
+template <int kRows, int kDim>
+MEMLM_DEVICE void copy_rows(const Source<kDim>& source, int first, int rows, uint8_t* tile) {
+  constexpr int step = Source<kDim>::kApart;
+  const Rows4& tensor = source.tensor;
+  const int row0 = thread() / Source<kDim>::kPieces, piece = source.piece();
+  const bool inside = source.inside();
+  const uint16_t* x = source.own + first * tensor.strides[2];
+  if (tensor.wide && rows >= kRows) {
+#pragma unroll
+    for (int n = 0; n < kRows / step; n++, x += step * tensor.strides[2])
+      copy_async(piece_at<kDim>(tile, row0 + n * step, piece), x, inside);
+    return;
+  }
+#pragma unroll 1
+  for (int row = row0; row < kRows; row += step, x += step * tensor.strides[2]) {
+    const bool valid = inside && row < rows;
     uint8_t* const to = piece_at<kDim>(tile, row, piece);
     if (tensor.wide) {
-      copy_async(to, x, valid);
+      copy_async(to, valid ? x : tensor.p, valid);
     } else {
       uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -132,42 +154,81 @@ MEMLM_DEVICE void copy_rows(const Rows4& tensor, const uint16_t* from, int64_t f
   }
 }
 
-// sums [16, 8 kColumns] += 16 rows of a from row0 on, times columns that are rows of b, from column0 on.
-template <class T, int kDim, int kColumns>
-MEMLM_DEVICE void multiply_rows(uint8_t* a, int row0, uint8_t* b, int column0, float (&sums)[kColumns][4]) {
+// Where a lane reads matrices of a tile: pieces `last`, 0 or 1, of a row, and with even_piece those an even
+// number of pieces further.  The row's number turns bits 4 to 6 of an offset alone, so that constants do for
+// pieces and for rows that are a multiple of 8 apart.
+template <int kDim>
+MEMLM_DEVICE int lane_offset(int row, int last) {
+  return row * (kDim * 2) + (last ^ (row & 7)) * 16;
+}
+MEMLM_DEVICE int even_piece(int offset, int piece) { return (offset ^ piece % 8 * 16) + piece / 8 * 128; }
+
+// sums [16 kHeight, 8 kColumns] += rows of a from row0 on, times columns that are rows of b.
+template <class T, int kDim, int kHeight, int kColumns>
+MEMLM_DEVICE void multiply_rows(const uint8_t* a, int row0, const uint8_t* b,
+                                float (&sums)[kHeight][kColumns][4]) {
   const int r = lane() % 8, upper = lane() / 8 % 2, last = lane() / 16;
+  const int of_a = lane_offset<kDim>(row0 + r + 8 * upper, last);
+  const int of_b = lane_offset<kDim>(r + 8 * last, upper);
 #pragma unroll
   for (int d = 0; d < kDim / 16; d++) {
-    uint32_t x[4];
-    load_matrices(x, piece_at<kDim>(a, row0 + r + 8 * upper, 2 * d + last));
+    uint32_t x[kHeight][4];
+#pragma unroll
+    for (int h = 0; h < kHeight; h++) load_matrices(x[h], a + even_piece(of_a, 2 * d) + h * (16 * kDim * 2));
 #pragma unroll
     for (int t = 0; t < kColumns; t += 2) {
       uint32_t y[4];
-      load_matrices(y, piece_at<kDim>(b, column0 + 8 * (t + last) + r, 2 * d + upper));
+      load_matrices(y, b + even_piece(of_b, 2 * d) + t * (8 * kDim * 2));
       const uint32_t y0[2] = {y[0], y[1]}, y1[2] = {y[2], y[3]};
-      mma<T>(sums[t], x, y0);
-      mma<T>(sums[t + 1], x, y1);
+#pragma unroll
+      for (int h = 0; h < kHeight; h++) {
+        mma<T>(sums[h][t], x[h], y0);
+        mma<T>(sums[h][t + 1], x[h], y1);
+      }
     }
   }
 }
 
-// sums [16, kDim] += w [16, 8 kRows], rounded to T, times rows of b.
-template <class T, int kDim, int kRows>
-MEMLM_DEVICE void multiply_weights(const float (&w)[kRows][4], uint8_t* b, float (&sums)[kDim / 8][4]) {
+// sums [16 kHeight, kDim] += w [16 kHeight, 8 kRows], rounded to T, times rows of b.
+template <class T, int kDim, int kHeight, int kRows>
+MEMLM_DEVICE void multiply_weights(const float (&w)[kHeight][kRows][4], const uint8_t* b,
+                                   float (&sums)[kHeight][kDim / 8][4]) {
   const int r = lane() % 8, upper = lane() / 8 % 2, last = lane() / 16;
+  const int of_b = lane_offset<kDim>(r + 8 * upper, last);
 #pragma unroll
   for (int k = 0; k < kRows / 2; k++) {
-    const float(&w0)[4] = w[2 * k], (&w1)[4] = w[2 * k + 1];
-    const uint32_t x[4] = {pair<T>(w0[0], w0[1]), pair<T>(w0[2], w0[3]), pair<T>(w1[0], w1[1]),
-                           pair<T>(w1[2], w1[3])};
+    uint32_t x[kHeight][4];
+#pragma unroll
+    for (int h = 0; h < kHeight; h++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float(&from)[4] = w[h][2 * k + i / 2];
+        x[h][i] = pair<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+      }
+    }
 #pragma unroll
     for (int t = 0; t < kDim / 8; t += 2) {
       uint32_t y[4];
-      load_matrices_transposed(y, piece_at<kDim>(b, 16 * k + 8 * upper + r, t + last));
+      load_matrices_transposed(y, b + even_piece(of_b, t) + k * (16 * kDim * 2));
       const uint32_t y0[2] = {y[0], y[1]}, y1[2] = {y[2], y[3]};
-      mma<T>(sums[t], x, y0);
-      mma<T>(sums[t + 1], x, y1);
+#pragma unroll
+      for (int h = 0; h < kHeight; h++) {
+        mma<T>(sums[h][t], x[h], y0);
+        mma<T>(sums[h][t + 1], x[h], y1);
+      }
     }
+  }
+}
+
+// The first column of matrices becomes the last, so that a loop over columns needs code for one.
+template <int kColumns>
+MEMLM_DEVICE void turn(float (&x)[kColumns][4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const float first = x[0][e];
+#pragma unroll
+    for (int t = 1; t < kColumns; t++) x[t - 1][e] = x[t][e];
+    x[kColumns - 1][e] = first;
   }
 }
 
@@ -205,19 +266,24 @@ struct Scores {
   }
 
   // Whether all queries from i to i_last see all keys from j to j_last, if block mask and mask do not say
-  // otherwise.
+  // otherwise, and any of them any.  Without branches, as all of these.
   MEMLM_DEVICE bool all_seen(int i, int i_last, int j, int j_last) const {
-    return i_last < place.q_len && j_last < place.k_len && j >= i_last + shift - a.left &&
-           j_last <= i + shift + a.right;
+    return (j_last < place.k_len) & (j >= i_last + shift - a.left) & (j_last <= i + shift + a.right);
+  }
+  MEMLM_DEVICE bool any_seen(int i, int i_last, int j, int j_last) const {
+    return (i < place.q_len) & (j < place.k_len) & (j_last >= i + shift - a.left) &
+           (j <= i_last + shift + a.right);
+  }
+  MEMLM_DEVICE bool seen(int i, int j) const {
+    const int position = i + shift;
+    return (i < place.q_len) & (j < place.k_len) & (j >= position - a.left) & (j <= position + a.right);
   }
 
   // The score of query i and key j, both of the sequence, of their product; -Inf where not seen.  *factor:
   // how much of the score's gradient reaches the product.
   MEMLM_DEVICE float score(int i, int j, float product, float* factor) const {
-    const int position = i + shift;
     *factor = 1;
-    if (i >= place.q_len || j >= place.k_len || j < position - a.left || j > position + a.right)
-      return -INFINITY;
+    if (!seen(i, j)) return -INFINITY;
     float s = product * a.scale;
     if (a.softcap > 0) {
       // tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -225,7 +291,10 @@ struct Scores {
       s = a.softcap * kLog2E * t;
       *factor = 1 - t * t;
     }
-    if (slope != 0) s = fma_f32(-slope, static_cast<float>(j > position ? j - position : position - j), s);
+    if (slope != 0) {
+      const int away = j - i - shift;
+      s = fma_f32(-slope, static_cast<float>(away < 0 ? -away : away), s);
+    }
     if (mask) {
       const int64_t at = i * a.mask_strides[2] + j * a.mask_strides[3];
       if (a.mask_is_bool) {

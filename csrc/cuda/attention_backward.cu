@@ -10,7 +10,8 @@
 //
 //   shared memory:  two operands of own rows [64][kDim] | stages: two of others [kOthers][kDim] | statistics
 //
-// Arithmetic: P and dS are rounded to T before they are multiplied; everything else is f32.
+// Arithmetic: P and dS are rounded to T before they are multiplied; everything else is f32.  Where only the
+// limits change scores, product times scale minus lse is rounded once.
 #include "attention.h"
 
 namespace memlm::cuda {
@@ -105,10 +106,16 @@ MEMLM_DEVICE void soften(const Scores<T>& scores, int i, int j, bool visible, fl
   if (dropped) p = 0;
 }
 
+// The same where scores are products times a scale, all seen.
+MEMLM_DEVICE void soften(float scale, float base, float delta, float& p, float& dp) {
+  p = exp2_approx(fma_f32(p, scale, -base));
+  dp = p * (dp - delta);
+}
+
 // The rows of a warp's sums that exist, times a factor.
 template <class T, int kDim>
 MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int64_t first, int row0, int rows,
-                             const float (&sums)[kDim / 8][4], float factor) {
+                             const float (&sums)[1][kDim / 8][4], float factor) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = row0 + lane() / 4 + 8 * r;
@@ -117,15 +124,15 @@ MEMLM_DEVICE void store_rows(const Rows4& to, const Place& place, int head, int6
 #pragma unroll
     for (int t = 0; t < kDim / 8; t++) {
       const int d = t * 8 + lane() % 4 * 2;
-      if (d < to.dim) x[d] = from_float<T>(sums[t][2 * r] * factor);
-      if (d + 1 < to.dim) x[d + 1] = from_float<T>(sums[t][2 * r + 1] * factor);
+      if (d < to.dim) x[d] = from_float<T>(sums[0][t][2 * r] * factor);
+      if (d + 1 < to.dim) x[d + 1] = from_float<T>(sums[0][t][2 * r + 1] * factor);
     }
   }
 }
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
-    grad_q_kernel(const Backward p, int rows) {
+    grad_q_kernel(const Backward p, int rows, bool plain) {
   constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, true, rows, a.heads);
@@ -136,31 +143,29 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   uint8_t* const grads = queries + kRowTile * kDim * 2;
   uint8_t* const ring = grads + kRowTile * kDim * 2;
   const int rows_here = rows < place.q_len - place.first ? rows : place.q_len - place.first;
-  const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.q, a.q.row(place.batch, place.head, place.q_first), place.first, queries,
-                            exists);
-  copy_rows<kDim, kRowTile>(p.grad_out, p.grad_out.row(place.batch, place.head, place.q_first), place.first,
-                            grads, exists);
+  copy_rows<kRowTile>(Source<kDim>(a.q, place.batch, place.head, place.q_first), place.first, rows_here,
+                      queries);
+  copy_rows<kRowTile>(Source<kDim>(p.grad_out, place.batch, place.head, place.q_first), place.first,
+                      rows_here, grads);
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left;
   const int end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
   begin = begin > 0 ? begin / others * others : 0;
-  const uint16_t* const k = a.k.row(place.batch, kv_head, place.k_first);
-  const uint16_t* const v = a.v.row(place.batch, kv_head, place.k_first);
+  const Source<kDim> k(a.k, place.batch, kv_head, place.k_first);
+  const Source<kDim> v(a.v, place.batch, kv_head, place.k_first);
   const auto next_shown = [&](int j) {
     while (j < end && !scores.shown(place.first, j)) j += others;
     return j;
   };
   const auto copy = [&](int j, int stage) {
     if (j < end) {
-      const auto there = [&](int r) { return j + r < end; };
       uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kDim, others>(a.k, k, j, to, there);
-      copy_rows<kDim, others>(a.v, v, j, to + tile_bytes, there);
+      copy_rows<others>(k, j, end - j, to);
+      copy_rows<others>(v, j, end - j, to + tile_bytes);
     }
     commit_copies();
   };
-  const int row0 = warp() * 16;
+  const int row0 = warp() * 16, first = place.first + row0;
   float base[2], delta[2];
   uint32_t hashes[2] = {0, 0};
 #pragma unroll
@@ -171,38 +176,48 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     delta[r] = row < rows_here ? p.delta[at] : 0;
     if (a.dropped) hashes[r] = dropout_row(a.seed, place.sequence, place.head, place.first + row);
   }
-  float sums[kDim / 8][4] = {};
+  float sums[1][kDim / 8][4] = {};
   int j = next_shown(begin), stage = 0;
   copy(j, 0);
   while (j < end) {
     const int next = next_shown(j + others);
-    if (stages == 2) {
-      copy(next, stage ^ 1);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    MEMLM_SYNC_THREADS();
-    uint8_t* const tile = ring + stage * 2 * tile_bytes;
-    float s[others / 8][4] = {}, ds[others / 8][4] = {};
-    multiply_rows<T, kDim, others / 8>(queries, row0, tile, 0, s);
-    multiply_rows<T, kDim, others / 8>(grads, row0, tile + tile_bytes, 0, ds);
+    wait_copies<0>();
+    MEMLM_SYNC_THREADS();  // and all are done with the other stage
+    if (stages == 2) copy(next, stage ^ 1);
+    if (row0 < rows_here && scores.any_seen(first, first + 15, j, j + others - 1)) {
+      uint8_t* const tile = ring + stage * 2 * tile_bytes;
+      float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+      multiply_rows<T, kDim>(queries, row0, tile, s);
+      multiply_rows<T, kDim>(grads, row0, tile + tile_bytes, ds);
+      if (plain && scores.all_seen(first, first + 15, j, j + others - 1)) {
 #pragma unroll
-    for (int t = 0; t < others / 8; t++) {
+        for (int t = 0; t < others / 8; t++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int row = row0 + lane() / 4 + e / 2 * 8, i = place.first + row;
-        float* const mask = p.grad_mask && row < rows_here
-                                ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len
-                                : nullptr;
-        soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2],
-               hashes[e / 2], s[t][e], ds[t][e], mask);
+          for (int e = 0; e < 4; e++) soften(a.scale, base[e / 2], delta[e / 2], s[0][t][e], ds[0][t][e]);
+        }
+      } else {
+#pragma unroll 1
+        for (int t = 0; t < others / 8; t++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int row = row0 + lane() / 4 + e / 2 * 8, i = place.first + row;
+            float* const mask = p.grad_mask && row < rows_here
+                                    ? p.grad_mask + statistic_at(a, place, place.head, i) * a.k_len
+                                    : nullptr;
+            soften(scores, i, j + t * 8 + lane() % 4 * 2 + e % 2, row < rows_here, base[e / 2], delta[e / 2],
+                   hashes[e / 2], s[0][0][e], ds[0][0][e], mask);
+          }
+          turn(s[0]), turn(ds[0]);
+        }
       }
+      multiply_weights<T, kDim>(ds, tile, sums);
     }
-    multiply_weights<T, kDim, others / 8>(ds, tile, sums);
-    MEMLM_SYNC_THREADS();
-    if (stages == 1) copy(next, 0);
-    else stage ^= 1;
+    if (stages == 2) {
+      stage ^= 1;
+    } else {
+      MEMLM_SYNC_THREADS();
+      copy(next, 0);
+    }
     j = next;
   }
   wait_copies<0>();
@@ -212,7 +227,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 
 template <class T, int kDim, int wanted>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
-    grad_kv_kernel(const Backward p, int rows) {
+    grad_kv_kernel(const Backward p, int rows, bool plain) {
   constexpr int others = kOthers<kDim>, stages = stages_of<kDim>(kArch), tile_bytes = 2 * kDim * others;
   const Attention& a = p.a;
   const Place place(a, false, rows, a.heads / a.group);
@@ -222,10 +237,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   uint8_t* const ring = values + kRowTile * kDim * 2;
   uint8_t* const statistics = ring + stages * 2 * tile_bytes;
   const int rows_here = rows < place.k_len - place.first ? rows : place.k_len - place.first;
-  const auto exists = [&](int r) { return r < rows_here; };
-  copy_rows<kDim, kRowTile>(a.k, a.k.row(place.batch, place.head, place.k_first), place.first, keys, exists);
-  copy_rows<kDim, kRowTile>(a.v, a.v.row(place.batch, place.head, place.k_first), place.first, values,
-                            exists);
+  copy_rows<kRowTile>(Source<kDim>(a.k, place.batch, place.head, place.k_first), place.first, rows_here,
+                      keys);
+  copy_rows<kRowTile>(Source<kDim>(a.v, place.batch, place.head, place.k_first), place.first, rows_here,
+                      values);
   // The queries that see any of the block's keys: begin to end - 1.
   const int shift = place.shift(a);
   int begin = place.first - a.right - shift;
@@ -233,68 +248,91 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
   const int end = most < place.q_len ? static_cast<int>(most) : place.q_len;
   begin = begin > 0 ? begin / others * others : 0;
 
-  const int row0 = warp() * 16;
-  float grad_k[wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[wanted & kGradV ? kDim / 8 : 1][4] = {};
+  const int row0 = warp() * 16, own = place.first + row0;
+  float grad_k[1][wanted & kGradK ? kDim / 8 : 1][4] = {}, grad_v[1][wanted & kGradV ? kDim / 8 : 1][4] = {};
   for (int head = place.head * a.group; head < (place.head + 1) * a.group; head++) {
     const Scores<T> scores(a, place, head);
-    const uint16_t* const q = a.q.row(place.batch, head, place.q_first);
-    const uint16_t* const grad_out = p.grad_out.row(place.batch, head, place.q_first);
+    const Source<kDim> q(a.q, place.batch, head, place.q_first);
+    const Source<kDim> grad_out(p.grad_out, place.batch, head, place.q_first);
     const auto next_shown = [&](int i) {
       while (i < end && !scores.shown(i, place.first)) i += others;
       return i;
     };
+    // A thread's: of the query that is its number further than the first that are copied.
+    float lse = 0, delta = 0;
+    uint32_t hash = 0;
     const auto copy = [&](int i, int stage) {
       if (i < end) {
-        const auto there = [&](int r) { return i + r < end; };
         uint8_t* const to = ring + stage * 2 * tile_bytes;
-        copy_rows<kDim, others>(a.q, q, i, to, there);
-        copy_rows<kDim, others>(p.grad_out, grad_out, i, to + tile_bytes, there);
+        copy_rows<others>(q, i, end - i, to);
+        copy_rows<others>(grad_out, i, end - i, to + tile_bytes);
         if (thread() < others) {
-          float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>);
           const int64_t at = statistic_at(a, place, head, i + thread());
-          const bool valid = there(thread());
-          of[thread()] = valid ? base_of(a.lse[at]) : INFINITY;
-          of[others + thread()] = valid ? p.delta[at] : 0;
-          of[2 * others + thread()] =
-              as_float(a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0);
+          const bool valid = i + thread() < end;
+          lse = valid ? a.lse[at] : -INFINITY;
+          delta = valid ? p.delta[at] : 0;
+          hash = a.dropped ? dropout_row(a.seed, place.sequence, head, i + thread()) : 0;
         }
       }
       commit_copies();
     };
+    // Behind products, in whose time the loads take place.
+    const auto store_statistics = [&](int stage) {
+      if (thread() >= others) return;
+      float* const of = reinterpret_cast<float*>(statistics + stage * kStatistics<kDim>) + thread();
+      of[0] = base_of(lse), of[others] = delta, of[2 * others] = as_float(hash);
+    };
     int i = next_shown(begin), stage = 0;
     copy(i, 0);
+    store_statistics(0);
     while (i < end) {
       const int next = next_shown(i + others);
-      if (stages == 2) {
-        copy(next, stage ^ 1);
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      MEMLM_SYNC_THREADS();
-      uint8_t* const tile = ring + stage * 2 * tile_bytes;
-      const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
-      float s[others / 8][4] = {}, ds[others / 8][4] = {};
-      multiply_rows<T, kDim, others / 8>(keys, row0, tile, 0, s);
-      if (wanted & kGradK) multiply_rows<T, kDim, others / 8>(values, row0, tile + tile_bytes, 0, ds);
+      wait_copies<0>();
+      MEMLM_SYNC_THREADS();  // and all are done with the other stage
+      if (stages == 2) copy(next, stage ^ 1);
+      if (row0 < rows_here && scores.any_seen(i, i + others - 1, own, own + 15)) {
+        uint8_t* const tile = ring + stage * 2 * tile_bytes;
+        const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
+        float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+        multiply_rows<T, kDim>(keys, row0, tile, s);
+        if (wanted & kGradK) multiply_rows<T, kDim>(values, row0, tile + tile_bytes, ds);
+        if (plain && scores.all_seen(i, i + others - 1, own, own + 15)) {
 #pragma unroll
-      for (int t = 0; t < others / 8; t++) {
+          for (int t = 0; t < others / 8; t++) {
+            const int at = t * 8 + lane() % 4 * 2;
+            const Vec2 bases = load<Vec2>(of + at), deltas = load<Vec2>(of + others + at);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int at = t * 8 + lane() % 4 * 2 + e % 2, row = row0 + lane() / 4 + e / 2 * 8;
-          soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at], of[others + at],
-                 as_bits(of[2 * others + at]), s[t][e], ds[t][e], static_cast<float*>(nullptr));
+            for (int e = 0; e < 4; e++) {
+              soften(a.scale, as_float(e % 2 ? bases.y : bases.x), as_float(e % 2 ? deltas.y : deltas.x),
+                     s[0][t][e], ds[0][t][e]);
+            }
+          }
+        } else {
+#pragma unroll 1
+          for (int t = 0; t < others / 8; t++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int at = t * 8 + lane() % 4 * 2 + e % 2, row = row0 + lane() / 4 + e / 2 * 8;
+              soften(scores, i + at, place.first + row, row < rows_here && i + at < end, of[at],
+                     of[others + at], as_bits(of[2 * others + at]), s[0][0][e], ds[0][0][e],
+                     static_cast<float*>(nullptr));
+            }
+            turn(s[0]), turn(ds[0]);
+          }
         }
+        if constexpr ((wanted & kGradV) != 0) multiply_weights<T, kDim>(s, tile + tile_bytes, grad_v);
+        if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim>(ds, tile, grad_k);
       }
-      if constexpr ((wanted & kGradV) != 0)
-        multiply_weights<T, kDim, others / 8>(s, tile + tile_bytes, grad_v);
-      if constexpr ((wanted & kGradK) != 0) multiply_weights<T, kDim, others / 8>(ds, tile, grad_k);
-      MEMLM_SYNC_THREADS();
-      if (stages == 1) copy(next, 0);
-      else stage ^= 1;
+      if (stages == 2) {
+        stage ^= 1;
+      } else {
+        MEMLM_SYNC_THREADS();
+        copy(next, 0);
+      }
+      store_statistics(stage);
       i = next;
     }
-    wait_copies<0>();
+    MEMLM_SYNC_THREADS();  // All are done with the stages.
   }
   wait_copies<0>();
   const int64_t first = place.k_first + place.first;
@@ -309,6 +347,7 @@ memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   const Attention& a = p.a;
   const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile,
             batch = a.q_offsets ? 1 : a.batch;
+  const bool plain = a.plain() && !a.dropped && !p.grad_mask;
   const int64_t q_blocks = Place::count(a, true, rows) * a.heads * batch;
   const int64_t k_blocks = Place::count(a, false, rows) * (a.heads / a.group) * batch;
   MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX,
@@ -323,18 +362,18 @@ memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   }
   if (k_blocks) {
     if constexpr (kDim == 256) {  // whose sums do not fit the registers together
-      MEMLM_PASS(started(
-          launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
-      MEMLM_PASS(started(
-          launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes, stream, p, rows)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK>, {k_blocks}, kAttentionThreads, bytes,
+                                stream, p, rows, plain)));
+      MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradV>, {k_blocks}, kAttentionThreads, bytes,
+                                stream, p, rows, plain)));
     } else {
       MEMLM_PASS(started(launch(&grad_kv_kernel<T, kDim, kGradK | kGradV>, {k_blocks}, kAttentionThreads,
-                                bytes, stream, p, rows)));
+                                bytes, stream, p, rows, plain)));
     }
   }
-  return q_blocks
-             ? started(launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows))
-             : MEMLM_OK;
+  if (!q_blocks) return MEMLM_OK;
+  return started(
+      launch(&grad_q_kernel<T, kDim>, {q_blocks}, kAttentionThreads, bytes, stream, p, rows, plain));
 }
 
 template <class T>

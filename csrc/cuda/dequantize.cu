@@ -3,7 +3,7 @@
 //
 // A thread takes one word of a row, 4 bytes of codes: 4, 8 or 16 consecutive k.  A warp takes 8 rows and 4
 // words of each, so that rows beside each other are read in whole sectors, 8 words of a block of 64 bytes,
-// and are written in such where a word's numbers are at most 16 bytes; a block takes 8 rows and 32 words.
+// and 4 lanes write what lies together; a block takes 8 rows and 32 words.
 #include "dequantize.h"
 
 #include <string.h>
@@ -21,13 +21,16 @@ struct Rows {
   int scale_bytes;  // of one
   bool has_levels;
   float levels[16];  // else code q stands for q - zero
-  float zero;
+  float zero;  // of 8 bits, whose sign is a bit: 128
   int64_t n, row, count;
   const int64_t* ids;
-  int k, words, group, groups;  // words of a row; k in a group
-  int chunks;                   // blocks side by side along k
-  int at_once;                  // numbers of out that may be stored at once: 8, of 16 bits, 4 or 1
+  int k, words, group_shift, groups;  // words of a row; 2^group_shift k in a group
+  int at_once;                        // numbers of out that may be stored at once: 8, of 16 bits, 4 or 1
 };
+
+// 2^23, whose float has integers below it in its last bits.
+constexpr uint32_t kMagic = 0x4b000000;
+constexpr float kMagicValue = 8388608;
 
 template <class T, int bits>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* out) {
@@ -37,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* o
     if (thread() < 16) levels[thread()] = p.levels[thread()];
     MEMLM_SYNC_THREADS();
   }
-  const int64_t at = static_cast<int64_t>(block_x() / p.chunks) * kBlockRows + lane() % kBlockRows;
-  const int word = block_x() % p.chunks * kBlockWords + warp() * kWarpWords + lane() / kBlockRows;
+  const int64_t at = static_cast<int64_t>(block_x()) * kBlockRows + lane() / kWarpWords;
+  const int word = block_y() * kBlockWords + warp() * kWarpWords + lane() % kWarpWords;
   const int first = word * kNumbers;  // k
   if (at >= p.count || first >= p.k) return;
 
@@ -48,16 +51,17 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* o
   for (int i = 0; i < kNumbers; i++) values[i] = as_float(0x7fc00000);
   if (inside) {
     const int64_t tile = row / kTile, in_tile = row % kTile;
-    const int64_t scale = (tile * p.groups + first / p.group) * kTile + in_tile;
+    const int64_t scale = (tile * p.groups + (first >> p.group_shift)) * kTile + in_tile;
     const float factor = scale_at(p.scales, p.scale_bytes, scale);
     const float offset = p.offsets ? scale_at(p.offsets, p.scale_bytes, scale) : 0;
-    const uint32_t codes = load<uint32_t>(p.codes + ((tile * p.words + word) * kTile + in_tile) * 4);
+    const uint32_t word_of_row = load<uint32_t>(p.codes + ((tile * p.words + word) * kTile + in_tile) * 4);
+    const uint32_t codes = bits == 8 ? word_of_row ^ 0x80808080 : word_of_row;
+    const float less = kMagicValue + p.zero;
     for (int i = 0; i < kNumbers; i++) {
-      const uint32_t byte = codes >> i % 4 * 8 & 0xff,
-                     code = byte >> i / 4 % kFields * bits & ((1 << bits) - 1);
-      const float number = bits == 8                        ? static_cast<float>(static_cast<int8_t>(byte))
-                           : bits == 4 && p.has_levels ? levels[code]
-                                                       : static_cast<float>(code) - p.zero;
+      const uint32_t lowest = codes >> (i % 4 * 8 + i / 4 % kFields * bits);
+      const float number = bits == 4 && p.has_levels
+                               ? levels[lowest & 0xf]
+                               : as_float(select_bits<(1 << bits) - 1, kMagic>(lowest)) - less;
       values[i] = multiply(number, factor) + offset;
     }
   }
@@ -83,11 +87,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Rows p, T* o
 }
 
 template <class T>
-memlm_status begin(const Rows& p, int bits, int64_t blocks, void* out, void* stream) {
+memlm_status begin(const Rows& p, int bits, Grid blocks, void* out, void* stream) {
   void (*kernel)(Rows, T*) = bits == 2   ? &dequantize_kernel<T, 2>
                              : bits == 4 ? &dequantize_kernel<T, 4>
                                          : &dequantize_kernel<T, 8>;
-  return started(launch(kernel, {blocks}, kThreads, sizeof p.levels, stream, p, static_cast<T*>(out)));
+  return started(launch(kernel, blocks, kThreads, sizeof p.levels, stream, p, static_cast<T*>(out)));
 }
 
 }  // namespace
@@ -103,8 +107,8 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
   if (!count) return MEMLM_OK;
 
   const int64_t k = padded_k(w), words = k * bits / 32, chunks = ceil_div(words, kBlockWords);
-  const int64_t row_blocks = ceil_div(count, kBlockRows);
-  MEMLM_CHECK(row_blocks <= INT32_MAX / chunks, "out: %lld rows of %lld numbers are too many for one call",
+  const Grid blocks = {ceil_div(count, kBlockRows), chunks};
+  MEMLM_CHECK(blocks.x <= INT32_MAX && chunks <= 65535, "out: %lld rows of %lld numbers are too many for one call",
               static_cast<long long>(count), static_cast<long long>(w->k));
   Rows p = {};
   p.codes = static_cast<const uint8_t*>(w->codes);
@@ -113,22 +117,21 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
   p.scale_bytes = bytes_of(w->scale_dtype);
   p.has_levels = w->levels != nullptr;
   if (w->levels) memcpy(p.levels, w->levels, sizeof p.levels);
-  p.zero = w->offsets ? 0 : bits == 4 ? 8 : 1;
+  p.zero = bits == 8 ? 128 : w->offsets ? 0 : bits == 4 ? 8 : 1;
   p.n = w->n;
   p.row = row;
   p.count = count;
   p.ids = ids;
   p.k = static_cast<int>(w->k);
   p.words = static_cast<int>(words);
-  p.group = static_cast<int>(w->group ? w->group : k);
-  p.groups = static_cast<int>(k / p.group);
-  p.chunks = static_cast<int>(chunks);
+  p.group_shift = !w->group ? 31 : w->group == 32 ? 5 : w->group == 64 ? 6 : 7;
+  p.groups = static_cast<int>(w->group ? k / w->group : 1);
   p.at_once = 1;
   for (const int numbers : {4, 8}) {
     if (w->k % numbers == 0 && is_aligned(out, numbers * bytes_of(dtype))) p.at_once = numbers;
   }
   const auto run = dtype == MEMLM_F32 ? &begin<float> : dtype == MEMLM_F16 ? &begin<f16> : &begin<bf16>;
-  return run(p, bits, row_blocks * chunks, out, queue->stream);
+  return run(p, bits, blocks, out, queue->stream);
 }
 
 }  // namespace memlm::cuda

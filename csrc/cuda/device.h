@@ -105,8 +105,7 @@ MEMLM_DEVICE uint32_t shared_address(const void* p) {
 }
 
 // Begins to copy 16 aligned bytes from global to shared memory, past L1; where not `valid`, zeros.  What
-// is copied is there once wait_copies says so, and for other threads after a barrier behind that.  From
-// must point into an array in either case.
+// is copied is there once wait_copies says so, and for other threads after a barrier behind that.
 MEMLM_DEVICE void copy_async(void* to, const void* from, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -158,6 +157,13 @@ MEMLM_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAll, vote); }
 // Bytes 0-3 are a's, 4-7 b's; nibble i of `select` says which becomes byte i.
 MEMLM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
   return __byte_perm(a, b, select);
+}
+// value & mask | others, of constants: one instruction, where the compiler makes two.
+template <uint32_t mask, uint32_t others>
+MEMLM_DEVICE uint32_t select_bits(uint32_t value) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(value), "n"(mask), "r"(others));
+  return d;
 }
 MEMLM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 MEMLM_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
@@ -264,6 +270,7 @@ MEMLM_DEVICE float log2_approx(float x) {  // off by 2^-22 from 0.5 to 2, else 1
 MEMLM_DEVICE float rsqrt_approx(float x) { return rsqrtf(x); }  // 2 ulp
 MEMLM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }  // rounded to nearest
 MEMLM_DEVICE float fma_f32(float a, float b, float c) { return fmaf(a, b, c); }
+MEMLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other, where one is NaN
 // The product rounded to f32, whatever is done with it: the compiler makes no FMA of it.
 MEMLM_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 MEMLM_DEVICE int round_int(float x) { return __float2int_rn(x); }

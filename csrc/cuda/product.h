@@ -22,8 +22,9 @@ constexpr int kStep = 32, kStageK = 2 * kStep;    // k
 constexpr int kStageSteps = kStageK / kStep;
 constexpr int kTokenTile = 8;
 
-// Pairs of tiles beside each other in a block: for many tokens more, as x is read once by each block.
-constexpr int rows_of(int token_tiles) { return token_tiles <= 2 ? 2 : token_tiles == 4 ? 4 : 8; }
+// Pairs of tiles beside each other in a block: for many tokens more, as x is read once by each block; for few
+// tokens one, so that there are blocks enough without sharing out k among them.
+constexpr int rows_of(int token_tiles) { return token_tiles; }
 constexpr int slices_of(int token_tiles) { return kWarps / rows_of(token_tiles); }
 
 struct Product {
@@ -68,6 +69,52 @@ struct Place {
   }
 };
 
+// ---- Codes, as memlm/formats.py draws them ----
+
+// What a stage has of a tile's codes lies together in memory, in pieces of 16 bytes: those of 4 rows of a block
+// of 64 bytes, which is 32 / bits k of the tile.  16 lanes copy 16 pieces side by side: the device asks for 64
+// bytes of 4 lanes at a time.  Lane (g, c) then reads those of rows 4 (g % 4) .. + 3 of tile g / 4, and of 8 k
+// from 8 c on of a step: one piece; two of 8-bit codes; of 2-bit codes one that two lanes share.
+template <int bits>
+struct DenseCodes {
+  static constexpr int kStepPieces = 4 * bits, kTilePieces = kStageSteps * kStepPieces;
+  static constexpr int kPieces = bits == 8 ? 2 : 1;  // that a lane reads for a step
+  static constexpr int kBytes = 2 * kTilePieces * 16;
+
+  const uint8_t* next;  // the lane's first piece of the stage that is to be copied next
+  int steps;            // 0 where W does not have the tile
+
+  template <class Place>
+  MEMLM_DEVICE DenseCodes(const uint8_t* codes, int64_t steps, const Place& place)
+      : next(codes + (place.mine * steps + place.first * kStageSteps) * (bits * 64) + lane() % 16 * 16),
+        steps(place.have ? static_cast<int>(steps) : 0) {}
+
+  // Where piece j of a tile lies: turned about so that 8 lanes that read two pieces of 4 blocks meet all banks.
+  static MEMLM_DEVICE int place_of(int j) { return j ^ (j >> 3 & (bits / 2 - 1)) << 1; }
+
+  // Begins to copy what the next stage, from step0 on, has; nothing where not `valid`.
+  MEMLM_DEVICE void begin_copies(uint8_t* to, int step0, bool valid) {
+#pragma unroll
+    for (int i = 0; i < kTilePieces / 16; i++) {
+      const int j = i * 16 + lane() % 16;
+      const bool there = valid && step0 + j / kStepPieces < steps;
+      copy_async(to + (lane() / 16 * kTilePieces + place_of(j)) * 16, next + i * 256, there);
+    }
+    next += kStageSteps * bits * 64;
+  }
+
+  // The lane's pieces of step s of a stage.
+  MEMLM_DEVICE void read(const uint8_t* from, int s, Vec4 (&pieces)[kPieces]) const {
+    const int g = lane() / 4, c = lane() % 4;
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      const int block = bits == 8 ? 2 * c + i : bits == 4 ? c : c / 2;
+      const int j = g / 4 * kTilePieces + s * kStepPieces + place_of(block * 4 + g % 4);
+      pieces[i] = load<Vec4>(from + j * 16);
+    }
+  }
+};
+
 // ---- The parts of a sum ----
 
 // What the slices of a block have, of which `kRows` warps are one, and the blocks along y, becomes the sums
@@ -109,10 +156,12 @@ MEMLM_DEVICE bool add_up(const Product& p, Sum (&sums)[kTiles][kFirst][kSecond])
     fence();
     if (first) {
 #pragma unroll
-      for (int i = 0; i < kSums; i++) {
-        Sum sum = 0;
-        for (int split = 0; split < blocks_y(); split++) sum += partial[place(split, i)];
-        mine(i) = sum;
+      for (int i = 0; i < kSums; i++) mine(i) = 0;
+#pragma unroll 1
+      for (int split = 0; split < blocks_y(); split++) {
+        const Sum* const of_split = partial + place(split, 0);
+#pragma unroll
+        for (int i = 0; i < kSums; i++) mine(i) += of_split[i * kSlots];
       }
     }
   }

@@ -46,7 +46,7 @@ struct Numbers {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t both = permute_bytes(word, word >> 4, 0x4400 + 0x1111 * i);
-      pairs[i] = fma_pair<T>((both & 0x000f000f) | kMagic<T>, one, minus_magic);
+      pairs[i] = fma_pair<T>(select_bits<0x000f000f, kMagic<T>>(both), one, minus_magic);
     }
   }
 };

@@ -25,13 +25,13 @@
 namespace memlm::cuda {
 namespace {
 
-constexpr int kBits = 8, kPieces = 2;  // of 16 bytes, of a lane's codes of a step
+constexpr int kBits = 8;
+using Codes = DenseCodes<kBits>;
 
 // As for weight_only.h, whose stages are a little larger.
 constexpr int stages_of(int arch) { return arch < 800 ? 2 : 3; }
 
-constexpr int kCodesBytes = kStageSteps * kPieces * kWarp * 16;
-constexpr int kWarpBytes = kCodesBytes + kStageSteps * kPair * 4;  // scales: f32, a group for each step
+constexpr int kWarpBytes = Codes::kBytes + kStageSteps * kPair * 4;  // scales: f32, a group for each step
 constexpr int kXRow = kStageK;
 constexpr int x_bytes(int token_tiles) { return token_tiles * kTokenTile * (kXRow + kStageSteps * 4); }
 constexpr int stage_bytes(int token_tiles) {
@@ -66,10 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
   const int row = here.row, g = here.g, c = here.c, token0 = here.token0;
   const int x_place = kWarps * kWarpBytes + here.slice * x_bytes(kTokenTiles);
 
-  // Where the lane's pieces of 16 bytes lie in the first stage.  Codes: 4 rows of a block of 64 bytes, of
-  // which a step of a tile has 8.
-  const int64_t codes_begin =
-      here.have ? static_cast<int64_t>(here.mine) * p.steps * (kBits * 64) + 2 * c * 64 + g % 4 * 16 : 0;
+  Codes codes(p.codes, p.steps, here);
   // Scales: a tile has 16 for a group, which are 2 or 4 pieces; a stage has 1 or 2 groups, so that a lane
   // brings at most one piece.
   const int scale_pieces = p.scale_bytes, stage_groups = p.group_shift < 0 ? 0
@@ -79,9 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
             later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales
-          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
-          : 0;
+      (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16;
   // x: 4 pieces a token, halves exchanged for two tokens of four, so that 16 lanes that read 8 bytes each, of
   // four tokens, meet all banks.  A thread brings at most one, and one of the scales: those of 4 tokens.
   constexpr int kQuarters = kTokens / 4;
@@ -93,35 +88,26 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     uint8_t* const weights = to + warp() * kWarpBytes;
     const int step0 = (here.first + stage) * kStageSteps;
     const bool valid = here.first + stage < here.last;
-#pragma unroll
-    for (int s = 0; s < kStageSteps; s++) {
-      const bool there = valid && here.have && step0 + s < p.steps;
-      const uint8_t* const from =
-          p.codes + (there ? codes_begin + static_cast<int64_t>(step0 + s) * (kBits * 64) : 0);
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        copy_async(weights + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
-      }
-    }
+    codes.begin_copies(weights, step0, valid);
     if (!whole && later_group < stage_groups) {
       const int group = (step0 >> p.group_shift) + later_group;
       const bool there = valid && brings_scales && group < p.groups;
-      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
-      copy_async(weights + kCodesBytes + lane() * 16, p.scales + offset, there);
+      const int64_t offset = scales_begin + static_cast<int64_t>(group) * (scale_pieces * 16);
+      copy_async(weights + Codes::kBytes + lane() * 16, p.scales + offset, there);
     }
     uint8_t* const x = to + x_place;
     if (in_slice < kTokens * 4) {
       // The address is computed each time: kept, its registers are too many where tokens are.
-      const int k = step0 * kStep;
-      const bool there = valid && token0 + x_token < p.m && k + x_piece * 16 < p.k;
+      const int k = step0 * kStep + x_piece * 16;
+      const bool there = valid && token0 + x_token < p.m && k < p.k;
       copy_async(x + x_token * kXRow + (x_piece ^ x_token / 2 % 2 * 2) * 16,
-                 p.x + (there ? (token0 + x_token) * p.x_stride + k + x_piece * 16 : 0), there);
+                 p.x + (token0 + x_token) * p.x_stride + k, there);
     }
     if (!whole && p.x_scale_stride && in_slice < kStageSteps * kQuarters) {
       const int step = step0 + in_slice / kQuarters, token = token0 + in_slice % kQuarters * 4;
       const bool there = valid && step < p.x_steps && token < p.m;
       copy_async(x + kTokens * kXRow + in_slice * 16,
-                 p.x_scales + (there ? step * p.x_scale_stride + token : 0), there);
+                 p.x_scales + (step * p.x_scale_stride + token), there);
     }
     commit_copies();
   };
@@ -140,13 +126,13 @@ __global__ void __launch_bounds__(kThreads, 2) w8a8_kernel(const W8A8 p) {
     // Both steps at once would need more registers than there are where tokens are many.
 #pragma unroll(kTokenTiles == 8 && !whole ? 1 : kStageSteps)
     for (int s = 0; s < kStageSteps; s++) {
-      const Vec4 one = load<Vec4>(weights + (s * kPieces * kWarp + lane()) * 16);
-      const Vec4 two = load<Vec4>(weights + ((s * kPieces + 1) * kWarp + lane()) * 16);
-      const uint32_t a[2][4] = {{one.x, one.y, two.x, two.y}, {one.z, one.w, two.z, two.w}};
+      Vec4 q[Codes::kPieces];
+      codes.read(weights, s, q);
+      const uint32_t a[2][4] = {{q[0].x, q[0].y, q[1].x, q[1].y}, {q[0].z, q[0].w, q[1].z, q[1].w}};
       float scales[4] = {1, 1, 1, 1};
       if (!whole && p.group_shift >= 0) {
         const int slot = p.group_shift ? 0 : s;
-        load_scales(weights + kCodesBytes + (slot * kPair + g * 4) * p.scale_bytes, p.scale_bytes, scales);
+        load_scales(weights + Codes::kBytes + (slot * kPair + g * 4) * p.scale_bytes, p.scale_bytes, scales);
       }
 #pragma unroll
       for (int t = 0; t < kTokenTiles; t++) {

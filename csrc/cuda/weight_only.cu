@@ -50,7 +50,6 @@ memlm_status describe(const memlm_packed* w, int bits, const memlm_matmul_args* 
   p->k = static_cast<int>(w->k);
   p->groups = static_cast<int>(k / group);
   p->group_shift = w->group ? shift_of_group(w->group) : 31;  // 31: one group
-  p->code_stride = int64_t{p->steps} * bits * 64;
   p->x = args->x;
   p->x_stride = args->x_stride;
   return MEMLM_OK;

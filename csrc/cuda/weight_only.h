@@ -48,7 +48,6 @@ struct WeightOnly : Product {
   Levels levels;
   float zero;  // subtracted from codes
   int k, groups, group_shift;  // 2^group_shift steps of k in a group
-  int64_t code_stride;         // bytes of a tile's codes: `steps` times those of a step
   const void* x;
   int64_t x_stride;
 };
@@ -105,10 +104,10 @@ struct Integers {
     for (int i = 0; i < 2; i++) {
       // Bytes 2i and 2i + 1, each into a half.
       const uint32_t both = permute_bytes(words[0], 0, i ? 0x4342 : 0x4140);
-      pairs[i] = fma_pair<T>((both & mask) | kMagic<T>, power_of_two<T>(0), minus_magic);
-      const uint32_t above = upper_in_place() ? both & mask << bits : both >> bits & mask;
-      pairs[2 + i] =
-          fma_pair<T>(above | kMagic<T>, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
+      pairs[i] = fma_pair<T>(select_bits<mask, kMagic<T>>(both), power_of_two<T>(0), minus_magic);
+      const uint32_t above = upper_in_place() ? select_bits<mask << bits, kMagic<T>>(both)
+                                              : select_bits<mask, kMagic<T>>(both >> bits);
+      pairs[2 + i] = fma_pair<T>(above, power_of_two<T>(upper_in_place() ? bits : 0), minus_upper);
     }
   }
 };
@@ -204,48 +203,35 @@ struct Dense {
   // Up to so many tiles of tokens, sums leave registers for both steps of a stage at once; 8-bit codes of a
   // step are twice as many registers.
   static constexpr int kUnrolledTiles = kBits == 8 ? 2 : 4;
-  static constexpr int kPieces = kBits == 8 ? 2 : 1;  // of 16 bytes, of a lane in a step
-  static constexpr int kBytes = kStageSteps * kPieces * kWarp * 16;
+  using Codes = DenseCodes<kBits>;
+  static constexpr int kBytes = Codes::kBytes;
 
   // Stages in flight: what is on its way must cover the memory's latency (some 40 KB a multiprocessor at
   // 2 TB/s and 600 ns), and two blocks must fit.  Before 8.0 nothing is asynchronous, and 64 KB are all.
   static constexpr int stages_of(int arch) { return arch < 800 ? 2 : kBits == 8 ? 3 : 4; }
 
   const Codec codec;
+  Codes codes;
   uint32_t w[4][4];  // [feature][pair of k], of a step
 
   template <class Here>
-  MEMLM_DEVICE Dense(const WeightOnly& p, const Here&) : codec(p) {}
+  MEMLM_DEVICE Dense(const WeightOnly& p, const Here& here) : codec(p), codes(p.codes, p.steps, here) {}
 
-  // Begins to copy what a stage from step0 on has; nothing where not `valid`.
+  // Begins to copy what the next stage, from step0 on, has; nothing where not `valid`.
   template <class Here>
-  MEMLM_DEVICE void begin_copies(const WeightOnly& p, const Here& here, uint8_t* to, int step0, bool valid) {
-    // Pieces are 4 rows of a block of 64 bytes; a step of a tile has blocks of 4, 8 or 16 k.
-    const int block = kBits == 8 ? 2 * here.c : kBits == 4 ? here.c : here.c / 2;
-    const int64_t begin = here.mine * p.code_stride + block * 64 + here.g % 4 * 16;
-#pragma unroll
-    for (int s = 0; s < kStageSteps; s++) {
-      const int step = step0 + s;
-      const bool there = valid && here.have && step < p.steps;
-      const uint8_t* const from = p.codes + (there ? begin + static_cast<int64_t>(step) * (kBits * 64) : 0);
-#pragma unroll
-      for (int i = 0; i < kPieces; i++) {
-        copy_async(to + ((s * kPieces + i) * kWarp + lane()) * 16, from + (there ? i * 64 : 0), there);
-      }
-    }
+  MEMLM_DEVICE void begin_copies(const WeightOnly&, const Here&, uint8_t* to, int step0, bool valid) {
+    codes.begin_copies(to, step0, valid);
   }
 
   // Makes step s of a stage ready to be multiplied.
   MEMLM_DEVICE void unpack(const uint8_t* from, int s) {
-    Vec4 pieces[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; i++)
-      pieces[i] = load<Vec4>(from + ((s * kPieces + i) * kWarp + lane()) * 16);
+    Vec4 pieces[Codes::kPieces];
+    codes.read(from, s, pieces);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      uint32_t words[kPieces];
+      uint32_t words[Codes::kPieces];
 #pragma unroll
-      for (int i = 0; i < kPieces; i++) {
+      for (int i = 0; i < Codes::kPieces; i++) {
         const Vec4 v = pieces[i];
         words[i] = r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w;
         if (kBits == 2) words[i] >>= lane() % 2 * 4;  // the upper half of a byte has k 8 to 15
@@ -282,14 +268,12 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
             later_group = lane() / (2 * scale_pieces);
   const bool brings_scales = later_group < stage_groups && scale_tile < p.tiles;
   const int64_t scales_begin =
-      brings_scales
-          ? (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16
-          : 0;
+      (static_cast<int64_t>(scale_tile) * p.groups * scale_pieces + lane() % scale_pieces) * 16;
   // x: 8 pieces a token.
   constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
   const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
-  const int64_t x_begin = (token0 + x_token) * p.x_stride + x_piece * 8;
+  const T* x_next = static_cast<const T*>(p.x) + (token0 + x_token) * p.x_stride + here.first * kStageK + x_piece * 8;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStage;
@@ -300,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     if (later_group < stage_groups) {
       const int group = (step0 >> p.group_shift) + later_group;
       const bool there = valid && brings_scales && group < p.groups;
-      const int64_t offset = there ? scales_begin + static_cast<int64_t>(group) * scale_pieces * 16 : 0;
+      const int64_t offset = scales_begin + static_cast<int64_t>(group) * (scale_pieces * 16);
       uint8_t* const scales = of_warp + Weights::kBytes + lane() * 16;
       copy_async(scales, p.scales + offset, there);
       if (Weights::kOffsets && p.offsets) copy_async(scales + kMostScales, p.offsets + offset, there);
@@ -308,11 +292,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename
     uint8_t* const x = to + kWarps * kWarpBytes<Weights> + slice * kTokens * kXRow;
 #pragma unroll
     for (int i = 0; i < kXPieces; i++) {
-      const int token = x_token + i * kTokensAtOnce, k = step0 * kStep;
-      const bool there = valid && token0 + token < p.m && k + x_piece * 8 < p.k;
-      const int64_t offset = there ? x_begin + i * kTokensAtOnce * p.x_stride + k : 0;
-      copy_async(x + x_place(token, x_piece), static_cast<const T*>(p.x) + offset, there);
+      const int token = x_token + i * kTokensAtOnce;
+      const bool there = valid && token0 + token < p.m && step0 * kStep + x_piece * 8 < p.k;
+      copy_async(x + x_place(token, x_piece), x_next + i * kTokensAtOnce * p.x_stride, there);
     }
+    x_next += kStageK;
     commit_copies();
   };
 

@@ -5,6 +5,7 @@
 namespace memlm_torch {
 
 struct Cpu {
+  static constexpr bool kUnpacks = false;  // unpacked.h
   static constexpr auto w2_matmul = memlm_w2_matmul, w4_matmul = memlm_w4_matmul, w8_matmul = memlm_w8_matmul;
   static constexpr auto w8a8_matmul = memlm_w8a8_matmul;
   static constexpr auto matmul_topk = memlm_matmul_topk;

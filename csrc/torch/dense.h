@@ -4,6 +4,7 @@
 
 #include "../formats.h"
 #include "tensors.h"
+#include "unpacked.h"
 
 namespace memlm_torch {
 
@@ -64,6 +65,7 @@ Tensor w2_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, 
                  double eps, bool swiglu, OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, offsets, 2, n, k, group);
+  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 2, around);
   const auto kernel = [&](auto... arguments) { On::call(x, On::w2_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }
@@ -74,6 +76,7 @@ Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, 
                  OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, offsets, 4, n, k, group, codebook);
+  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 4, around);
   const auto kernel = [&](auto... arguments) { On::call(x, On::w4_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }
@@ -84,6 +87,7 @@ Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, in
                  OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, {}, 8, n, k, group);
+  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 8, around);
   const auto kernel = [&](auto... arguments) { On::call(x, On::w8_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }

@@ -31,6 +31,7 @@ inline void* current_stream(int32_t device) {
 }
 
 struct Gpu {
+  static constexpr bool kUnpacks = true;  // unpacked.h
   // NULL: the library has no such function, or none is open.
   static inline decltype(&memlm_cuda_last_error) last_error;
   static inline decltype(&memlm_cuda_w2_matmul) w2_matmul;

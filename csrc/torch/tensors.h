@@ -64,14 +64,21 @@ struct Around {
   OptionalTensor residual;
 };
 
+inline void check_operands(const Tensor& x, const memlm_packed& w, const Around& around, ScalarType y_type) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be ", w.k);
+  if (around.bias) check_part(*around.bias, x, "bias", {w.n});
+  if (around.norm) check_part(*around.norm, x, "norm", {w.k});
+  for (const OptionalTensor* t : {&around.bias, &around.norm, &around.residual})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == y_type,
+                    "bias, norm, residual: expected the dtype of the result");
+}
+
 // y, of y_type, by kernel(w, args); x has last dimension k, and W lies beside it.
 template <class Kernel>
 Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, ScalarType y_type,
               const Kernel& kernel) {
   auto& [bias, norm, eps, swiglu, residual] = around;
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.k, "x: the last dimension must be ", w.k);
-  if (bias) check_part(*bias, x, "bias", {w.n});
-  if (norm) check_part(*norm, x, "norm", {w.k});
+  check_operands(x, w, around, y_type);
   const int64_t columns = swiglu ? w.n / 2 : w.n;
   const std::vector<int64_t> shape = with_last(x, true, columns);
   if (residual) {
@@ -81,9 +88,6 @@ Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, Scalar
     check_device(*residual, x, "residual");
     STD_TORCH_CHECK(same, "residual: must have the shape of the result");
   }
-  for (const OptionalTensor* t : {&bias, &norm, &residual})
-    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == y_type,
-                    "bias, norm, residual: expected the dtype of the result");
   make_contiguous(x);
   Tensor y = torch::stable::new_empty(x, shape, y_type);
   memlm_matmul_args args = {};

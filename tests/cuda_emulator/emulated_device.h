@@ -140,6 +140,10 @@ MEMLM_EMULATED uint32_t ballot(bool vote) {
 
 // ---- Bits ----
 
+template <uint32_t mask, uint32_t others>
+MEMLM_DEVICE uint32_t select_bits(uint32_t value) {
+  return (value & mask) | others;
+}
 MEMLM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
   uint32_t d = 0;
@@ -216,6 +220,7 @@ MEMLM_DEVICE float log2_approx(float x) { return log2f(x); }
 MEMLM_DEVICE float rsqrt_approx(float x) { return 1 / sqrtf(x); }
 MEMLM_DEVICE float square_root(float x) { return sqrtf(x); }
 MEMLM_DEVICE float fma_f32(float a, float b, float c) { return fmaf(a, b, c); }
+MEMLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 MEMLM_DEVICE float multiply(float a, float b) { return a * b; }
 MEMLM_DEVICE int round_int(float x) { return static_cast<int>(nearbyintf(x)); }
 

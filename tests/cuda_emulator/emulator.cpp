@@ -300,13 +300,19 @@ void add_counts() {
         }
         continue;
       }
-      std::unordered_set<uintptr_t> sectors;
-      for (const auto& [lane, address, bytes] : request.lanes) {
-        for (uintptr_t s = address / kSector; s <= (address + bytes - 1) / kSector; s++) sectors.insert(s);
-      }
+      // Pieces of 16 bytes are asked for 4 lanes at a time, as ncu counts asynchronous copies on compute
+      // capability 9.0: a sector of which other lanes want the rest is asked for again.
+      const int lanes = !request.write && request.lanes.front().size == 16 ? 4 : kWarp;
       (request.write ? counted.write_requests : counted.read_requests)++;
-      (request.write ? counted.write_sectors : counted.read_sectors) += static_cast<int64_t>(sectors.size());
-      (request.write ? sectors_written : sectors_read).insert(sectors.begin(), sectors.end());
+      for (int from = 0; from < kWarp; from += lanes) {
+        std::unordered_set<uintptr_t> sectors;
+        for (const auto& [lane, address, bytes] : request.lanes) {
+          if (lane < from || lane >= from + lanes) continue;
+          for (uintptr_t s = address / kSector; s <= (address + bytes - 1) / kSector; s++) sectors.insert(s);
+        }
+        (request.write ? counted.write_sectors : counted.read_sectors) += static_cast<int64_t>(sectors.size());
+        (request.write ? sectors_written : sectors_read).insert(sectors.begin(), sectors.end());
+      }
     }
   }
   executed.clear();
