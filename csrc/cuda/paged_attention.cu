@@ -159,6 +159,11 @@ struct Floats16 {
   }
 };
 
+// A tail, in little more room than the codes before it.
+struct Tail16 : Floats16 {
+  static constexpr int kStage = 32;
+};
+
 // Two numbers as M, or what is left of them after that.
 MEMLM_DEVICE uint32_t pair_part(float x, float y, int part) {
   const uint32_t rounded = pair<M>(x, y);
@@ -789,10 +794,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
       const int begin = static_cast<int>(most(lo, newest));
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state,
-                                                       [&] {
-                                                         if (lo >= newest) queries();
-                                                       });
+      attend<Tail16, Tail16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state, [&] {
+        if (lo >= newest) queries();
+      });
     }
   }
 
@@ -914,7 +918,7 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
     case MEMLM_KV_INT8: return stage_bytes<Codes8, Codes8>(c.layout);
     default:
       return static_cast<int>(
-          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
+          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Tail16, Tail16>(c.tail)));
   }
 }
 
