@@ -15,7 +15,6 @@ SPILLED = {
     r"attention_kernel<b?f16, 128, true>": {75: 196, 120: 64},
     r"attention_kernel<b?f16, 128, false>": {120: 128},
     r"grad_kv_kernel<b?f16, 128, 3>": {100: 100, 120: 100},
-    r"paged_attention_kernel<f16, 1, 4, 2>": {75: 40},
     r"weight_only_kernel<(TwoOfFour|Unstructured)<.*, 8>": {90: 272, 100: 72, 120: 72},
 }
 

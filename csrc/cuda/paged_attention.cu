@@ -159,6 +159,11 @@ struct Floats16 {
   }
 };
 
+// A tail, in little more room than the codes before it.
+struct Tail16 : Floats16 {
+  static constexpr int kStage = 32;
+};
+
 // Two numbers as M, or what is left of them after that.
 MEMLM_DEVICE uint32_t pair_part(float x, float y, int part) {
   const uint32_t rounded = pair<M>(x, y);
@@ -248,8 +253,7 @@ struct Room {
   float* weight_steps;  // [groups][rows]
 };
 
-// All tokens from lo to hi - 1: into `state`.  `prepare` is given the room of the values once the first keys are
-// on their way.
+// All tokens from lo to hi - 1: into `state`.  `prepare` is called once the first keys are on their way.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles, class Prepare>
 MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, const KvLayout& f,
                          const uint8_t* tail, int lo, int hi, State<columns, tiles>& state,
@@ -366,7 +370,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   look_up(first);
   copy_keys(0);
   commit_copies();
-  prepare(reinterpret_cast<float*>(all_values));
+  prepare();
   for (int start = first, turn = 0; start < hi; start += kStage, turn ^= 1) {
     wait_copies<0>();
     MEMLM_SYNC_THREADS();  // the keys are there, and the last stage's values not needed any more
@@ -384,7 +388,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
             uint32_t keys[4];
             K::load32(tile, k0, keys);
 #pragma unroll
-            for (int n = 0; n < columns; n++) add_product(high[n], low[n], keys, codes[n * kWarp]);
+            for (int n = 0; n < columns; n++) add_product(high[n], low[n], keys, load<Vec4>(codes + n * kWarp));
             k0 += 32, codes += columns * kWarp;
           };
           multiply();
@@ -621,18 +625,54 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   MEMLM_SYNC_THREADS();
 }
 
-// The sums [width] of a row, in shared memory, times factor: to out, transformed back by way of scratch.
-template <class T>
-MEMLM_DEVICE void finish(const Attention& a, float* sums, float* scratch, float factor, int64_t row,
-                         int head) {
-  const KvLayout& f = a.cache.layout;
-  const float* from = sums;
-  if (a.cache.piece > 1) {
-    hadamard(sums, scratch, f.width, a.cache.piece, a.cache.root);
-    from = scratch;
+// A row's numbers in a warp, up to 128 times n: lane l has number 4 (l + 32 i) + j at [i][j], 0 where there is
+// none.
+template <int n>
+using Row = float[n][4];
+
+// The orthonormal Walsh-Hadamard transform, in pieces of at least 32.
+template <int n>
+MEMLM_DEVICE void transform(Row<n>& x, int piece, float root) {
+#pragma unroll
+  for (float(&four)[4] : x) {
+    const float a = four[0] + four[1], b = four[0] - four[1], c = four[2] + four[3], d = four[2] - four[3];
+    four[0] = a + c, four[1] = b + d, four[2] = a - c, four[3] = b - d;
   }
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    if (4 * step >= piece) break;
+    const float sign = lane() & step ? -1 : 1;
+#pragma unroll
+    for (float(&four)[4] : x) {
+      for (float& one : four) one = fma_f32(one, sign, shuffle_xor(one, step));
+    }
+  }
+  for (int j = 0; j < 4; j++) {
+    const float sum = x[0][j] + x[n - 1][j], difference = x[0][j] - x[n - 1][j];
+    if (n == 2 && piece == 8 * kWarp) x[0][j] = sum, x[n - 1][j] = difference;
+    for (int i = 0; i < n; i++) x[i][j] *= root;
+  }
+}
+
+// The sums [width] of a row, in shared memory, times factor: to out, transformed back.
+template <class T, int n>
+MEMLM_DEVICE void finish(const Attention& a, const float* sums, float factor, int64_t row, int head) {
+  const KvLayout& f = a.cache.layout;
+  Row<n> x = {};
+  for (int i = 0; i < n; i++) {
+    const int first = 4 * (lane() + i * kWarp);
+    if (first >= f.width) continue;
+    const Vec4 four = load<Vec4>(sums + first);
+    x[i][0] = as_float(four.x), x[i][1] = as_float(four.y), x[i][2] = as_float(four.z), x[i][3] = as_float(four.w);
+  }
+  if (a.cache.piece > 1) transform<n>(x, a.cache.piece, a.cache.root);
   T* const to = static_cast<T*>(a.out) + row * a.out_stride + static_cast<int64_t>(head) * f.dim;
-  for (int i = lane(); i < f.dim; i += kWarp) to[i] = from_float<T>(from[i] * factor);
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j < 4; j++) {
+      const int d = 4 * (lane() + i * kWarp) + j;
+      if (d < f.dim) to[d] = from_float<T>(x[i][j] * factor);
+    }
+  }
 }
 
 // What the weights' sum becomes with a sink, relative to the larger of both, and the factor of what was
@@ -648,58 +688,51 @@ MEMLM_DEVICE float normaliser(const Attention& a, int head, float maximum, float
 template <class T, memlm_kv_type type>
 constexpr int kQueryParts = type == MEMLM_KV_INT8 ? 0 : kSame<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
 
-// Queries into shared memory, by way of `scratch` [2][kWarps][width]: as digits, and as the sum of `parts`.
-template <class T, int parts, bool coded, int rows>
-MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, const Room& room) {
+// Queries into shared memory: as digits, and as the sum of `parts`.
+template <class T, int parts, bool coded, int rows, int n>
+MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, const Room& room) {
   const KvLayout& f = a.cache.layout;
-  float *raw = scratch + warp() * f.width, *turned = raw + kWarps * f.width;
-  const auto place = [&](int row, int unit, int units) {
-    return (unit / units * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % units / (units / 4);
-  };
   for (int row = warp(); row < rows; row += kWarps) {
     const int i = w.first + row;
-    const float* x = raw;
-    float per_step = 0;
-    uint32_t most = 0;
+    Row<n> x = {};
     if (row < w.rows) {
       const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
                             static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
-      for (int d = lane(); d < f.width; d += kWarp) {
-        const float its = d < f.dim ? to_float(from[d]) : 0;
-        raw[d] = a.cache.piece > 1 ? its * a.scale : its;
-      }
-      MEMLM_SYNC_WARP();
-      if (a.cache.piece > 1) {
-        hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
-        x = turned;
-      }
-      if constexpr (coded) {
-        for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
-        for (int mask = kWarp / 2; mask; mask /= 2) {
-          const uint32_t other = shuffle_xor(most, mask);
-          most = other > most ? other : most;
+      for (int k = 0; k < n; k++) {
+        for (int j = 0; j < 4; j++) {
+          const int d = 4 * (lane() + k * kWarp) + j;
+          if (d < f.dim) x[k][j] = coded ? to_float(from[d]) * a.scale : to_float(from[d]);
         }
-        per_step = most ? kMostDigits / as_float(most) : 0;
       }
+      if (coded) transform<n>(x, a.cache.piece, a.cache.root);
     }
-    if (coded && lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
-    for (int u = lane(); u < f.width / 4; u += kWarp) {
-      float numbers[4] = {};
-      if (row < w.rows) {
-        const Vec4 four = load<Vec4>(x + 4 * u);
-        numbers[0] = as_float(four.x), numbers[1] = as_float(four.y);
-        numbers[2] = as_float(four.z), numbers[3] = as_float(four.w);
+    float per_step = 0;
+    if constexpr (coded) {
+      uint32_t most = 0;
+      for (const auto& four : x) {
+        for (const float one : four) most = largest(most, one);
       }
+      for (int mask = kWarp / 2; mask; mask /= 2) {
+        const uint32_t other = shuffle_xor(most, mask);
+        most = other > most ? other : most;
+      }
+      per_step = most ? kMostDigits / as_float(most) : 0;
+      if (lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
+    }
+    for (int k = 0; k < n; k++) {
+      const int unit = lane() + k * kWarp;  // of four channels
+      if (4 * unit >= f.width) continue;
       if constexpr (coded) {
-        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + place(row, u, 8)) + u % 2;
-        const Vec2 both = digits(numbers, per_step);
+        const int at = (unit / 8 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % 8 / 2;
+        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + at) + unit % 2;
+        const Vec2 both = digits(x[k], per_step);
         to[0] = both.x, to[2] = both.y;
       }
       if constexpr (parts > 0) {
-        store(room.pairs + place(row, u, 4) * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
+        const int at = (unit / 4 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % 4;
+        store(room.pairs + at * sizeof(Pairs<parts>), pairs_of<parts>(x[k]));
       }
     }
-    MEMLM_SYNC_WARP();
   }
 }
 
@@ -742,7 +775,7 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
   room.steps = room.weight_steps + (kCoded ? f.groups : 0) * kRows;
   // Rows that there are not have weights and factors as well.
   for (float* i = room.lines + thread(); i < room.steps; i += kThreads) *i = 0;
-  const auto queries = [&](float* scratch) { load_queries<T, kParts, kCoded, kRows>(a, w, scratch, room); };
+  const auto queries = [&] { load_queries<T, kParts, kCoded, kRows, tiles / 2>(a, w, room); };
 
   State<columns, tiles> state = {};
   state.maximum = -INFINITY;
@@ -761,10 +794,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
       const int begin = static_cast<int>(most(lo, newest));
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state,
-                                                       [&](float* scratch) {
-                                                         if (lo >= newest) queries(scratch);
-                                                       });
+      attend<Tail16, Tail16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state, [&] {
+        if (lo >= newest) queries();
+      });
     }
   }
 
@@ -792,7 +824,6 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
     }
   }
   MEMLM_SYNC_THREADS();
-  float* const scratch = reinterpret_cast<float*>(stage + a.stage_bytes) + warp() * f.width;
   for (int one = warp(); one < w.rows; one += kWarps) {
     const int its_token = (w.first + one) / a.group;
     const int its_head = w.kv_head * a.group + (w.first + one) % a.group;
@@ -801,7 +832,7 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
       float* const to = a.sums + part_of(a, sequence, its_row, its_token, its_head, block_z()) * f.width;
       for (int i = lane(); i < f.width; i += kWarp) to[i] = sums[one * pitch + i];
     } else {
-      finish<T>(a, sums + one * pitch, scratch, room.factors[one], its_row, its_head);
+      finish<T, tiles / 2>(a, sums + one * pitch, room.factors[one], its_row, its_head);
     }
   }
 }
@@ -852,7 +883,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a) {
     for (int from = 1; from < kWarps; from++) sums[i] += sums[from * width + i];
   }
   MEMLM_SYNC_WARP();
-  finish<T>(a, sums, sums + width, normaliser(a, head, maximum, total), row, head);
+  finish<T, 2>(a, sums, normaliser(a, head, maximum, total), row, head);
 }
 
 // ---- The host's side ----
@@ -887,7 +918,7 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
     case MEMLM_KV_INT8: return stage_bytes<Codes8, Codes8>(c.layout);
     default:
       return static_cast<int>(
-          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
+          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Tail16, Tail16>(c.tail)));
   }
 }
 
