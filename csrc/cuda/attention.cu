@@ -1,13 +1,13 @@
 // softmax(scale q k^T + bias) v in one pass over the keys (FlashAttention-2, arXiv:2307.08691).
 //
 // A thread block takes 128 queries of a head, or 64 of heads above 128, a warp a fourth of them.  Keys and
-// values come to shared memory 64 at a time, or 32: values while the keys are multiplied, the next keys while
+// values come to shared memory kKeys at a time: values while the keys are multiplied, the next keys while
 // the values are.  The scores of a warp are sums of m16n8k16 and stay in registers: as probabilities, rounded
 // to 16 bits, they are the A operand of the product with the values, in the very lanes that hold them.  With
 // 32 queries a warp, each matrix of keys or values that is loaded serves two products; more do not fit the
 // registers.
 //
-//   shared memory:  queries [128 or 64][kDim] | keys [64 or 32][kDim] | values
+//   shared memory:  queries [128 or 64][kDim] | keys [kKeys][kDim] | values
 //
 // Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
 // relative to a base, which is a score of the row and at most 8 below the largest so far: weights are up to
@@ -24,26 +24,22 @@ using ll = long long;
 constexpr int kWarps = kAttentionThreads / kWarp;
 constexpr float kSlack = 8;  // of the base
 constexpr float kLeast = -3.402823466e38f;
-// Keys at a time: the scores of more do not fit the registers beside what options need.
-template <int kDim, bool kPlain>
-constexpr int kKeys = kPlain && kDim < 256 ? 64 : 32;
 template <int kDim>
 constexpr int kHeight = kDim == 256 ? 1 : 2;  // of a warp's queries, in rows of matrices
 template <int kDim>
 constexpr int kQueries = kWarps * 16 * kHeight<kDim>;
-template <int kDim, bool kPlain>
-constexpr int kSharedBytes = 2 * kDim * (kQueries<kDim> + 2 * kKeys<kDim, kPlain>);
+template <int kDim, int kKeys>
+constexpr int kSharedBytes = 2 * kDim * (kQueries<kDim> + 2 * kKeys);
 
-template <class T, int kDim, bool kPlain>
+template <class T, int kDim, int kKeys, bool kPlain>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const Attention a) {
   constexpr int height = kHeight<kDim>, warp_rows = 16 * height, block_rows = kQueries<kDim>;
-  constexpr int keys = kKeys<kDim, kPlain>;
   const Place place(a, true, block_rows, a.heads);
   if (place.first >= place.q_len) return;
   const int kv_head = place.head / a.group;
   uint8_t* const queries = shared<uint8_t>();
   uint8_t* const key_tile = queries + block_rows * kDim * 2;
-  uint8_t* const value_tile = key_tile + keys * kDim * 2;
+  uint8_t* const value_tile = key_tile + kKeys * kDim * 2;
   const Scores<T> scores(a, place, place.head);
 
   const int rows_here = block_rows < place.q_len - place.first ? block_rows : place.q_len - place.first;
@@ -52,7 +48,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
   // What the block's queries see: keys begin to end - 1.
   const int position = place.first + scores.shift, last = position + rows_here - 1;
   int begin = position - a.left, end = last + a.right < place.k_len ? last + a.right + 1 : place.k_len;
-  begin = begin > 0 ? begin / keys * keys : 0;
+  begin = begin > 0 ? begin / kKeys * kKeys : 0;
 
   const Source<kDim> k(a.k, place.batch, kv_head, place.k_first);
   const Source<kDim> v(a.v, place.batch, kv_head, place.k_first);
@@ -64,11 +60,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
       }
       return false;
     };
-    while (j < end && !shown()) j += keys;
+    while (j < end && !shown()) j += kKeys;
     return j;
   };
   const auto copy = [&](const Source<kDim>& source, int j, uint8_t* tile) {
-    if (j < end) copy_rows<keys>(source, j, end - j, tile);
+    if (j < end) copy_rows<kKeys>(source, j, end - j, tile);
     commit_copies();
   };
 
@@ -82,10 +78,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
   int j = next_shown(begin);
   copy(k, j, key_tile);
   while (j < end) {
-    const int next = next_shown(j + keys);
+    const int next = next_shown(j + kKeys);
     const bool seen =
-        scores.any_seen(first, first + warp_rows - 1, j, j + keys - 1) && scores.shown(first, j);
-    float p[height][keys / 8][4];
+        scores.any_seen(first, first + warp_rows - 1, j, j + kKeys - 1) && scores.shown(first, j);
+    float p[height][kKeys / 8][4];
     wait_copies<0>();
     MEMLM_SYNC_THREADS();  // keys are there, and all are done with the values before
     copy(v, j, value_tile);
@@ -101,7 +97,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
 #pragma unroll
         for (int h = 0; h < height; h++) {
 #pragma unroll
-          for (int t = 0; t < keys / 8; t++) {
+          for (int t = 0; t < kKeys / 8; t++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
               const int r = 2 * h + e / 2;
@@ -115,7 +111,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
 #pragma unroll 1
         for (int h = 0; h < height; h++) {
 #pragma unroll
-          for (int t = 0; t < keys / 8; t++) {
+          for (int t = 0; t < kKeys / 8; t++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
               const int i = i0 + 16 * h + e / 2 * 8, key = j + t * 8 + lane() % 4 * 2 + e % 2;
@@ -126,7 +122,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
             }
           }
         }
-      } else if (!scores.all_seen(first, first + warp_rows - 1, j, j + keys - 1)) {
+      } else if (!scores.all_seen(first, first + warp_rows - 1, j, j + kKeys - 1)) {
         each([&](float& x, int, int i, int key) { x = scores.seen(i, key) ? x : -INFINITY; });
       }
       // NaN is not the largest, but stays in the weights.
@@ -207,28 +203,33 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const A
   wait_copies<0>();
 }
 
-template <class T, int kDim, bool kPlain>
+template <class T, int kDim, int kKeys, bool kPlain>
 memlm_status launch_kernel(const Attention& a, void* stream) {
   const int64_t blocks = Place::count(a, true, kQueries<kDim>) * a.heads * (a.q_offsets ? 1 : a.batch);
   MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1",
               static_cast<ll>(blocks));
-  return started(launch(&attention_kernel<T, kDim, kPlain>, {blocks}, kAttentionThreads,
-                        kSharedBytes<kDim, kPlain>, stream, a));
+  return started(launch(&attention_kernel<T, kDim, kKeys, kPlain>, {blocks}, kAttentionThreads,
+                        kSharedBytes<kDim, kKeys>, stream, a));
 }
 
 template <class T, int kDim>
-memlm_status launch_attention(const Attention& a, void* stream) {
-  // Keys of a tile are seen or hidden together.
-  const bool plain = a.plain() && (!a.block_mask || a.mask_block % kKeys<kDim, true> == 0);
-  return plain ? launch_kernel<T, kDim, true>(a, stream) : launch_kernel<T, kDim, false>(a, stream);
+memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
+  // The scores of more keys do not fit the registers beside what options need.
+  if (!a.plain()) return launch_kernel<T, kDim, 32, false>(a, stream);
+  if constexpr (kDim < 256) {
+    // Two blocks are to fit a multiprocessor, and the keys of a tile are seen or hidden together.
+    if (gpu.shared_bytes >= 2 * kSharedBytes<kDim, 64> && (!a.block_mask || a.mask_block % 64 == 0))
+      return launch_kernel<T, kDim, 64, true>(a, stream);
+  }
+  return launch_kernel<T, kDim, 32, true>(a, stream);
 }
 
 template <class T>
-memlm_status launch_attention(const Attention& a, void* stream) {
+memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
   const int dim = a.q.dim > a.v.dim ? a.q.dim : a.v.dim;
-  if (dim <= 64) return launch_attention<T, 64>(a, stream);
-  if (dim <= 128) return launch_attention<T, 128>(a, stream);
-  return launch_attention<T, 256>(a, stream);
+  if (dim <= 64) return launch_attention<T, 64>(a, gpu, stream);
+  if (dim <= 128) return launch_attention<T, 128>(a, gpu, stream);
+  return launch_attention<T, 256>(a, gpu, stream);
 }
 
 }  // namespace
@@ -303,6 +304,6 @@ memlm_status memlm_cuda_attention(const memlm_attention_args* args, memlm_cuda_q
   Attention a;
   MEMLM_PASS(prepare_attention(args, &gpu, &a));
   if (!args->batch || !args->q_len) return MEMLM_OK;
-  return args->dtype == MEMLM_F16 ? launch_attention<f16>(a, queue->stream)
-                                  : launch_attention<bf16>(a, queue->stream);
+  return args->dtype == MEMLM_F16 ? launch_attention<f16>(a, gpu, queue->stream)
+                                  : launch_attention<bf16>(a, gpu, queue->stream);
 }
