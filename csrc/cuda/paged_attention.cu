@@ -24,8 +24,8 @@
 //            ldmatrix.trans; f32 one by one
 //
 // Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
-// on the longest length alone: each block stores its sums, and a second kernel adds them up, always in the same
-// order (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+// on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
+// tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
 // Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32, of codes
 // exact up to a group of channels, or of values up to a stage.
@@ -75,8 +75,7 @@ struct Attention {
   int pitch;        // Room's
   // Of sequences with at most split_tokens new tokens, each chunk's sums [width], maximum and total, for
   // each slot and head.  A slot is a row, or where those would be more: split_tokens of each sequence.
-  int splits, split_tokens;
-  int64_t chunk;
+  int splits, split_tokens, chunk;
   bool slots_are_rows;
   float *sums, *totals;
 };
@@ -278,7 +277,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   };
   const int32_t* const table = a.cache.tables + w.sequence * a.cache.table_stride;
   const uint8_t* const blocks = tail ? tail : a.cache.blocks + w.kv_head * a.cache.count * f.bytes;
-  const int block_bytes = static_cast<int>(f.bytes), last_block = (hi - 1) / f.tokens;
+  const uint32_t block_bytes = static_cast<uint32_t>(f.bytes);
+  const int last_block = (hi - 1) / f.tokens;
   Run first_run = {}, last_run = {};
   const auto run_of = [&](int r) { return kRuns == 1 || r == 0 ? first_run : last_run; };
   int next_block = lo / kStage * kStage / f.tokens, next_place = lo / kStage * kStage - next_block * f.tokens;
@@ -295,7 +295,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
       run = {blocks, first < hi && first + kRun > lo, next_place};
       if (!tail) {
         const int its = shuffle(number, next_block - known);
-        run.block += static_cast<int64_t>(run.there ? its : 0) * block_bytes;
+        run.block += static_cast<uint64_t>(static_cast<uint32_t>(run.there ? its : 0)) * block_bytes;
       }
       next_place += kRun;
       if (next_place == f.tokens) next_place = 0, next_block++;
@@ -654,19 +654,26 @@ MEMLM_DEVICE void transform(Row<n>& x, int piece, float root) {
   }
 }
 
-// The sums [width] of a row, in shared memory, times factor: to out, transformed back.
-template <class T, int n>
-MEMLM_DEVICE void finish(const Attention& a, const float* sums, float factor, int64_t row, int head) {
-  const KvLayout& f = a.cache.layout;
-  Row<n> x = {};
+// x plus the numbers [width] at `from`, in shared memory, times factor.
+template <int n>
+MEMLM_DEVICE void add_row(Row<n>& x, const float* from, float factor, int width) {
+#pragma unroll
   for (int i = 0; i < n; i++) {
     const int first = 4 * (lane() + i * kWarp);
-    if (first >= f.width) continue;
-    const Vec4 four = load<Vec4>(sums + first);
-    x[i][0] = as_float(four.x), x[i][1] = as_float(four.y), x[i][2] = as_float(four.z), x[i][3] = as_float(four.w);
+    if (first >= width) continue;
+    const Vec4 four = load<Vec4>(from + first);
+    x[i][0] = fma_f32(as_float(four.x), factor, x[i][0]), x[i][1] = fma_f32(as_float(four.y), factor, x[i][1]);
+    x[i][2] = fma_f32(as_float(four.z), factor, x[i][2]), x[i][3] = fma_f32(as_float(four.w), factor, x[i][3]);
   }
+}
+
+// A row's sums, transformed back, times factor: to out.
+template <class T, int n>
+MEMLM_DEVICE void finish(const Attention& a, Row<n>& x, float factor, int64_t row, int head) {
+  const KvLayout& f = a.cache.layout;
   if (a.cache.piece > 1) transform<n>(x, a.cache.piece, a.cache.root);
   T* const to = static_cast<T*>(a.out) + row * a.out_stride + static_cast<int64_t>(head) * f.dim;
+#pragma unroll
   for (int i = 0; i < n; i++) {
     for (int j = 0; j < 4; j++) {
       const int d = 4 * (lane() + i * kWarp) + j;
@@ -758,8 +765,8 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
   int hi = w.before + (w.first + w.rows - 1) / a.group + 1;
   const bool is_split = a.splits > 1 && count <= a.split_tokens;
   if (is_split) {
-    lo = static_cast<int>(most(lo, block_z() * a.chunk));
-    hi = static_cast<int>(least(hi, (block_z() + 1) * a.chunk));
+    lo = static_cast<int>(most(lo, static_cast<int64_t>(block_z()) * a.chunk));
+    hi = static_cast<int>(least(hi, (block_z() + int64_t{1}) * a.chunk));
   }
   if (is_split ? lo >= hi : block_z() > 0) return;
 
@@ -832,7 +839,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
       float* const to = a.sums + part_of(a, sequence, its_row, its_token, its_head, block_z()) * f.width;
       for (int i = lane(); i < f.width; i += kWarp) to[i] = sums[one * pitch + i];
     } else {
-      finish<T, tiles / 2>(a, sums + one * pitch, room.factors[one], its_row, its_head);
+      Row<tiles / 2> x = {};
+      add_row<tiles / 2>(x, sums + one * pitch, 1, f.width);
+      finish<T, tiles / 2>(a, x, room.factors[one], its_row, its_head);
     }
   }
 }
@@ -842,48 +851,33 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a) {
   const KvCache& cache = a.cache;
   const int width = cache.layout.width, row = block_x(), head = block_y();
-  if (row >= cache.rows[cache.sequences]) return;
   const int sequence = sequence_of(cache.rows, cache.sequences, {1, 1, 0}, row);
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
-  if (count > a.split_tokens) return;
+  if (row >= first_row + count || count > a.split_tokens) return;
   const int token = static_cast<int>(row - first_row);
   const int position = static_cast<int>(cache.lengths[sequence] - count) + token;
   const int lo = a.window && position >= a.window ? position - a.window + 1 : 0;
-  const int begin = static_cast<int>(lo / a.chunk), end = static_cast<int>(position / a.chunk) + 1;
+  const int begin = lo / a.chunk, end = position / a.chunk + 1;
   const int64_t part = part_of(a, sequence, row, token, head, 0);
-  // A lane has a chunk's maximum and total.
+  // Of maxima and totals a lane has one each, of sums all are asked for at once.
   const bool has = lane() >= begin && lane() < end;
   const Vec2 mine = has ? load<Vec2>(a.totals + 2 * (part + lane())) : Vec2{as_bits(-INFINITY), 0};
+  float* const sums = shared<float>();
+  const float* const from = a.sums + (part + begin) * width;
+  for (int i = thread(); i < (end - begin) * width / 4; i += kThreads) copy_async(sums + 4 * i, from + 4 * i);
+  commit_copies();
   float maximum = as_float(mine.x);
   for (int mask = kWarp / 2; mask; mask /= 2) maximum = larger(maximum, shuffle_xor(maximum, mask));
   const float factor = has ? exp2_approx((as_float(mine.x) - maximum) * kLog2E) : 0;
   float total = as_float(mine.y) * factor;
   for (int mask = kWarp / 2; mask; mask /= 2) total += shuffle_xor(total, mask);
-
-  // A warp adds up each fourth chunk, the first one then all.
-  float* const sums = shared<float>();
-  for (int some = 0; some < width; some += 4 * kWarp) {
-    const int first = some + 4 * lane();
-    float sum[4] = {};
-#pragma unroll 8
-    for (int i = begin + warp(); i < end; i += kWarps) {
-      const float its = shuffle(factor, i);
-      if (first >= width) continue;
-      const Vec4 four = load<Vec4>(a.sums + (part + i) * width + first);
-      sum[0] = fma_f32(as_float(four.x), its, sum[0]), sum[1] = fma_f32(as_float(four.y), its, sum[1]);
-      sum[2] = fma_f32(as_float(four.z), its, sum[2]), sum[3] = fma_f32(as_float(four.w), its, sum[3]);
-    }
-    if (first >= width) continue;
-    store(sums + warp() * width + first,
-          Vec4{as_bits(sum[0]), as_bits(sum[1]), as_bits(sum[2]), as_bits(sum[3])});
-  }
+  wait_copies<0>();
   MEMLM_SYNC_THREADS();
   if (warp() > 0) return;
-  for (int i = lane(); i < width; i += kWarp) {
-    for (int from = 1; from < kWarps; from++) sums[i] += sums[from * width + i];
-  }
-  MEMLM_SYNC_WARP();
-  finish<T, 2>(a, sums, normaliser(a, head, maximum, total), row, head);
+  Row<2> x = {};
+#pragma unroll 4
+  for (int i = begin; i < end; i++) add_row<2>(x, sums + (i - begin) * width, shuffle(factor, i), width);
+  finish<T, 2>(a, x, normaliser(a, head, maximum, total), row, head);
 }
 
 // ---- The host's side ----
@@ -943,7 +937,7 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   MEMLM_PASS(started(launch(kernel_of<T>(type, tile, width > 128), grid, kThreads, bytes, stream, a)));
   if (a.splits == 1) return MEMLM_OK;
   return started(
-      launch(&combine_kernel<T>, {rows, a.heads}, kThreads, kWarps * width * 4, stream, a));
+      launch(&combine_kernel<T>, {rows, a.heads}, kThreads, a.splits * width * 4, stream, a));
 }
 
 }  // namespace
@@ -982,7 +976,9 @@ memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_s
   a.heads = static_cast<int>(args->heads), a.group = static_cast<int>(args->heads / pool->kv_heads);
 
   const int64_t longest = bounds->longest ? bounds->longest : sequences->table_stride * f.tokens;
-  a.chunk = most(kLeastChunk, round_up(ceil_div(longest, kMostChunks), kLeastChunk));
+  MEMLM_CHECK(longest <= INT32_MAX, "sequences: got room for %lld tokens in one, accepted is up to %d",
+              static_cast<long long>(longest), INT32_MAX);
+  a.chunk = static_cast<int>(most(kLeastChunk, round_up(ceil_div(longest, kMostChunks), kLeastChunk)));
   a.splits = static_cast<int>(most(1, ceil_div(longest, a.chunk)));
   a.split_tokens = static_cast<int>(most(1, kSplitRows / a.group));
   a.slots_are_rows = bounds->rows <= sequences->count * a.split_tokens;
