@@ -13,26 +13,26 @@
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
-// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries and
-// weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
+// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries
+// and weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
 //
 //     number = step * (256 * high + low)      step = largest / 32,639
 //
-//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie; of 4
-//            and 5 bits, shifted to the upper end of a byte each
-//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices by
-//            ldmatrix.trans; f32 one by one
+//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie;
+//            of 4 and 5 bits, shifted to the upper end of a byte each
+//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices
+//            by ldmatrix.trans; f32 one by one
 //
 // Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
 // on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
 // tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
-// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32, of codes
-// exact up to a group of channels, or of values up to a stage.
+// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32; of
+// codes they are exact up to a group of channels, or of values up to a stage.
 //
 //     int8, int4     codes as they are.  queries, after scale and Hadamard transform, as integers with a step
-//                    for each; weights times the values' scale likewise, with a step for each stage of 64 tokens
-//                    and group of channels
+//                    for each row; weights times the values' scale likewise, with a step for each row, stage
+//                    of 64 tokens and group of channels
 //     keys, values   bf16 as they are; f32 as the sum of two M
 //     queries        of floats as they are, in two M where their dtype is another than M
 //     weights        exponentials as M; with f16 as the sum of two M
@@ -237,8 +237,8 @@ struct Work {
   float factor;  // of scores
 };
 
-// In shared memory.  What is multiplied lies as lanes load it: for 16 or 32 k, each 8 rows, each lane (g, c) what
-// it has of row g.
+// In shared memory.  What is multiplied lies as lanes load it: for 16 or 32 k, each 8 rows, each lane (g, c)
+// what it has of row g.
 struct Room {
   uint8_t* stage;
   Vec4* codes;     // queries as digits [channels / 32][rows / 8][32]
@@ -267,8 +267,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   uint16_t* const all_key_scales = reinterpret_cast<uint16_t*>(all_values + f.width / kKvTile * value_pitch);
   uint16_t* const all_value_scales = all_key_scales + kStage * groups;  // of this stage and the next
 
-  // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or any
-  // where they are not there, and their first token in it.
+  // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or
+  // any where they are not there, and their first token in it.
   constexpr int kRuns = kStage / kRun;
   struct Run {
     const uint8_t* block;
@@ -361,7 +361,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   float* const line = room.lines + row * room.pitch;
   const int position = w.before + i / a.group;
   const int end = row < w.rows ? static_cast<int>(least(position + 1, hi)) : 0;
-  const int begin = a.window && position >= a.window ? static_cast<int>(most(position - a.window + 1, lo)) : lo;
+  const bool is_cut = a.window && position >= a.window;
+  const int begin = is_cut ? static_cast<int>(most(position - a.window + 1, lo)) : lo;
   const uint32_t seen = end > begin ? end - begin : 0;
   const float slope = a.slopes ? a.slopes[w.kv_head * a.group + i % a.group] : 0;
   const bool has_rows = warp() * kWarp / kOfRow < w.rows;  // the warp
@@ -388,7 +389,9 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
             uint32_t keys[4];
             K::load32(tile, k0, keys);
 #pragma unroll
-            for (int n = 0; n < columns; n++) add_product(high[n], low[n], keys, load<Vec4>(codes + n * kWarp));
+            for (int n = 0; n < columns; n++) {
+              add_product(high[n], low[n], keys, load<Vec4>(codes + n * kWarp));
+            }
             k0 += 32, codes += columns * kWarp;
           };
           multiply();
@@ -497,7 +500,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
           for (int n = 0; n < kPieces; n++) {
             const int token = (n ^ turned) * kOfRow * 4 + thread() % kOfRow * 4;
             const Vec2 four = load<Vec2>(all_value_scales + (turn * groups + of) * kStage + token);
-            const float scales[4] = {low<f16>(four.x), high<f16>(four.x), low<f16>(four.y), high<f16>(four.y)};
+            const float scales[4] = {low<f16>(four.x), high<f16>(four.x), low<f16>(four.y),
+                                     high<f16>(four.y)};
             for (int j = 0; j < 4; j++) {
               // The scales of tokens that are not there may be NaN.
               x[n][j] = p[n][j] != 0 ? p[n][j] * scales[j] : 0;
@@ -612,21 +616,21 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
 #pragma unroll
       for (int n = 0; n < columns; n++) {
         float(&sums)[4] = state.sums[j][n];
-        float turned[4];
+        float moved[4];
         for (int r = 0; r < 4; r++) {
           const int from = (g / 2 + r / 2 * 4) * 4 + c;
           const float even = shuffle(sums[r % 2], from), odd = shuffle(sums[2 + r % 2], from);
-          turned[r] = g % 2 ? odd : even;
+          moved[r] = g % 2 ? odd : even;
         }
-        for (int r = 0; r < 4; r++) sums[r] = turned[r];
+        for (int r = 0; r < 4; r++) sums[r] = moved[r];
       }
     }
   }
   MEMLM_SYNC_THREADS();
 }
 
-// A row's numbers in a warp, up to 128 times n: lane l has number 4 (l + 32 i) + j at [i][j], 0 where there is
-// none.
+// A row's numbers in a warp, up to 128 times n: lane l has number 4 (l + 32 i) + j at [i][j], 0 where there
+// is none.
 template <int n>
 using Row = float[n][4];
 
@@ -662,8 +666,8 @@ MEMLM_DEVICE void add_row(Row<n>& x, const float* from, float factor, int width)
     const int first = 4 * (lane() + i * kWarp);
     if (first >= width) continue;
     const Vec4 four = load<Vec4>(from + first);
-    x[i][0] = fma_f32(as_float(four.x), factor, x[i][0]), x[i][1] = fma_f32(as_float(four.y), factor, x[i][1]);
-    x[i][2] = fma_f32(as_float(four.z), factor, x[i][2]), x[i][3] = fma_f32(as_float(four.w), factor, x[i][3]);
+    const float its[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
+    for (int j = 0; j < 4; j++) x[i][j] = fma_f32(its[j], factor, x[i][j]);
   }
 }
 
@@ -743,8 +747,13 @@ MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, const Room& ro
   }
 }
 
+// Of a multiprocessor.  Codes take more instructions for each byte, and gain from a fifth.
+constexpr int blocks_of(memlm_kv_type type, int columns, int tiles) {
+  return columns > 1 ? (tiles == 2 ? 3 : 2) : tiles == 2 && type >= MEMLM_KV_INT8 ? 5 : 4;
+}
+
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) : tiles == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_of(type, columns, tiles))
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
@@ -971,7 +980,8 @@ memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_s
               "q_stride, out_stride: at least heads * head_dim = %lld are needed",
               static_cast<long long>(args->heads * f.dim));
   a.q = args->q, a.out = args->out, a.q_stride = args->q_stride, a.out_stride = args->out_stride;
-  a.window = static_cast<int>(least(args->window, INT32_MAX)), a.scale = args->scale, a.softcap = args->softcap;
+  a.window = static_cast<int>(least(args->window, INT32_MAX));
+  a.scale = args->scale, a.softcap = args->softcap;
   a.slopes = args->slopes, a.sinks = args->sinks;
   a.heads = static_cast<int>(args->heads), a.group = static_cast<int>(args->heads / pool->kv_heads);
 
