@@ -332,18 +332,19 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   // The values of the warp's channels.  Floats that are not there become 0: they may be NaN.
   const auto copy_values = [&](int start) {
     constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = V::kCoded ? kPieces : kPieces / kRun;
+    const int values = static_cast<int>(f.values) + warp() * f.value_tile;
     uint8_t* const to = all_values + warp() * value_pitch + V::place(lane()) * 16;
+    const int last = f.width / kKvTile - warp();
 #pragma unroll
-    for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
-      const int i = lane() + n * kWarp, r = i / kPieces, piece = i % kPieces;
-      const Run run = run_of(r);
-      const uint8_t* const values =
-          run.block + f.values + warp() * f.value_tile + run.place * 2 * V::kBits + piece * 16;
-      const bool valid = run.there && (V::kCoded || start + r * kRun + piece / kOfToken < hi);
+    for (int j = 0; j < tiles; j++) {
+      if (j * kWarps >= last) break;
 #pragma unroll
-      for (int j = 0; j < tiles; j++) {
-        if (warp() + j * kWarps >= f.width / kKvTile) continue;
-        copy_async(to + j * kWarps * value_pitch + n * kWarp * 16, values + j * kWarps * f.value_tile, valid);
+      for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
+        const int i = lane() + n * kWarp, r = i / kPieces, piece = i % kPieces;
+        const Run run = run_of(r);
+        const bool valid = run.there && (V::kCoded || start + r * kRun + piece / kOfToken < hi);
+        const int at = values + j * kWarps * f.value_tile + run.place * 2 * V::kBits + piece * 16;
+        copy_async(to + j * kWarps * value_pitch + n * kWarp * 16, run.block + at, valid);
       }
     }
   };
