@@ -246,12 +246,15 @@ struct Room {
   uint8_t* pairs;  // as Pairs [channels / 16][rows / 8][32]
   float* steps;    // [rows]: what 1 is, of the digits
   // Of each row its scores of a stage, then its weights: Pairs [tokens / 16][4], or digits [groups][2][4].
-  // Rows are 16 words apart, of 32 banks.  Two of all: of this stage and the next.
+  // Rows are 16 words apart, of 32 banks.  lines_of() of all: of this stage and the next.
   float* lines;
   int pitch;
   float* factors;       // [rows]: of the sums till now
   float* weight_steps;  // [groups][rows]
 };
+
+// Of many rows there is no room for two, nor need: more is done between barriers.
+constexpr int lines_of(int rows) { return rows == 8 ? 2 : 1; }
 
 // All tokens from lo to hi - 1: into `state`.  `prepare` is called once the first keys are on their way.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles, class Prepare>
@@ -380,7 +383,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
     commit_copies();
     wait_copies<1>();
     MEMLM_SYNC_WARP();  // the keys are there
-    float* const lines = room.lines + turn * kRows * room.pitch;
+    float* const lines = room.lines + (lines_of(kRows) == 2 ? turn * kRows * room.pitch : 0);
+    if (lines_of(kRows) == 1) MEMLM_SYNC_THREADS();  // the last weights are not needed any more
 
     if (warp() < kStage / kKvTile) {
       const uint8_t* const tile = all_keys + warp() * key_pitch;
@@ -787,7 +791,7 @@ __global__ void __launch_bounds__(kThreads, columns > 1 ? (tiles == 2 ? 3 : 2) :
   room.pairs = stage + a.stage_bytes + (kCoded ? kRows * f.width * 2 : 0);
   room.lines = reinterpret_cast<float*>(room.pairs + kParts * kRows * f.width * 2);
   room.pitch = a.pitch;
-  room.factors = room.lines + 2 * kRows * a.pitch;
+  room.factors = room.lines + lines_of(kRows) * kRows * a.pitch;
   room.weight_steps = room.factors + kRows;
   room.steps = room.weight_steps + (kCoded ? f.groups : 0) * kRows;
   // Rows that there are not have weights and factors as well.
@@ -936,7 +940,7 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   int tile = rows * a.group > 8 * static_cast<int64_t>(a.cache.sequences) ? 32 : 8, bytes;
   for (;; tile = 8) {
     a.stage_bytes = static_cast<int>(most(stage, tile * (width + 4) * 4));
-    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (2 * a.pitch + 2 + groups) * 4);
+    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (lines_of(tile) * a.pitch + 2 + groups) * 4);
     if (bytes <= gpu.shared_bytes) break;
     if (tile == 8) {
       return fail(MEMLM_UNSUPPORTED, "pool: head_dim = %d needs %d bytes of shared memory, the device has %d",
