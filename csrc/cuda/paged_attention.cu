@@ -9,8 +9,8 @@
 //
 // A block has 8 or 32 query rows of one sequence and key-value head, and goes through its tokens in stages.
 // In each the tiles of keys are dealt out to warps, then, for the sums, the tiles of channels: nothing is
-// read from shared memory twice, and a warp waits for others with scores and weights alone.  While one half of
-// the pair is worked on the other is on its way:
+// read from shared memory twice, and a warp waits for others with scores and weights alone.  While one half
+// of the pair is worked on the other is on its way:
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
@@ -940,7 +940,8 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   int tile = rows * a.group > 8 * static_cast<int64_t>(a.cache.sequences) ? 32 : 8, bytes;
   for (;; tile = 8) {
     a.stage_bytes = static_cast<int>(most(stage, tile * (width + 4) * 4));
-    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (lines_of(tile) * a.pitch + 2 + groups) * 4);
+    const int of_row = (parts + coded) * width * 2 + (lines_of(tile) * a.pitch + 2 + groups) * 4;
+    bytes = a.stage_bytes + tile * of_row;
     if (bytes <= gpu.shared_bytes) break;
     if (tile == 8) {
       return fail(MEMLM_UNSUPPORTED, "pool: head_dim = %d needs %d bytes of shared memory, the device has %d",
