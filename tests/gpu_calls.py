@@ -47,10 +47,13 @@ HEADS = (64, 128, 256)  # the largest head of each size of tile
 def never(kernel: str, arch: int) -> bool:
     """Whether no launcher starts a kernel on an architecture.  On compute capability 7.5: those of bf16, of blocks
     of floats, and gradients of heads above 128, which need more shared memory than it has.  Nor, with less than
-    100 KB of it, 32 queries of heads of 256 over a paged cache, of int4 on 7.5."""
+    100 KB of it, 32 queries of heads of 256 over a paged cache, of int4 on 7.5, and attention over 64 keys at a
+    time with heads of 128."""
+    little = gpu_limits.ARCHS[arch].block_shared < 100 * gpu_limits.KB
+    if little and re.fullmatch(r"attention_kernel<.*, 128, 64, true>", kernel):
+        return True
     if arch < 80:
         return bool(re.search(r"bf16|Bf16s|F32s|grad_\w+kernel<f16, 256|paged_attention_kernel<f16, 3, 4, 4>", kernel))
-    little = gpu_limits.ARCHS[arch].block_shared < 100 * gpu_limits.KB
     return little and bool(re.fullmatch(r"paged_attention_kernel<.*, 4, 4>", kernel))
 
 
@@ -138,6 +141,9 @@ def attention(arch: int) -> Calls:
         for dim in HEADS:
             x = torch.zeros(1, 1, 64, dim, dtype=dtype)
             yield partial(cuda_attention.forward, x, x, x)
+            yield partial(cuda_attention.forward, x, x, x, softcap=1.0)
+            blocks = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+            yield partial(cuda_attention.forward, x, x, x, block_mask=blocks, mask_block=32)
             if arch >= 80 or dim <= 128:
                 yield partial(cuda_attention.backward, x, x, x, x, sinks=torch.zeros(1))
 

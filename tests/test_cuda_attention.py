@@ -190,6 +190,11 @@ def test_block_mask(size):
         assert torch.equal(got, expected)
 
 
+def test_fewer_keys_at_a_time():
+    """Where 64 of heads of 128 leave no room for a second block."""
+    check(*random_case(1, (2, 1), 140, 170, 128, dtype=F16), right=0, to_end=True, arch=750)
+
+
 def test_packed_sequences():
     q_ends, k_ends = torch.tensor([0, 20, 20, 90, 91]), torch.tensor([0, 50, 55, 55, 130])
     q, k, v, _ = random_case(1, (4, 2), 91, 130, 24, dtype=F16)
@@ -205,7 +210,7 @@ def test_packed_sequences():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dim", [64, 200])
+@pytest.mark.parametrize("dim", [64, 128, 200])
 def test_growing_scores(dim):
     """Sums are multiplied again where weights would exceed 2^8: of some rows and not of others."""
     q, k, v, _ = random_case(1, (2, 1), 100, 330, dim, dtype=F16)

@@ -144,7 +144,7 @@ def test_every_head_and_size(type, dtype):
         made = paged(type, dim, LENGTHS, kv_heads, (32, 64, 96)[turn % 3], dtype)
         q = random_queries(NEW, kv_heads * group, dim, dtype)
         # A transform of 256 adds up as many errors of bf16 weights.
-        assert check(made, q, NEW, spare=turn) > 0.7
+        assert check(made, q, NEW, spare=turn) > 0.6
 
 
 @types
@@ -258,6 +258,7 @@ def test_bad_input():
         ("window: got -1", {"window": -1}),
         ("softcap: got -1", {"softcap": -1.0}),
         ("bounds: got longest = -1", {"longest": -1}),
+        ("sequences: got room for 2147483648 tokens", {"longest": 2**31}),
         ("head_dim = 300, accepted is 1 to 256", {"q": torch.zeros(3, 4, 300).half()}),
     ]:
         with pytest.raises(RuntimeError, match=match):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .gpu_matmul_checks import GpuWeightOnly, in_range
+from .gpu_matmul_checks import DTYPES, GpuWeightOnly, in_range
 from .matmul_checks import SHAPES, arguments, random_case
 from .triton_interpreter import interpret
 
@@ -27,9 +27,10 @@ def matmul(op: str, x, packed, bias, config, **around) -> torch.Tensor:
 
 
 class WeightOnly(GpuWeightOnly):
-    """``SPACE``: its configurations; ``FAST``: n, k and rows of the fast subset."""
+    """``SPACE``: its configurations; ``FAST``: n, k and rows of the fast subset; ``CASES``: of the complete one."""
 
     SPACE, FAST = SPACE, FAST
+    CASES = [(n, k, m) for n, k in SHAPES for m in (ROWS if k < 1000 else ROWS[-1:])]
 
     def pytest_generate_tests(self, metafunc):
         super().pytest_generate_tests(metafunc)
@@ -45,18 +46,24 @@ class WeightOnly(GpuWeightOnly):
             self.check(format, *case, dtype, [True], config=self.SPACE[0])
             self.check(format, *case, dtype, [False], config=split(self.SPACE))
 
+    def turn(self, format, dtype) -> int:
+        """A number for each format and type: with which configuration they begin."""
+        return self.FORMATS.index(format) + DTYPES.index(dtype)
+
     @pytest.mark.gpu_proof
-    def test_every_shape_and_configuration(self, format, dtype, config):
-        for n, k in SHAPES:
-            for m in ROWS if k < 1000 else ROWS[-1:]:
-                self.check(format, n, k, m, dtype, config=config)
+    def test_every_shape(self, format, dtype):
+        """The configurations take turns."""
+        for at, case in enumerate(self.CASES, self.turn(format, dtype)):
+            self.check(format, *case, dtype, config=self.SPACE[at % len(self.SPACE)])
 
     def test_around(self, format, dtype):
         for config in (self.SPACE[0], split(self.SPACE)):
             self.check_around(format, 40, 96, 9, dtype, config=config)
 
     @pytest.mark.gpu_proof
-    def test_around_in_every_configuration(self, format, dtype, config):
+    def test_around_in_every_configuration(self, dtype, config):
+        """The formats take turns."""
+        format = self.FORMATS[self.SPACE.index(config) % len(self.FORMATS)]
         self.check_around(format, 100, 300, 41, dtype, config=config)
 
     def test_shapes(self, dtype):

@@ -1,12 +1,13 @@
 // softmax(scale q k^T + bias) v in one pass over the keys (FlashAttention-2, arXiv:2307.08691).
 //
 // A thread block takes 128 queries of a head, or 64 of heads above 128, a warp a fourth of them.  Keys and
-// values come to shared memory 32 at a time, the next while these are multiplied.  The scores of a warp are
-// sums of m16n8k16 and stay in registers: as probabilities, rounded to 16 bits, they are the A operand of the
-// product with the values, in the very lanes that hold them.  With 32 queries a warp, each matrix of keys or
-// values that is loaded serves two products; more do not fit the registers.
+// values come to shared memory kKeys at a time: values while the keys are multiplied, the next keys while
+// the values are.  The scores of a warp are sums of m16n8k16 and stay in registers: as probabilities, rounded
+// to 16 bits, they are the A operand of the product with the values, in the very lanes that hold them.  With
+// 32 queries a warp, each matrix of keys or values that is loaded serves two products; more do not fit the
+// registers.
 //
-//   shared memory:  queries [128 or 64][kDim] | stage 0: keys, values [32][kDim] | stage 1
+//   shared memory:  queries [128 or 64][kDim] | keys [kKeys][kDim] | values
 //
 // Arithmetic: products of 16-bit numbers and their sums f32; scores in f32, in units of log2; weights
 // relative to a base, which is a score of the row and at most 8 below the largest so far: weights are up to
@@ -20,7 +21,6 @@ namespace {
 
 using ll = long long;
 
-constexpr int kKeys = kMaskUnit;  // at a time: they are seen or hidden together
 constexpr int kWarps = kAttentionThreads / kWarp;
 constexpr float kSlack = 8;  // of the base
 constexpr float kLeast = -3.402823466e38f;
@@ -28,22 +28,18 @@ template <int kDim>
 constexpr int kHeight = kDim == 256 ? 1 : 2;  // of a warp's queries, in rows of matrices
 template <int kDim>
 constexpr int kQueries = kWarps * 16 * kHeight<kDim>;
-constexpr int stages_of(int arch) { return arch < 800 ? 1 : 2; }
-template <int kDim>
-constexpr int shared_bytes(int arch) {
-  return 2 * kDim * (kQueries<kDim> + 2 * stages_of(arch) * kKeys);
-}
+template <int kDim, int kKeys>
+constexpr int kSharedBytes = 2 * kDim * (kQueries<kDim> + 2 * kKeys);
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
-    attention_kernel(const Attention a, bool plain) {
-  constexpr int stages = stages_of(kArch), tile_bytes = 2 * kDim * kKeys;
+template <class T, int kDim, int kKeys, bool kPlain>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const Attention a) {
   constexpr int height = kHeight<kDim>, warp_rows = 16 * height, block_rows = kQueries<kDim>;
   const Place place(a, true, block_rows, a.heads);
   if (place.first >= place.q_len) return;
   const int kv_head = place.head / a.group;
   uint8_t* const queries = shared<uint8_t>();
-  uint8_t* const ring = queries + block_rows * kDim * 2;
+  uint8_t* const key_tile = queries + block_rows * kDim * 2;
+  uint8_t* const value_tile = key_tile + kKeys * kDim * 2;
   const Scores<T> scores(a, place, place.head);
 
   const int rows_here = block_rows < place.q_len - place.first ? block_rows : place.q_len - place.first;
@@ -59,20 +55,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   // The first keys from j on that the block mask shows to any of the queries.
   const auto next_shown = [&](int j) {
     const auto shown = [&] {
-      for (int i = 0; i < rows_here; i += kMaskUnit) {
-        if (scores.shown(place.first + i, j)) return true;
+      for (int i = place.first; i < place.first + block_rows && i < place.q_len; i += kMaskUnit) {
+        if (scores.shown(i, j)) return true;
       }
       return false;
     };
     while (j < end && !shown()) j += kKeys;
     return j;
   };
-  const auto copy = [&](int j, int stage) {
-    if (j < end) {
-      uint8_t* const to = ring + stage * 2 * tile_bytes;
-      copy_rows<kKeys>(k, j, end - j, to);
-      copy_rows<kKeys>(v, j, end - j, to + tile_bytes);
-    }
+  const auto copy = [&](const Source<kDim>& source, int j, uint8_t* tile) {
+    if (j < end) copy_rows<kKeys>(source, j, end - j, tile);
     commit_copies();
   };
 
@@ -83,19 +75,24 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
 #pragma unroll
   for (int r = 0; r < 2 * height; r++) base[r] = kLeast, total[r] = 0;
 
-  int j = next_shown(begin), stage = 0;
-  copy(j, 0);
+  int j = next_shown(begin);
+  copy(k, j, key_tile);
   while (j < end) {
     const int next = next_shown(j + kKeys);
+    const bool seen =
+        scores.any_seen(first, first + warp_rows - 1, j, j + kKeys - 1) && scores.shown(first, j);
+    float p[height][kKeys / 8][4];
     wait_copies<0>();
-    MEMLM_SYNC_THREADS();  // and all are done with the other stage
-    if (stages == 2) copy(next, stage ^ 1);
-    if (scores.any_seen(first, first + warp_rows - 1, j, j + kKeys - 1) && scores.shown(first, j)) {
-      const uint8_t* const tile = ring + stage * 2 * tile_bytes;
-      float p[height][kKeys / 8][4] = {};
-      multiply_rows<T, kDim>(queries, row0, tile, p);
+    MEMLM_SYNC_THREADS();  // keys are there, and all are done with the values before
+    copy(v, j, value_tile);
+    // Also where none is seen, which is seldom: p in two states costs registers.
+    multiply_rows<T, kDim>(queries, row0, key_tile, p);
+    wait_copies<0>();
+    MEMLM_SYNC_THREADS();  // values are there, and all are done with the keys
+    copy(k, next, key_tile);
+    if (seen) {
       // What p becomes the scores with.
-      const float scale = plain ? a.scale : 1;
+      const float scale = kPlain ? a.scale : 1;
       const auto each = [&](const auto& change) {
 #pragma unroll
         for (int h = 0; h < height; h++) {
@@ -109,7 +106,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
           }
         }
       };
-      if (!plain) {
+      if constexpr (!kPlain) {
         // One row of matrices after the other in the same registers, whose code is there once.
 #pragma unroll 1
         for (int h = 0; h < height; h++) {
@@ -154,25 +151,19 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
         x = exp2_approx(fma_f32(x, scale, -base[r]));
         total[r] += x;
       };
-      if (!a.dropped) {
+      if (kPlain || !a.dropped) {
         each(weigh);
       } else {
         uint32_t hashes[2 * height];
 #pragma unroll
-        for (int r = 0; r < 2 * height; r++) 
+        for (int r = 0; r < 2 * height; r++)
           hashes[r] = dropout_row(a.seed, place.sequence, place.head, i0 + 8 * r);
         each([&](float& x, int r, int i, int key) {
           weigh(x, r, i, key);
           if (scores.dropped(hashes[r], key)) x = 0;
         });
       }
-      multiply_weights<T, kDim>(p, tile + tile_bytes, sums);
-    }
-    if (stages == 2) {
-      stage ^= 1;
-    } else {
-      MEMLM_SYNC_THREADS();
-      copy(next, 0);
+      multiply_weights<T, kDim>(p, value_tile, sums);
     }
     j = next;
   }
@@ -188,7 +179,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
       base[r] = now;
     }
     const int i = i0 + 8 * r;
-    if (row0 + lane() / 4 + 8 * r >= rows_here) continue;
+    if (i >= place.q_len) continue;
     const bool empty = total[r] == 0;
     factor = empty ? 0 : factor / total[r] * a.kept;
     if (lane() % 4 == 0) {
@@ -212,13 +203,25 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
   wait_copies<0>();
 }
 
-template <class T, int kDim>
-memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
+template <class T, int kDim, int kKeys, bool kPlain>
+memlm_status launch_kernel(const Attention& a, void* stream) {
   const int64_t blocks = Place::count(a, true, kQueries<kDim>) * a.heads * (a.q_offsets ? 1 : a.batch);
   MEMLM_CHECK(blocks <= INT32_MAX, "batch, heads, q_len: %lld tiles, accepted are up to 2^31 - 1",
               static_cast<ll>(blocks));
-  return started(launch(&attention_kernel<T, kDim>, {blocks}, kAttentionThreads, shared_bytes<kDim>(gpu.arch),
-                        stream, a, a.plain()));
+  return started(launch(&attention_kernel<T, kDim, kKeys, kPlain>, {blocks}, kAttentionThreads,
+                        kSharedBytes<kDim, kKeys>, stream, a));
+}
+
+template <class T, int kDim>
+memlm_status launch_attention(const Attention& a, const Gpu& gpu, void* stream) {
+  // The scores of more keys do not fit the registers beside what options need.
+  if (!a.plain()) return launch_kernel<T, kDim, 32, false>(a, stream);
+  if constexpr (kDim < 256) {
+    // Two blocks are to fit a multiprocessor, and the keys of a tile are seen or hidden together.
+    if (gpu.shared_bytes >= 2 * kSharedBytes<kDim, 64> && (!a.block_mask || a.mask_block % 64 == 0))
+      return launch_kernel<T, kDim, 64, true>(a, stream);
+  }
+  return launch_kernel<T, kDim, 32, true>(a, stream);
 }
 
 template <class T>

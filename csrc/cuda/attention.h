@@ -58,8 +58,8 @@ struct Attention {
   float kept;        // what others are multiplied with
   uint64_t seed;
 
-  // Whether scores are products times a scale above 0, where seen.
-  bool plain() const { return scale > 0 && softcap <= 0 && !mask && !slopes; }
+  // Whether scores are products times a scale above 0, where seen, and weights multiply values as they are.
+  bool plain() const { return scale > 0 && softcap <= 0 && !mask && !slopes && !dropped; }
 };
 
 // A tile of rows of one sequence and one head.
@@ -163,13 +163,18 @@ MEMLM_DEVICE int lane_offset(int row, int last) {
 }
 MEMLM_DEVICE int even_piece(int offset, int piece) { return (offset ^ piece % 8 * 16) + piece / 8 * 128; }
 
-// sums [16 kHeight, 8 kColumns] += rows of a from row0 on, times columns that are rows of b.
+// sums [16 kHeight, 8 kColumns] = rows of a from row0 on, times columns that are rows of b.
 template <class T, int kDim, int kHeight, int kColumns>
 MEMLM_DEVICE void multiply_rows(const uint8_t* a, int row0, const uint8_t* b,
                                 float (&sums)[kHeight][kColumns][4]) {
   const int r = lane() % 8, upper = lane() / 8 % 2, last = lane() / 16;
   const int of_a = lane_offset<kDim>(row0 + r + 8 * upper, last);
   const int of_b = lane_offset<kDim>(r + 8 * last, upper);
+#pragma unroll
+  for (int h = 0; h < kHeight; h++) {
+#pragma unroll
+    for (int t = 0; t < kColumns; t++) sums[h][t][0] = sums[h][t][1] = sums[h][t][2] = sums[h][t][3] = 0;
+  }
 #pragma unroll
   for (int d = 0; d < kDim / 16; d++) {
     uint32_t x[kHeight][4];

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 256 ? 1 : 2)
     if (stages == 2) copy(next, stage ^ 1);
     if (row0 < rows_here && scores.any_seen(first, first + 15, j, j + others - 1)) {
       uint8_t* const tile = ring + stage * 2 * tile_bytes;
-      float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+      float s[1][others / 8][4], ds[1][others / 8][4];
       multiply_rows<T, kDim>(queries, row0, tile, s);
       multiply_rows<T, kDim>(grads, row0, tile + tile_bytes, ds);
       if (plain && scores.all_seen(first, first + 15, j, j + others - 1)) {
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim == 64 ? 2 : 1)
       if (row0 < rows_here && scores.any_seen(i, i + others - 1, own, own + 15)) {
         uint8_t* const tile = ring + stage * 2 * tile_bytes;
         const float* const of = reinterpret_cast<const float*>(statistics + stage * kStatistics<kDim>);
-        float s[1][others / 8][4] = {}, ds[1][others / 8][4] = {};
+        float s[1][others / 8][4], ds[1][others / 8][4];
         multiply_rows<T, kDim>(keys, row0, tile, s);
         if (wanted & kGradK) multiply_rows<T, kDim>(values, row0, tile + tile_bytes, ds);
         if (plain && scores.all_seen(i, i + others - 1, own, own + 15)) {
@@ -347,7 +347,7 @@ memlm_status launch_kernels(const Backward& p, const Gpu& gpu, void* stream) {
   const Attention& a = p.a;
   const int rows = a.block_mask && a.mask_block % kRowTile ? kMaskUnit : kRowTile,
             batch = a.q_offsets ? 1 : a.batch;
-  const bool plain = a.plain() && !a.dropped && !p.grad_mask;
+  const bool plain = a.plain() && !p.grad_mask;
   const int64_t q_blocks = Place::count(a, true, rows) * a.heads * batch;
   const int64_t k_blocks = Place::count(a, false, rows) * (a.heads / a.group) * batch;
   MEMLM_CHECK(q_blocks <= INT32_MAX && k_blocks <= INT32_MAX,

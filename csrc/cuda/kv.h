@@ -70,22 +70,13 @@ MEMLM_DEVICE int sequence_of(const int64_t* rows, int count, const Deal& d, int6
 }
 
 // to [width] = the orthonormal Walsh-Hadamard transform of from [width], in pieces, by one warp, in shared
-// memory, `from` aligned to 16 bytes; rounded as memlm/kv_formats.py says.
+// memory; rounded as memlm/kv_formats.py says.
 MEMLM_DEVICE void hadamard(const float* from, float* to, int width, int piece, float root) {
-  float signs[16];  // of the lane's numbers, which are equal modulo 16
-  signs[0] = 1;
-  for (int bit = 1; bit < 16; bit *= 2) {
-    const float sign = lane() & bit ? -1 : 1;
-    for (int j = 0; j < bit; j++) signs[bit + j] = signs[j] * sign;
-  }
   for (int i = lane(); i < width; i += kWarp) {
+    const float* const sixteen = from + i / 16 * 16;
     float sum = 0;
-    for (int j = 0; j < 16; j += 4) {
-      const Vec4 four = load<Vec4>(from + i / 16 * 16 + j);
-      sum = fma_f32(as_float(four.x), signs[j], sum);
-      sum = fma_f32(as_float(four.y), signs[j + 1], sum);
-      sum = fma_f32(as_float(four.z), signs[j + 2], sum);
-      sum = fma_f32(as_float(four.w), signs[j + 3], sum);
+    for (int j = 0; j < 16; j++) {
+      sum += count_bits(static_cast<uint32_t>(i & j)) % 2 ? -sixteen[j] : sixteen[j];
     }
     to[i] = piece == 16 ? sum * root : sum;
   }
@@ -93,7 +84,7 @@ MEMLM_DEVICE void hadamard(const float* from, float* to, int width, int piece, f
     MEMLM_SYNC_WARP();
     const float factor = 2 * step == piece ? root : 1;
     for (int i = lane(); i < width / 2; i += kWarp) {
-      float* const at = to + 2 * i - (i & (step - 1));
+      float* const at = to + i / step * 2 * step + i % step;
       const float a = at[0], b = at[step];
       at[0] = (a + b) * factor;
       at[step] = (a - b) * factor;

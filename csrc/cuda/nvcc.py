@@ -68,6 +68,18 @@ def chosen_archs() -> tuple[int, ...]:
     return tuple(sorted(map(int, named)))
 
 
+def _included(source: Path) -> set[Path]:
+    """The source, and what it includes of ours."""
+    found, left = set(), [source.resolve()]
+    while left:
+        file = left.pop()
+        if file not in found and file.exists():
+            found.add(file)
+            names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+            left += [(file.parent / name).resolve() for name in names]
+    return found
+
+
 def compiled(source: Path, archs: tuple[int, ...], cubin: bool = False, threads: int = 1) -> Path:
     """The object of a source for some architectures, and later ones; with ``cubin`` the device code
     of one, beside what ptxas says of it (``.txt``)."""
@@ -82,9 +94,8 @@ def compiled(source: Path, archs: tuple[int, ...], cubin: bool = False, threads:
         for arch in archs:
             also = f",compute_{arch}" if arch == archs[-1] else ""
             command.append(f"-gencode=arch=compute_{arch},code=[sm_{arch}{also}]")
-    headers = [h for f in (".", "..", "../include", "../cpu") for h in (HERE / f).glob("*.h")]
     digest = hashlib.sha256(repr(command).encode() + _version(find()).encode())
-    for part in (source, *sorted(headers)):
+    for part in sorted(_included(source)):
         digest.update(part.read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}{'.cubin' if cubin else '.o'}"
     if not made.exists():

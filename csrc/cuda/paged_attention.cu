@@ -13,26 +13,26 @@
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
-// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries and
-// weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
+// Codes are multiplied as they are, as int8: unpacking them would take most of the time.  For that queries
+// and weights are integers of 16 bits, in two digits of 8 that are multiplied one by one:
 //
 //     number = step * (256 * high + low)      step = largest / 32,639
 //
-//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie; of 4
-//            and 5 bits, shifted to the upper end of a byte each
-//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices by
-//            ldmatrix.trans; f32 one by one
+//   codes    of 32 k lane (g, c) has the eight from 8c on, of rows 2g and 2g + 1: 32-bit words as they lie;
+//            of 4 and 5 bits, shifted to the upper end of a byte each
+//   floats   of 16 k it has the four from 4c on, of rows g and g + 8: pairs, which come out of the matrices
+//            by ldmatrix.trans; f32 one by one
 //
 // Sequences with few new tokens are shared out along their length as well, in chunks of a size that depends
-// on the longest length alone: each block stores its sums, and a second kernel adds them up, always in the same
-// order (flash-decoding).  What a sequence's result is depends on nothing else in the step.
+// on the longest length alone: each block stores its sums, and a second kernel adds them up in the order of
+// tokens (flash-decoding).  What a sequence's result is depends on nothing else in the step.
 //
-// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32, of codes
-// exact up to a group of channels, or of values up to a stage.
+// Arithmetic, of products of floats in bf16, on compute capability 7.5 in f16 (called M): sums are f32; of
+// codes they are exact up to a group of channels, or of values up to a stage.
 //
 //     int8, int4     codes as they are.  queries, after scale and Hadamard transform, as integers with a step
-//                    for each; weights times the values' scale likewise, with a step for each stage of 64 tokens
-//                    and group of channels
+//                    for each row; weights times the values' scale likewise, with a step for each row, stage
+//                    of 64 tokens and group of channels
 //     keys, values   bf16 as they are; f32 as the sum of two M
 //     queries        of floats as they are, in two M where their dtype is another than M
 //     weights        exponentials as M; with f16 as the sum of two M
@@ -75,8 +75,7 @@ struct Attention {
   int pitch;        // Room's
   // Of sequences with at most split_tokens new tokens, each chunk's sums [width], maximum and total, for
   // each slot and head.  A slot is a row, or where those would be more: split_tokens of each sequence.
-  int splits, split_tokens;
-  int64_t chunk;
+  int splits, split_tokens, chunk;
   bool slots_are_rows;
   float *sums, *totals;
 };
@@ -159,6 +158,11 @@ struct Floats16 {
   }
 };
 
+// A tail, in little more room than the codes before it.
+struct Tail16 : Floats16 {
+  static constexpr int kStage = 32;
+};
+
 // Two numbers as M, or what is left of them after that.
 MEMLM_DEVICE uint32_t pair_part(float x, float y, int part) {
   const uint32_t rounded = pair<M>(x, y);
@@ -233,8 +237,8 @@ struct Work {
   float factor;  // of scores
 };
 
-// In shared memory.  What is multiplied lies as lanes load it: for 16 or 32 k, each 8 rows, each lane (g, c) what
-// it has of row g.
+// In shared memory.  What is multiplied lies as lanes load it: for 16 or 32 k, each 8 rows, each lane (g, c)
+// what it has of row g.
 struct Room {
   uint8_t* stage;
   Vec4* codes;     // queries as digits [channels / 32][rows / 8][32]
@@ -248,8 +252,7 @@ struct Room {
   float* weight_steps;  // [groups][rows]
 };
 
-// All tokens from lo to hi - 1: into `state`.  `prepare` is given the room of the values once the first keys are
-// on their way.
+// All tokens from lo to hi - 1: into `state`.  `prepare` is called once the first keys are on their way.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles, class Prepare>
 MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, const KvLayout& f,
                          const uint8_t* tail, int lo, int hi, State<columns, tiles>& state,
@@ -264,8 +267,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   uint16_t* const all_key_scales = reinterpret_cast<uint16_t*>(all_values + f.width / kKvTile * value_pitch);
   uint16_t* const all_value_scales = all_key_scales + kStage * groups;  // of this stage and the next
 
-  // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or any
-  // where they are not there, and their first token in it.
+  // The runs of the stage whose keys were asked for last, of 32 tokens in one block: where the block is, or
+  // any where they are not there, and their first token in it.
   constexpr int kRuns = kStage / kRun;
   struct Run {
     const uint8_t* block;
@@ -274,7 +277,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   };
   const int32_t* const table = a.cache.tables + w.sequence * a.cache.table_stride;
   const uint8_t* const blocks = tail ? tail : a.cache.blocks + w.kv_head * a.cache.count * f.bytes;
-  const int block_bytes = static_cast<int>(f.bytes), last_block = (hi - 1) / f.tokens;
+  const uint32_t block_bytes = static_cast<uint32_t>(f.bytes);
+  const int last_block = (hi - 1) / f.tokens;
   Run first_run = {}, last_run = {};
   const auto run_of = [&](int r) { return kRuns == 1 || r == 0 ? first_run : last_run; };
   int next_block = lo / kStage * kStage / f.tokens, next_place = lo / kStage * kStage - next_block * f.tokens;
@@ -291,7 +295,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
       run = {blocks, first < hi && first + kRun > lo, next_place};
       if (!tail) {
         const int its = shuffle(number, next_block - known);
-        run.block += static_cast<int64_t>(run.there ? its : 0) * block_bytes;
+        run.block += static_cast<uint64_t>(static_cast<uint32_t>(run.there ? its : 0)) * block_bytes;
       }
       next_place += kRun;
       if (next_place == f.tokens) next_place = 0, next_block++;
@@ -328,18 +332,19 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   // The values of the warp's channels.  Floats that are not there become 0: they may be NaN.
   const auto copy_values = [&](int start) {
     constexpr int kPieces = kRun * 2 * V::kBits / 16, kOfToken = V::kCoded ? kPieces : kPieces / kRun;
+    const int values = static_cast<int>(f.values) + warp() * f.value_tile;
     uint8_t* const to = all_values + warp() * value_pitch + V::place(lane()) * 16;
+    const int last = f.width / kKvTile - warp();
 #pragma unroll
-    for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
-      const int i = lane() + n * kWarp, r = i / kPieces, piece = i % kPieces;
-      const Run run = run_of(r);
-      const uint8_t* const values =
-          run.block + f.values + warp() * f.value_tile + run.place * 2 * V::kBits + piece * 16;
-      const bool valid = run.there && (V::kCoded || start + r * kRun + piece / kOfToken < hi);
+    for (int j = 0; j < tiles; j++) {
+      if (j * kWarps >= last) break;
 #pragma unroll
-      for (int j = 0; j < tiles; j++) {
-        if (warp() + j * kWarps >= f.width / kKvTile) continue;
-        copy_async(to + j * kWarps * value_pitch + n * kWarp * 16, values + j * kWarps * f.value_tile, valid);
+      for (int n = 0; n < kRuns * kPieces / kWarp; n++) {
+        const int i = lane() + n * kWarp, r = i / kPieces, piece = i % kPieces;
+        const Run run = run_of(r);
+        const bool valid = run.there && (V::kCoded || start + r * kRun + piece / kOfToken < hi);
+        const int at = values + j * kWarps * f.value_tile + run.place * 2 * V::kBits + piece * 16;
+        copy_async(to + j * kWarps * value_pitch + n * kWarp * 16, run.block + at, valid);
       }
     }
   };
@@ -357,7 +362,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   float* const line = room.lines + row * room.pitch;
   const int position = w.before + i / a.group;
   const int end = row < w.rows ? static_cast<int>(least(position + 1, hi)) : 0;
-  const int begin = a.window && position >= a.window ? static_cast<int>(most(position - a.window + 1, lo)) : lo;
+  const bool is_cut = a.window && position >= a.window;
+  const int begin = is_cut ? static_cast<int>(most(position - a.window + 1, lo)) : lo;
   const uint32_t seen = end > begin ? end - begin : 0;
   const float slope = a.slopes ? a.slopes[w.kv_head * a.group + i % a.group] : 0;
   const bool has_rows = warp() * kWarp / kOfRow < w.rows;  // the warp
@@ -366,7 +372,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   look_up(first);
   copy_keys(0);
   commit_copies();
-  prepare(reinterpret_cast<float*>(all_values));
+  prepare();
   for (int start = first, turn = 0; start < hi; start += kStage, turn ^= 1) {
     wait_copies<0>();
     MEMLM_SYNC_THREADS();  // the keys are there, and the last stage's values not needed any more
@@ -384,7 +390,9 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
             uint32_t keys[4];
             K::load32(tile, k0, keys);
 #pragma unroll
-            for (int n = 0; n < columns; n++) add_product(high[n], low[n], keys, codes[n * kWarp]);
+            for (int n = 0; n < columns; n++) {
+              add_product(high[n], low[n], keys, load<Vec4>(codes + n * kWarp));
+            }
             k0 += 32, codes += columns * kWarp;
           };
           multiply();
@@ -493,7 +501,8 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
           for (int n = 0; n < kPieces; n++) {
             const int token = (n ^ turned) * kOfRow * 4 + thread() % kOfRow * 4;
             const Vec2 four = load<Vec2>(all_value_scales + (turn * groups + of) * kStage + token);
-            const float scales[4] = {low<f16>(four.x), high<f16>(four.x), low<f16>(four.y), high<f16>(four.y)};
+            const float scales[4] = {low<f16>(four.x), high<f16>(four.x), low<f16>(four.y),
+                                     high<f16>(four.y)};
             for (int j = 0; j < 4; j++) {
               // The scales of tokens that are not there may be NaN.
               x[n][j] = p[n][j] != 0 ? p[n][j] * scales[j] : 0;
@@ -608,31 +617,74 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
 #pragma unroll
       for (int n = 0; n < columns; n++) {
         float(&sums)[4] = state.sums[j][n];
-        float turned[4];
+        float moved[4];
         for (int r = 0; r < 4; r++) {
           const int from = (g / 2 + r / 2 * 4) * 4 + c;
           const float even = shuffle(sums[r % 2], from), odd = shuffle(sums[2 + r % 2], from);
-          turned[r] = g % 2 ? odd : even;
+          moved[r] = g % 2 ? odd : even;
         }
-        for (int r = 0; r < 4; r++) sums[r] = turned[r];
+        for (int r = 0; r < 4; r++) sums[r] = moved[r];
       }
     }
   }
   MEMLM_SYNC_THREADS();
 }
 
-// The sums [width] of a row, in shared memory, times factor: to out, transformed back by way of scratch.
-template <class T>
-MEMLM_DEVICE void finish(const Attention& a, float* sums, float* scratch, float factor, int64_t row,
-                         int head) {
-  const KvLayout& f = a.cache.layout;
-  const float* from = sums;
-  if (a.cache.piece > 1) {
-    hadamard(sums, scratch, f.width, a.cache.piece, a.cache.root);
-    from = scratch;
+// A row's numbers in a warp, up to 128 times n: lane l has number 4 (l + 32 i) + j at [i][j], 0 where there
+// is none.
+template <int n>
+using Row = float[n][4];
+
+// The orthonormal Walsh-Hadamard transform, in pieces of at least 32.
+template <int n>
+MEMLM_DEVICE void transform(Row<n>& x, int piece, float root) {
+#pragma unroll
+  for (float(&four)[4] : x) {
+    const float a = four[0] + four[1], b = four[0] - four[1], c = four[2] + four[3], d = four[2] - four[3];
+    four[0] = a + c, four[1] = b + d, four[2] = a - c, four[3] = b - d;
   }
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    if (4 * step >= piece) break;
+    const float sign = lane() & step ? -1 : 1;
+#pragma unroll
+    for (float(&four)[4] : x) {
+      for (float& one : four) one = fma_f32(one, sign, shuffle_xor(one, step));
+    }
+  }
+  for (int j = 0; j < 4; j++) {
+    const float sum = x[0][j] + x[n - 1][j], difference = x[0][j] - x[n - 1][j];
+    if (n == 2 && piece == 8 * kWarp) x[0][j] = sum, x[n - 1][j] = difference;
+    for (int i = 0; i < n; i++) x[i][j] *= root;
+  }
+}
+
+// x plus the numbers [width] at `from`, in shared memory, times factor.
+template <int n>
+MEMLM_DEVICE void add_row(Row<n>& x, const float* from, float factor, int width) {
+#pragma unroll
+  for (int i = 0; i < n; i++) {
+    const int first = 4 * (lane() + i * kWarp);
+    if (first >= width) continue;
+    const Vec4 four = load<Vec4>(from + first);
+    const float its[4] = {as_float(four.x), as_float(four.y), as_float(four.z), as_float(four.w)};
+    for (int j = 0; j < 4; j++) x[i][j] = fma_f32(its[j], factor, x[i][j]);
+  }
+}
+
+// A row's sums, transformed back, times factor: to out.
+template <class T, int n>
+MEMLM_DEVICE void finish(const Attention& a, Row<n>& x, float factor, int64_t row, int head) {
+  const KvLayout& f = a.cache.layout;
+  if (a.cache.piece > 1) transform<n>(x, a.cache.piece, a.cache.root);
   T* const to = static_cast<T*>(a.out) + row * a.out_stride + static_cast<int64_t>(head) * f.dim;
-  for (int i = lane(); i < f.dim; i += kWarp) to[i] = from_float<T>(from[i] * factor);
+#pragma unroll
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j < 4; j++) {
+      const int d = 4 * (lane() + i * kWarp) + j;
+      if (d < f.dim) to[d] = from_float<T>(x[i][j] * factor);
+    }
+  }
 }
 
 // What the weights' sum becomes with a sink, relative to the larger of both, and the factor of what was
@@ -648,63 +700,61 @@ MEMLM_DEVICE float normaliser(const Attention& a, int head, float maximum, float
 template <class T, memlm_kv_type type>
 constexpr int kQueryParts = type == MEMLM_KV_INT8 ? 0 : kSame<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
 
-// Queries into shared memory, by way of `scratch` [2][kWarps][width]: as digits, and as the sum of `parts`.
-template <class T, int parts, bool coded, int rows>
-MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, float* scratch, const Room& room) {
+// Queries into shared memory: as digits, and as the sum of `parts`.
+template <class T, int parts, bool coded, int rows, int n>
+MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, const Room& room) {
   const KvLayout& f = a.cache.layout;
-  float *raw = scratch + warp() * f.width, *turned = raw + kWarps * f.width;
-  const auto place = [&](int row, int unit, int units) {
-    return (unit / units * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % units / (units / 4);
-  };
   for (int row = warp(); row < rows; row += kWarps) {
     const int i = w.first + row;
-    const float* x = raw;
-    float per_step = 0;
-    uint32_t most = 0;
+    Row<n> x = {};
     if (row < w.rows) {
       const T* const from = static_cast<const T*>(a.q) + (w.first_row + i / a.group) * a.q_stride +
                             static_cast<int64_t>(w.kv_head * a.group + i % a.group) * f.dim;
-      for (int d = lane(); d < f.width; d += kWarp) {
-        const float its = d < f.dim ? to_float(from[d]) : 0;
-        raw[d] = a.cache.piece > 1 ? its * a.scale : its;
-      }
-      MEMLM_SYNC_WARP();
-      if (a.cache.piece > 1) {
-        hadamard(raw, turned, f.width, a.cache.piece, a.cache.root);
-        x = turned;
-      }
-      if constexpr (coded) {
-        for (int d = lane(); d < f.width; d += kWarp) most = largest(most, x[d]);
-        for (int mask = kWarp / 2; mask; mask /= 2) {
-          const uint32_t other = shuffle_xor(most, mask);
-          most = other > most ? other : most;
+      for (int k = 0; k < n; k++) {
+        for (int j = 0; j < 4; j++) {
+          const int d = 4 * (lane() + k * kWarp) + j;
+          if (d < f.dim) x[k][j] = coded ? to_float(from[d]) * a.scale : to_float(from[d]);
         }
-        per_step = most ? kMostDigits / as_float(most) : 0;
       }
+      if (coded) transform<n>(x, a.cache.piece, a.cache.root);
     }
-    if (coded && lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
-    for (int u = lane(); u < f.width / 4; u += kWarp) {
-      float numbers[4] = {};
-      if (row < w.rows) {
-        const Vec4 four = load<Vec4>(x + 4 * u);
-        numbers[0] = as_float(four.x), numbers[1] = as_float(four.y);
-        numbers[2] = as_float(four.z), numbers[3] = as_float(four.w);
+    float per_step = 0;
+    if constexpr (coded) {
+      uint32_t most = 0;
+      for (const auto& four : x) {
+        for (const float one : four) most = largest(most, one);
       }
+      for (int mask = kWarp / 2; mask; mask /= 2) {
+        const uint32_t other = shuffle_xor(most, mask);
+        most = other > most ? other : most;
+      }
+      per_step = most ? kMostDigits / as_float(most) : 0;
+      if (lane() == 0) room.steps[row] = as_float(most) * (1.f / kMostDigits);
+    }
+    for (int k = 0; k < n; k++) {
+      const int unit = lane() + k * kWarp;  // of four channels
+      if (4 * unit >= f.width) continue;
       if constexpr (coded) {
-        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + place(row, u, 8)) + u % 2;
-        const Vec2 both = digits(numbers, per_step);
+        const int at = (unit / 8 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % 8 / 2;
+        uint32_t* const to = reinterpret_cast<uint32_t*>(room.codes + at) + unit % 2;
+        const Vec2 both = digits(x[k], per_step);
         to[0] = both.x, to[2] = both.y;
       }
       if constexpr (parts > 0) {
-        store(room.pairs + place(row, u, 4) * sizeof(Pairs<parts>), pairs_of<parts>(numbers));
+        const int at = (unit / 4 * (rows / 8) + row / 8) * kWarp + row % 8 * 4 + unit % 4;
+        store(room.pairs + at * sizeof(Pairs<parts>), pairs_of<parts>(x[k]));
       }
     }
-    MEMLM_SYNC_WARP();
   }
 }
 
+// Of a multiprocessor.  Codes take more instructions for each byte, and gain from a fifth.
+constexpr int blocks_of(memlm_kv_type type, int columns, int tiles) {
+  return columns > 1 ? (tiles == 2 ? 3 : 2) : tiles == 2 && type >= MEMLM_KV_INT8 ? 5 : 4;
+}
+
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) : tiles == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_of(type, columns, tiles))
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
@@ -725,8 +775,8 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
   int hi = w.before + (w.first + w.rows - 1) / a.group + 1;
   const bool is_split = a.splits > 1 && count <= a.split_tokens;
   if (is_split) {
-    lo = static_cast<int>(most(lo, block_z() * a.chunk));
-    hi = static_cast<int>(least(hi, (block_z() + 1) * a.chunk));
+    lo = static_cast<int>(most(lo, static_cast<int64_t>(block_z()) * a.chunk));
+    hi = static_cast<int>(least(hi, (block_z() + int64_t{1}) * a.chunk));
   }
   if (is_split ? lo >= hi : block_z() > 0) return;
 
@@ -742,7 +792,7 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
   room.steps = room.weight_steps + (kCoded ? f.groups : 0) * kRows;
   // Rows that there are not have weights and factors as well.
   for (float* i = room.lines + thread(); i < room.steps; i += kThreads) *i = 0;
-  const auto queries = [&](float* scratch) { load_queries<T, kParts, kCoded, kRows>(a, w, scratch, room); };
+  const auto queries = [&] { load_queries<T, kParts, kCoded, kRows, tiles / 2>(a, w, room); };
 
   State<columns, tiles> state = {};
   state.maximum = -INFINITY;
@@ -761,10 +811,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
     if (hi > newest) {
       const uint8_t* const tail = tail_of(cache, sequence, w.kv_head);
       const int begin = static_cast<int>(most(lo, newest));
-      attend<Floats16, Floats16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state,
-                                                       [&](float* scratch) {
-                                                         if (lo >= newest) queries(scratch);
-                                                       });
+      attend<Tail16, Tail16, kParts, kWeightParts>(a, w, room, cache.tail, tail, begin, hi, state, [&] {
+        if (lo >= newest) queries();
+      });
     }
   }
 
@@ -792,7 +841,6 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
     }
   }
   MEMLM_SYNC_THREADS();
-  float* const scratch = reinterpret_cast<float*>(stage + a.stage_bytes) + warp() * f.width;
   for (int one = warp(); one < w.rows; one += kWarps) {
     const int its_token = (w.first + one) / a.group;
     const int its_head = w.kv_head * a.group + (w.first + one) % a.group;
@@ -801,7 +849,9 @@ __global__ void __launch_bounds__(kThreads, columns == 1 ? (tiles == 2 ? 5 : 4) 
       float* const to = a.sums + part_of(a, sequence, its_row, its_token, its_head, block_z()) * f.width;
       for (int i = lane(); i < f.width; i += kWarp) to[i] = sums[one * pitch + i];
     } else {
-      finish<T>(a, sums + one * pitch, scratch, room.factors[one], its_row, its_head);
+      Row<tiles / 2> x = {};
+      add_row<tiles / 2>(x, sums + one * pitch, 1, f.width);
+      finish<T, tiles / 2>(a, x, room.factors[one], its_row, its_head);
     }
   }
 }
@@ -811,48 +861,33 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Attention a) {
   const KvCache& cache = a.cache;
   const int width = cache.layout.width, row = block_x(), head = block_y();
-  if (row >= cache.rows[cache.sequences]) return;
   const int sequence = sequence_of(cache.rows, cache.sequences, {1, 1, 0}, row);
   const int64_t first_row = cache.rows[sequence], count = cache.rows[sequence + 1] - first_row;
-  if (count > a.split_tokens) return;
+  if (row >= first_row + count || count > a.split_tokens) return;
   const int token = static_cast<int>(row - first_row);
   const int position = static_cast<int>(cache.lengths[sequence] - count) + token;
   const int lo = a.window && position >= a.window ? position - a.window + 1 : 0;
-  const int begin = static_cast<int>(lo / a.chunk), end = static_cast<int>(position / a.chunk) + 1;
+  const int begin = lo / a.chunk, end = position / a.chunk + 1;
   const int64_t part = part_of(a, sequence, row, token, head, 0);
-  // A lane has a chunk's maximum and total.
+  // Of maxima and totals a lane has one each, of sums all are asked for at once.
   const bool has = lane() >= begin && lane() < end;
   const Vec2 mine = has ? load<Vec2>(a.totals + 2 * (part + lane())) : Vec2{as_bits(-INFINITY), 0};
+  float* const sums = shared<float>();
+  const float* const from = a.sums + (part + begin) * width;
+  for (int i = thread(); i < (end - begin) * width / 4; i += kThreads) copy_async(sums + 4 * i, from + 4 * i);
+  commit_copies();
   float maximum = as_float(mine.x);
   for (int mask = kWarp / 2; mask; mask /= 2) maximum = larger(maximum, shuffle_xor(maximum, mask));
   const float factor = has ? exp2_approx((as_float(mine.x) - maximum) * kLog2E) : 0;
   float total = as_float(mine.y) * factor;
   for (int mask = kWarp / 2; mask; mask /= 2) total += shuffle_xor(total, mask);
-
-  // A warp adds up each fourth chunk, the first one then all.
-  float* const sums = shared<float>();
-  for (int some = 0; some < width; some += 4 * kWarp) {
-    const int first = some + 4 * lane();
-    float sum[4] = {};
-#pragma unroll 8
-    for (int i = begin + warp(); i < end; i += kWarps) {
-      const float its = shuffle(factor, i);
-      if (first >= width) continue;
-      const Vec4 four = load<Vec4>(a.sums + (part + i) * width + first);
-      sum[0] = fma_f32(as_float(four.x), its, sum[0]), sum[1] = fma_f32(as_float(four.y), its, sum[1]);
-      sum[2] = fma_f32(as_float(four.z), its, sum[2]), sum[3] = fma_f32(as_float(four.w), its, sum[3]);
-    }
-    if (first >= width) continue;
-    store(sums + warp() * width + first,
-          Vec4{as_bits(sum[0]), as_bits(sum[1]), as_bits(sum[2]), as_bits(sum[3])});
-  }
+  wait_copies<0>();
   MEMLM_SYNC_THREADS();
   if (warp() > 0) return;
-  for (int i = lane(); i < width; i += kWarp) {
-    for (int from = 1; from < kWarps; from++) sums[i] += sums[from * width + i];
-  }
-  MEMLM_SYNC_WARP();
-  finish<T>(a, sums, sums + width, normaliser(a, head, maximum, total), row, head);
+  Row<2> x = {};
+#pragma unroll 4
+  for (int i = begin; i < end; i++) add_row<2>(x, sums + (i - begin) * width, shuffle(factor, i), width);
+  finish<T, 2>(a, x, normaliser(a, head, maximum, total), row, head);
 }
 
 // ---- The host's side ----
@@ -887,7 +922,7 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
     case MEMLM_KV_INT8: return stage_bytes<Codes8, Codes8>(c.layout);
     default:
       return static_cast<int>(
-          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Floats16, Floats16>(c.tail)));
+          most(stage_bytes<Codes5, Codes4>(c.layout), stage_bytes<Tail16, Tail16>(c.tail)));
   }
 }
 
@@ -912,7 +947,7 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   MEMLM_PASS(started(launch(kernel_of<T>(type, tile, width > 128), grid, kThreads, bytes, stream, a)));
   if (a.splits == 1) return MEMLM_OK;
   return started(
-      launch(&combine_kernel<T>, {rows, a.heads}, kThreads, kWarps * width * 4, stream, a));
+      launch(&combine_kernel<T>, {rows, a.heads}, kThreads, a.splits * width * 4, stream, a));
 }
 
 }  // namespace
@@ -946,12 +981,15 @@ memlm_status memlm_cuda_paged_attention(const memlm_kv_pool* pool, const memlm_s
               "q_stride, out_stride: at least heads * head_dim = %lld are needed",
               static_cast<long long>(args->heads * f.dim));
   a.q = args->q, a.out = args->out, a.q_stride = args->q_stride, a.out_stride = args->out_stride;
-  a.window = static_cast<int>(least(args->window, INT32_MAX)), a.scale = args->scale, a.softcap = args->softcap;
+  a.window = static_cast<int>(least(args->window, INT32_MAX));
+  a.scale = args->scale, a.softcap = args->softcap;
   a.slopes = args->slopes, a.sinks = args->sinks;
   a.heads = static_cast<int>(args->heads), a.group = static_cast<int>(args->heads / pool->kv_heads);
 
   const int64_t longest = bounds->longest ? bounds->longest : sequences->table_stride * f.tokens;
-  a.chunk = most(kLeastChunk, round_up(ceil_div(longest, kMostChunks), kLeastChunk));
+  MEMLM_CHECK(longest <= INT32_MAX, "sequences: got room for %lld tokens in one, accepted is up to %d",
+              static_cast<long long>(longest), INT32_MAX);
+  a.chunk = static_cast<int>(most(kLeastChunk, round_up(ceil_div(longest, kMostChunks), kLeastChunk)));
   a.splits = static_cast<int>(most(1, ceil_div(longest, a.chunk)));
   a.split_tokens = static_cast<int>(most(1, kSplitRows / a.group));
   a.slots_are_rows = bounds->rows <= sequences->count * a.split_tokens;
