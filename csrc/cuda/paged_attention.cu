@@ -9,7 +9,8 @@
 //
 // A block has 8 or 32 query rows of one sequence and key-value head, and goes through its tokens in stages.
 // In each the tiles of keys are dealt out to warps, then, for the sums, the tiles of channels: nothing is
-// read from shared memory twice.  While one half of the pair is worked on the other is on its way:
+// read from shared memory twice, and a warp waits for others with scores and weights alone.  While one half of
+// the pair is worked on the other is on its way:
 //
 //     copy V | scores, by tiles of tokens | copy the next K | softmax, by rows | sums, by tiles of channels
 //
@@ -245,12 +246,15 @@ struct Room {
   uint8_t* pairs;  // as Pairs [channels / 16][rows / 8][32]
   float* steps;    // [rows]: what 1 is, of the digits
   // Of each row its scores of a stage, then its weights: Pairs [tokens / 16][4], or digits [groups][2][4].
-  // Rows are 16 words apart, of 32 banks.
+  // Rows are 16 words apart, of 32 banks.  lines_of() of all: of this stage and the next.
   float* lines;
   int pitch;
   float* factors;       // [rows]: of the sums till now
   float* weight_steps;  // [groups][rows]
 };
+
+// Of many rows there is no room for two, nor need: more is done between barriers.
+constexpr int lines_of(int rows) { return rows == 8 ? 2 : 1; }
 
 // All tokens from lo to hi - 1: into `state`.  `prepare` is called once the first keys are on their way.
 template <class K, class V, int query_parts, int weight_parts, int columns, int tiles, class Prepare>
@@ -359,7 +363,6 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   constexpr int kEach = kStage / kOfRow, kNext = kEach < 4 ? kEach : 4, kPieces = kEach / kNext;
   const int row = thread() / kOfRow, turned = row >> 1 & (kPieces - 1) & 1, i = w.first + row;
   const int swapped = (row >> 1 & 3) * 8, other_unit = (row >> 1 & 1) * 4, odd = row % 2 * 2;
-  float* const line = room.lines + row * room.pitch;
   const int position = w.before + i / a.group;
   const int end = row < w.rows ? static_cast<int>(least(position + 1, hi)) : 0;
   const bool is_cut = a.window && position >= a.window;
@@ -373,11 +376,15 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
   copy_keys(0);
   commit_copies();
   prepare();
+  MEMLM_SYNC_THREADS();
   for (int start = first, turn = 0; start < hi; start += kStage, turn ^= 1) {
-    wait_copies<0>();
-    MEMLM_SYNC_THREADS();  // the keys are there, and the last stage's values not needed any more
+    MEMLM_SYNC_WARP();  // the last stage's values are not needed any more
     copy_values(start);
     commit_copies();
+    wait_copies<1>();
+    MEMLM_SYNC_WARP();  // the keys are there
+    float* const lines = room.lines + (lines_of(kRows) == 2 ? turn * kRows * room.pitch : 0);
+    if (lines_of(kRows) == 1) MEMLM_SYNC_THREADS();  // the last weights are not needed any more
 
     if (warp() < kStage / kKvTile) {
       const uint8_t* const tile = all_keys + warp() * key_pitch;
@@ -428,7 +435,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
 #pragma unroll
       for (int n = 0; n < columns; n++) {
         for (int j = 0; j < 2; j++) {
-          float* const to = room.lines + (n * 8 + 2 * c + j) * room.pitch;
+          float* const to = lines + (n * 8 + 2 * c + j) * room.pitch;
           if (K::kCoded) {
             store(to + ((warp() * kKvTile + 2 * g) ^ 8 * c),
                   Vec2{as_bits(scores[n][j]), as_bits(scores[n][j + 2])});
@@ -439,14 +446,16 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
         }
       }
     }
-    MEMLM_SYNC_THREADS();  // the scores are there, and the keys not needed any more
+    MEMLM_SYNC_WARP();  // the keys are not needed any more
     if (start + kStage < hi) {
       look_up(start + kStage);
       copy_keys(turn ^ 1);
     }
     commit_copies();
+    MEMLM_SYNC_THREADS();  // the scores are there
 
     if (has_rows) {
+      float* const line = lines + row * room.pitch;
       float p[kPieces][4] = {}, best = -INFINITY;
       float of_scores = w.factor;
       if constexpr (K::kCoded) of_scores = room.steps[row] * (1.f / K::kUnit);
@@ -550,7 +559,7 @@ MEMLM_DEVICE void attend(const Attention& a, const Work& w, const Room& room, co
       const Vec2 two = load<Vec2>(room.factors + n * 8 + 2 * c);
       factors[n][0] = as_float(two.x), factors[n][1] = as_float(two.y);
     }
-    const float* const weights = room.lines + g * room.pitch;
+    const float* const weights = lines + g * room.pitch;
     if constexpr (K::kCoded) {
 #pragma unroll
       for (int j = 0; j < tiles; j++) {
@@ -748,13 +757,8 @@ MEMLM_DEVICE void load_queries(const Attention& a, const Work& w, const Room& ro
   }
 }
 
-// Of a multiprocessor.  Codes take more instructions for each byte, and gain from a fifth.
-constexpr int blocks_of(memlm_kv_type type, int columns, int tiles) {
-  return columns > 1 ? (tiles == 2 ? 3 : 2) : tiles == 2 && type >= MEMLM_KV_INT8 ? 5 : 4;
-}
-
 template <class T, memlm_kv_type type, int columns, int tiles>
-__global__ void __launch_bounds__(kThreads, blocks_of(type, columns, tiles))
+__global__ void __launch_bounds__(kThreads, columns > 1 ? (tiles == 2 ? 3 : 2) : tiles == 2 ? 5 : 4)
     paged_attention_kernel(const Attention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
   constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
@@ -787,7 +791,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(type, columns, tiles))
   room.pairs = stage + a.stage_bytes + (kCoded ? kRows * f.width * 2 : 0);
   room.lines = reinterpret_cast<float*>(room.pairs + kParts * kRows * f.width * 2);
   room.pitch = a.pitch;
-  room.factors = room.lines + kRows * a.pitch;
+  room.factors = room.lines + lines_of(kRows) * kRows * a.pitch;
   room.weight_steps = room.factors + kRows;
   room.steps = room.weight_steps + (kCoded ? f.groups : 0) * kRows;
   // Rows that there are not have weights and factors as well.
@@ -936,7 +940,7 @@ memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, Attention& 
   int tile = rows * a.group > 8 * static_cast<int64_t>(a.cache.sequences) ? 32 : 8, bytes;
   for (;; tile = 8) {
     a.stage_bytes = static_cast<int>(most(stage, tile * (width + 4) * 4));
-    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (a.pitch + 2 + groups) * 4);
+    bytes = a.stage_bytes + tile * ((parts + coded) * width * 2 + (lines_of(tile) * a.pitch + 2 + groups) * 4);
     if (bytes <= gpu.shared_bytes) break;
     if (tile == 8) {
       return fail(MEMLM_UNSUPPORTED, "pool: head_dim = %d needs %d bytes of shared memory, the device has %d",
