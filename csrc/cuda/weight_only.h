@@ -248,11 +248,17 @@ struct Dense {
   }
 };
 
+// Of few tokens three blocks are to fit, whose copies under way are as much as those of two with a stage more.
 template <class Weights, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 2) weight_only_kernel(const typename Weights::Parameters p) {
+constexpr int stages_of(int arch) {
+  return kTokenTiles == 1 && arch >= 800 && Weights::stages_of(arch) > 3 ? 3 : Weights::stages_of(arch);
+}
+
+template <class Weights, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) weight_only_kernel(const typename Weights::Parameters p) {
   using T = typename Weights::T;
   using Here = Place<kTokenTiles>;
-  constexpr int kRows = Here::kRows, kTokens = Here::kTokens, kStages = Weights::stages_of(kArch);
+  constexpr int kRows = Here::kRows, kTokens = Here::kTokens, kStages = stages_of<Weights, kTokenTiles>(kArch);
   constexpr int kStage = kStageBytes<Weights, kTokenTiles>;
 
   uint8_t* const memory = shared<uint8_t>();
@@ -360,7 +366,7 @@ memlm_status begin(const memlm_matmul_args* args, const Plan& plan, memlm_cuda_q
 
 template <class Weights, int kTokenTiles>
 memlm_status launch_weight_only(const typename Weights::Parameters& p, const Plan& plan) {
-  const int bytes = Weights::stages_of(plan.gpu.arch) * kStageBytes<Weights, kTokenTiles>;
+  const int bytes = stages_of<Weights, kTokenTiles>(plan.gpu.arch) * kStageBytes<Weights, kTokenTiles>;
   return started(
       launch(&weight_only_kernel<Weights, kTokenTiles>, plan.grid, kThreads, bytes, plan.stream, p));
 }
