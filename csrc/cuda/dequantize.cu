@@ -108,8 +108,9 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
 
   const int64_t k = padded_k(w), words = k * bits / 32, chunks = ceil_div(words, kBlockWords);
   const Grid blocks = {ceil_div(count, kBlockRows), chunks};
-  MEMLM_CHECK(blocks.x <= INT32_MAX && chunks <= 65535, "out: %lld rows of %lld numbers are too many for one call",
-              static_cast<long long>(count), static_cast<long long>(w->k));
+  MEMLM_CHECK(blocks.x <= INT32_MAX && chunks <= 65535,
+              "out: %lld rows of %lld numbers are too many for one call", static_cast<long long>(count),
+              static_cast<long long>(w->k));
   Rows p = {};
   p.codes = static_cast<const uint8_t*>(w->codes);
   p.scales = static_cast<const uint8_t*>(w->scales);

@@ -71,10 +71,10 @@ struct Place {
 
 // ---- Codes, as memlm/formats.py draws them ----
 
-// What a stage has of a tile's codes lies together in memory, in pieces of 16 bytes: those of 4 rows of a block
-// of 64 bytes, which is 32 / bits k of the tile.  16 lanes copy 16 pieces side by side: the device asks for 64
-// bytes of 4 lanes at a time.  Lane (g, c) then reads those of rows 4 (g % 4) .. + 3 of tile g / 4, and of 8 k
-// from 8 c on of a step: one piece; two of 8-bit codes; of 2-bit codes one that two lanes share.
+// What a stage has of a tile's codes lies together in memory, in pieces of 16 bytes: those of 4 rows of a
+// block of 64 bytes, which is 32 / bits k of the tile.  16 lanes copy 16 pieces side by side: the device asks
+// for 64 bytes of 4 lanes at a time.  Lane (g, c) then reads those of rows 4 (g % 4) .. + 3 of tile g / 4,
+// and of 8 k from 8 c on of a step: one piece; two of 8-bit codes; of 2-bit codes one that two lanes share.
 template <int bits>
 struct DenseCodes {
   static constexpr int kStepPieces = 4 * bits, kTilePieces = kStageSteps * kStepPieces;
@@ -89,7 +89,8 @@ struct DenseCodes {
       : next(codes + (place.mine * steps + place.first * kStageSteps) * (bits * 64) + lane() % 16 * 16),
         steps(place.have ? static_cast<int>(steps) : 0) {}
 
-  // Where piece j of a tile lies: turned about so that 8 lanes that read two pieces of 4 blocks meet all banks.
+  // Where piece j of a tile lies: turned about so that 8 lanes that read two pieces of 4 blocks meet all
+  // banks.
   static MEMLM_DEVICE int place_of(int j) { return j ^ (j >> 3 & (bits / 2 - 1)) << 1; }
 
   // Begins to copy what the next stage, from step0 on, has; nothing where not `valid`.

@@ -248,17 +248,20 @@ struct Dense {
   }
 };
 
-// Of few tokens three blocks are to fit, whose copies under way are as much as those of two with a stage more.
+// Of few tokens three blocks are to fit, whose copies under way are as much as those of two with a stage
+// more.
 template <class Weights, int kTokenTiles>
 constexpr int stages_of(int arch) {
   return kTokenTiles == 1 && arch >= 800 && Weights::stages_of(arch) > 3 ? 3 : Weights::stages_of(arch);
 }
 
 template <class Weights, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) weight_only_kernel(const typename Weights::Parameters p) {
+__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
+    weight_only_kernel(const typename Weights::Parameters p) {
   using T = typename Weights::T;
   using Here = Place<kTokenTiles>;
-  constexpr int kRows = Here::kRows, kTokens = Here::kTokens, kStages = stages_of<Weights, kTokenTiles>(kArch);
+  constexpr int kRows = Here::kRows, kTokens = Here::kTokens,
+                kStages = stages_of<Weights, kTokenTiles>(kArch);
   constexpr int kStage = kStageBytes<Weights, kTokenTiles>;
 
   uint8_t* const memory = shared<uint8_t>();
@@ -279,7 +282,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) weight_onl
   constexpr int kTokensAtOnce = kRows * kWarp / 8, kXPieces = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kTokens % kTokensAtOnce == 0, "all threads of a slice bring as many");
   const int x_token = (row * kWarp + lane()) / 8, x_piece = lane() % 8;
-  const T* x_next = static_cast<const T*>(p.x) + (token0 + x_token) * p.x_stride + here.first * kStageK + x_piece * 8;
+  const T* x_next =
+      static_cast<const T*>(p.x) + (token0 + x_token) * p.x_stride + here.first * kStageK + x_piece * 8;
 
   auto begin_copies = [&](int stage) {
     uint8_t* const to = memory + stage % kStages * kStage;

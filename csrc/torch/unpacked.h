@@ -1,7 +1,7 @@
-// Products of many rows on a GPU.  The kernels of csrc/cuda are for few: they read W as it is stored, which is
-// what takes time then.  With many rows the multiplications do, and torch's are those of each device's own
-// instructions: W is unpacked to x's type, a panel of features at a time, and multiplied by torch.  A panel is
-// all the memory that is needed; a weight is rounded once more.
+// Products of many rows on a GPU.  The kernels of csrc/cuda are for few: they read W as it is stored, which
+// is what takes time then.  With many rows the multiplications do, and torch's are those of each device's own
+// instructions: W is unpacked to x's type, a panel of features at a time, and multiplied by torch.  A panel
+// is all the memory that is needed; a weight is rounded once more.
 #pragma once
 #include <array>
 
