@@ -206,8 +206,8 @@ of tokens:
 {issue_table()}
 Bytes that the emulator counts, in sectors of 32, for {COUNTED_N} of n = k = {N} and as many fewer multiprocessors than
 an A100's: **touched**, each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.
-Where few tokens make fewer blocks than two for each multiprocessor, as in decoding here, blocks share out k,
-and their sums, which stay in L2, are the surplus; with more there is none
+Where few tokens have blocks for less than three quarters of the multiprocessors, blocks share out k, and their
+sums, which stay in L2, are a surplus; here none do
 ([test_cuda_traffic.py](../tests/test_cuda_traffic.py)).  And the time that bandwidth and tensor cores leave on
 paper, whichever is longer:
 
