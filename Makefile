@@ -22,8 +22,9 @@ test: $(VENV)/.ready
 test-gpu-proof: $(VENV)/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile -m gpu_proof
 
+# A few processes, each with some 500 MB of the GPU: Triton's kernels are compiled for each of its cases.
 test-gpu: cuda
-	MEMLM_TEST_GPU=1 $(BIN)/python -m pytest -m '' tests/test_cuda_*.py tests/test_triton_*.py
+	MEMLM_TEST_GPU=1 $(BIN)/python -m pytest -n 4 -m '' tests/test_cuda_*.py tests/test_triton_*.py
 
 bench-gpu: cuda
 	$(BIN)/python -m benchmarks.bench_gpu --record
