@@ -344,13 +344,12 @@ def plot(run: dict) -> None:
         rows = [row for row in run["rows"] if row["case"].endswith(f" {n}x{k}, m={m}")]
         formats = list(dict.fromkeys((row["op"], row["case"].split()[0]) for row in rows))
         impls = [i for i in dict.fromkeys(row["impl"] for row in rows) if i != "torch f16"]
-        time = {(row["op"], row["case"].split()[0], row["impl"]): row["us"] for row in rows}
+        us = {(row["op"], row["case"].split()[0], row["impl"]): row["us"] for row in rows}
+        width = 0.8 / len(impls)
         for i, impl in enumerate(impls):
-            have = [(at, f) for at, f in enumerate(formats) if (*f, impl) in time]
-            axes.bar(
-                [at + (i + 0.5) * 0.8 / len(impls) - 0.4 for at, _ in have],
-                [time[*f, "torch f16"] / time[*f, impl] for _, f in have], 0.8 / len(impls), label=impl,
-            )  # fmt: skip
+            have = [(at, f) for at, f in enumerate(formats) if (*f, impl) in us]
+            speeds = [us[(*f, "torch f16")] / us[(*f, impl)] for _, f in have]
+            axes.bar([at + (i + 0.5) * width - 0.4 for at, _ in have], speeds, width, label=impl)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(formats)), ["\n".join(f) for f in formats], fontsize=7)
         axes.set_title(f"{m} token{'s' * (m > 1)}")

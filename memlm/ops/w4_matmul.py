@@ -44,6 +44,10 @@ def w4_matmul(
     1/254.  With AMX, from ``tile_rows`` rows on, x and the dequantised weights are rounded to
     bf16 instead (each off by at most 1/256 of itself).  A row of x that holds Inf or NaN gives NaN.
 
+    On a GPU (f16, bf16) ``fast`` makes no difference: x is multiplied by the codes as they are, sums of 32
+    are f32 and multiplied by the scale; NF4's levels are rounded to x's dtype.  From 128 rows on W is rounded
+    to x's dtype instead, and torch multiplies (docs/gpu.md).
+
     The layers around the product can be part of it, in f32 and without a pass over memory of
     their own: ``norm [k]`` with ``eps`` puts RMSNorm before it (arXiv:1910.07467); with ``swiglu``
     W holds the rows of a gate above as many of another projection (n / 2 is a multiple of 16), and
