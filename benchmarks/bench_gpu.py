@@ -345,7 +345,7 @@ def plot(run: dict) -> None:
         formats = list(dict.fromkeys((row["op"], row["case"].split()[0]) for row in rows))
         impls = [i for i in dict.fromkeys(row["impl"] for row in rows) if i != "torch f16"]
         us = {(row["op"], row["case"].split()[0], row["impl"]): row["us"] for row in rows}
-        width = 0.8 / len(impls)
+        width = 0.8 / max(1, len(impls))
         for i, impl in enumerate(impls):
             have = [(at, f) for at, f in enumerate(formats) if (*f, impl) in us]
             speeds = [us[(*f, "torch f16")] / us[(*f, impl)] for _, f in have]

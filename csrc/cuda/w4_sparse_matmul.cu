@@ -185,8 +185,9 @@ struct Unstructured {
   using Parameters = Compressed;
   static constexpr bool kOffsets = false;
   static constexpr int kUnrolledTiles = 2;
-  // From anywhere among 16 bytes on; and 8 that are loaded behind the last, but not used.
-  static constexpr int kTileCodes = round_up(15 + kStageK * kTile / 2 + 8, 16);
+  // From anywhere among 16 bytes on; and the words that are loaded behind the last code, but not used.
+  static constexpr int kBehind = 12;
+  static constexpr int kTileCodes = round_up(15 + kStageK * kTile / 2 + kBehind, 16);
   static constexpr int kCodesBytes = 2 * kTileCodes;
   static constexpr int kBytes = kCodesBytes + kPlacesBytes + 2 * kStageFours * 4;
 
@@ -242,7 +243,7 @@ struct Unstructured {
       const int64_t from = shuffle(at, 16 * i);
       const int length = static_cast<int>(from % 16) + shuffle(end, 16 * i + 15);
       const uint8_t* const codes = p.codes + from / 16 * 16;
-      for (int j = lane() * 16; j < length + 8; j += kWarp * 16)
+      for (int j = lane() * 16; j < length + kBehind; j += kWarp * 16)
         copy_async(to + i * kTileCodes + j, codes + j);
     }
     at += shuffle(end, lane() | 15);
