@@ -354,7 +354,8 @@ def plot(run: dict) -> None:
         axes.set_xticks(range(len(formats)), ["\n".join(f) for f in formats], fontsize=7)
         axes.set_title(f"{m} token{'s' * (m > 1)}")
     panels[0].set_ylabel(f"speed beside torch's f16 product, {n} x {k}")
-    panels[-1].legend(fontsize=8)
+    if handles := panels[-1].get_legend_handles_labels()[0]:
+        panels[-1].legend(handles=handles, fontsize=8)
     figure.suptitle(run["device"])
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=110)
