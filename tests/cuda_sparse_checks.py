@@ -6,7 +6,7 @@ import torch
 
 from memlm import sparse_formats
 
-from . import emulator
+from . import device, emulator
 from .cuda_matmul_checks import COMPLETE_ROWS, COMPLETE_SHAPES, ROWS, SHAPES, WeightOnly
 from .gpu_matmul_checks import DENSITIES, GpuSparse, in_range
 from .matmul_checks import off_by_one, random_case
@@ -53,7 +53,7 @@ class Sparse(GpuSparse, WeightOnly):
             with pytest.raises(RuntimeError, match=match):
                 emulator.matmul(self.OP, x, packed, None, **changes)
 
-        refused("dtype: got f32 on compute capability", x=x.float())
+        refused(f"dtype: got f32 on compute capability {device.capability()}", x=x.float())
         refused("swiglu: n / 2 must be a multiple of 16, n is 20", swiglu=True)
         parts = packed.tensors()
         moved = parts | {"codes": off_by_one(parts["codes"])}

@@ -17,6 +17,11 @@ def wanted() -> bool:
     return bool(os.environ.get("MEMLM_TEST_GPU"))
 
 
+def capability() -> str:
+    """The compute capability that kernels run on by default: the GPU's, or the emulator's."""
+    return ".".join(map(str, torch.cuda.get_device_capability())) if wanted() else "8.0"
+
+
 class Copy:
     """The bytes that a tensor of the host spans, in device memory, as far from a multiple of 256 bytes
     as there, between bytes that nobody may write."""

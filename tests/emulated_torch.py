@@ -380,7 +380,11 @@ def linear_cross_entropy() -> None:
     given = random_case(Case(20, 40, 150), torch.float32)
     with pytest.warns(UserWarning, match="linear_cross_entropy has no kernel for this call .dtype: got f32"):
         losses, _ = ops.emulated("linear_cross_entropy")(*given.arguments())
-    torch.testing.assert_close(losses, torch.ops.memlm.linear_cross_entropy(*given.arguments())[0])
+    expected = torch.ops.memlm.linear_cross_entropy(*given.arguments())[0]
+    if device.wanted():  # whose f32 products are summed in another order
+        torch.testing.assert_close(losses, expected)
+    else:
+        assert torch.equal(losses, expected)
     ran_well()
 
 

@@ -216,7 +216,7 @@ def test_bad_input():
     refused("k: got 0, accepted is 1 to n, 40", top=0)
     refused("k: got 41, accepted is 1 to n, 40", top=41)
     refused("mode: got 2 for 4 bits", mode="w8a8")
-    refused("dtype: got f32 on compute capability", x=x.float())
+    refused(f"dtype: got f32 on compute capability {device.capability()}", x=x.float())
     refused("bits: got 3, accepted are 2, 4 and 8", bits=3)
     refused("m: got -1", m=-1)
     refused("x_stride: got 95, at least k = 96 is needed", x_stride=95)

@@ -143,8 +143,7 @@ def test_every_head_and_size(type, dtype):
     ):  # fmt: skip
         made = paged(type, dim, LENGTHS, kv_heads, (32, 64, 96)[turn % 3], dtype)
         q = random_queries(NEW, kv_heads * group, dim, dtype)
-        # A transform of 256 adds up as many errors of bf16 weights.
-        assert check(made, q, NEW, spare=turn) > 0.6
+        assert check(made, q, NEW, spare=turn) > 0.8
 
 
 @types

@@ -47,8 +47,9 @@ class WeightOnly(GpuWeightOnly):
             self.check(format, *case, dtype, [False], config=split(self.SPACE))
 
     def turn(self, format, dtype) -> int:
-        """A number for each format and type: with which configuration they begin."""
-        return self.FORMATS.index(format) + DTYPES.index(dtype)
+        """A number for each format and type: with which configuration they begin, so that each shape meets as
+        many configurations as there are of both."""
+        return self.FORMATS.index(format) * len(DTYPES) + DTYPES.index(dtype)
 
     @pytest.mark.gpu_proof
     def test_every_shape(self, format, dtype):

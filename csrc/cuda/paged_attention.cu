@@ -50,7 +50,7 @@ template <class T, memlm_kv_type type, int columns, int tiles>
 __global__ void __launch_bounds__(kThreads, columns > 1 ? (tiles == 2 ? 3 : 2) : tiles == 2 ? 5 : 4)
     paged_attention_kernel(const PagedAttention a) {
   constexpr int kRows = 8 * columns, kOfRow = kThreads / kRows;
-  constexpr int kParts = kQueryParts<T, type>, kWeightParts = kSame<T, f16> ? 2 : 1;
+  constexpr int kParts = kQueryParts<T, type>, kWeightParts = std::is_same_v<T, f16> ? 2 : 1;
   constexpr bool kCoded = type >= MEMLM_KV_INT8;
   const KvCache& cache = a.cache;
   const KvLayout& f = cache.layout;
@@ -222,7 +222,7 @@ int stage_bytes(memlm_kv_type type, const KvCache& c) {
 template <class T>
 memlm_status begin(const Gpu& gpu, memlm_kv_type type, int64_t rows, PagedAttention& a, void* stream) {
   const int width = a.cache.layout.width, stage = stage_bytes(type, a.cache);
-  const bool coded = type >= MEMLM_KV_INT8, exact = kSame<T, bf16> || gpu.arch < 800;
+  const bool coded = type >= MEMLM_KV_INT8, exact = std::is_same_v<T, bf16> || gpu.arch < 800;
   const int parts = type == MEMLM_KV_INT8 ? 0 : coded || !exact ? 2 : 1;  // as kQueryParts
   const int groups = coded ? a.cache.layout.groups : 0;
   a.pitch = static_cast<int>(most(64, 32 * groups)) + 16;

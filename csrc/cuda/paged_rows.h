@@ -75,7 +75,7 @@ MEMLM_DEVICE float normaliser(const PagedAttention& a, int head, float maximum, 
 
 // Of queries in M; int8 has none.
 template <class T, memlm_kv_type type>
-constexpr int kQueryParts = type == MEMLM_KV_INT8 ? 0 : kSame<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
+constexpr int kQueryParts = type == MEMLM_KV_INT8 ? 0 : std::is_same_v<T, M> && type <= MEMLM_KV_BF16 ? 1 : 2;
 
 // Queries into shared memory: as digits, and as the sum of `parts`.
 template <class T, int parts, bool coded, int rows, int n>

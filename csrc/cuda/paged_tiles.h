@@ -3,6 +3,8 @@
 #ifndef MEMLM_CUDA_PAGED_TILES_H_
 #define MEMLM_CUDA_PAGED_TILES_H_
 
+#include <type_traits>
+
 #include "kv.h"
 
 namespace memlm::cuda::paged {
@@ -14,10 +16,6 @@ using M = f16;
 #else
 using M = bf16;
 #endif
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
 
 // ---- Tiles in shared memory ----
 
@@ -82,7 +80,7 @@ struct Floats16 {
     const int matrix = lane() / 8, row = lane() % 8;
     const int k = row / 2 * 4 + row % 2 + matrix / 2 * 2;
     load_matrices_transposed(a, tile + place(2 * k + matrix % 2) * 16 + k0 * 32);
-    if (kSame<M, f16>) {
+    if (std::is_same_v<M, f16>) {
       for (int i = 0; i < 4; i++) a[i] = pair<M>(low<bf16>(a[i]), high<bf16>(a[i]));
     }
   }
