@@ -106,7 +106,7 @@ def packed_struct(packed) -> Packed:
 def _object(source: Path, flags: list[str], cache: Path) -> Path:
     """The compiled source, instrumented if it holds kernels; kept until it or a header changes."""
     kernels = source.suffix == ".cu"
-    command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+    command = ["g++", "-std=c++17", "-O1" if kernels else "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
                "-w", *flags, *(["-fsanitize=thread"] if kernels else [])]  # fmt: skip
     headers = [*HERE.glob("*.h"), *(h for f in (".", "..", "../include", "../cpu") for h in (KERNELS / f).glob("*.h"))]
     digest = hashlib.sha256(repr(command).encode())

@@ -1,11 +1,13 @@
 #include "emulator.h"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <random>
 #include <string>
@@ -65,7 +67,9 @@ struct Array {
 std::vector<Array> arrays;
 std::vector<Thread> fibers;
 Byte* shadow;  // of shared memory
-std::unordered_map<uintptr_t, Byte> global_shadow;  // of what the block has touched
+// Of what the block has touched of global memory, by lines: an access, which is aligned, is in one.
+constexpr uintptr_t kLine = 64;
+std::unordered_map<uintptr_t, std::array<Byte, kLine>> global_shadow;
 size_t shared_size;
 unsigned char* stacks;
 void* scheduler_stack;
@@ -228,15 +232,29 @@ void count(const void* address, size_t size, bool write, bool shared, const void
       {current->thread % kWarp, reinterpret_cast<uintptr_t>(address), static_cast<int>(size)});
 }
 
-// Constants of the kernels' own library.
-bool is_constant(const void* address) {
-  Dl_info info, own;
-  return dladdr(address, &info) && dladdr(reinterpret_cast<const void*>(&launch), &own) &&
-         info.dli_fbase == own.dli_fbase;
-}
-
 bool contains(const Array& array, uintptr_t first, size_t size) {
   return first >= array.begin && first + size <= array.end;
+}
+
+// The kernels' own library, where their constants are.
+Array find_library() {
+  Array found = {reinterpret_cast<uintptr_t>(&launch), 0, false};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        Array& library = *static_cast<Array*>(data);
+        uintptr_t begin = UINTPTR_MAX, end = 0;
+        for (int i = 0; i < info->dlpi_phnum; i++) {
+          const auto& part = info->dlpi_phdr[i];
+          if (part.p_type != PT_LOAD) continue;
+          begin = std::min<uintptr_t>(begin, info->dlpi_addr + part.p_vaddr);
+          end = std::max<uintptr_t>(end, info->dlpi_addr + part.p_vaddr + part.p_memsz);
+        }
+        if (library.begin < begin || library.begin >= end) return 0;
+        library = {begin, end, false};
+        return 1;
+      },
+      &found);
+  return found;
 }
 
 // Threads ask it which they are.
@@ -252,6 +270,8 @@ void access(const void* address, size_t size, bool write, const void* where) {
   if (!write && (contains(parameters_of_launch, first, size) || contains(fibers_array(), first, size)))
     return;
   if (first % size) fail("misaligned access", where);
+  static const Array library = find_library();
+  if (!write && contains(library, first, size)) return;
   if (shared_has(address)) {
     const size_t offset = static_cast<const unsigned char*>(address) - shared_memory;
     if (offset + size > shared_size) fail("access outside of the block's shared memory", where);
@@ -263,13 +283,12 @@ void access(const void* address, size_t size, bool write, const void* where) {
   }
   const auto array = std::find_if(arrays.begin(), arrays.end(),
                                   [&](const Array& a) { return contains(a, first, size); });
-  if (array == arrays.end() && !write && is_constant(address)) return;
   if (array == arrays.end()) fail(write ? "write out of bounds" : "read out of bounds", where);
   if (write && !array->writable) fail("write to an array that is only read", where);
   if (array->writable) {  // what nobody writes, nobody has to wait for
-    for (uintptr_t i = first; i < first + size; i++) {
-      Byte& byte = global_shadow[i];
-      write ? check_write(byte, now, where) : check_read(byte, now, false, where);
+    auto& line = global_shadow[first / kLine];
+    for (uintptr_t i = first % kLine; i < first % kLine + size; i++) {
+      write ? check_write(line[i], now, where) : check_read(line[i], now, false, where);
     }
   }
   if (counting) count(address, size, write, false, where);
