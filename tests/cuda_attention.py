@@ -72,8 +72,13 @@ class AttentionGrads(Structure):
 
 def backward(grad, q, k, v, mask=None, offsets=(None, None), arch=800, **options) -> dict[str, torch.Tensor]:
     """The gradients of q, k, v, and of mask and sinks where they have some, by name."""
-    out, lse, (args, read) = forward(q, k, v, mask, offsets, arch=arch, **options)
-    sinks = options.get("sinks")
+    made = forward(q, k, v, mask, offsets, arch=arch, **options)
+    return gradients(grad, q, k, v, made, mask, options.get("sinks"), arch)
+
+
+def gradients(grad, q, k, v, made, mask=None, sinks=None, arch=800) -> dict[str, torch.Tensor]:
+    """As backward, of what forward has ``made``."""
+    out, lse, (args, read) = made
     results = {name: torch.full_like(x, float("nan")) for name, x in (("q", q), ("k", k), ("v", v))}
     if mask is not None and mask.is_floating_point():
         results["mask"] = torch.full((*q.shape[:3], k.shape[2]), float("nan"))

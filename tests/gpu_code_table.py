@@ -10,11 +10,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-
 from benchmarks import harness
 
-from . import build, cubin, emulator, gpu_calls, gpu_limits
+from . import build, cubin, emulator, gpu_calls, gpu_limits, gpu_traffic
 
 FILE = build.ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- begin: tests/gpu_code_table.py -->\n", "<!-- end: tests/gpu_code_table.py -->\n"
@@ -71,7 +69,7 @@ def rows(arch: int, sources: list[str] | None = None) -> list[Row]:
     return sorted(found, key=lambda row: (row.source, row.kernel.name))
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], *lines: list[str]) -> str:
     out = [head, ["---"] * len(head), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in out)
 
@@ -92,7 +90,7 @@ def code_table(of_arch: dict[int, list[Row]]) -> str:
         unit = ", ".join(row.kernel.tensor_core()) or "–"
         code = f"`{row.kernel.name}`"
         lines.append([code, str(row.launch.threads), f"{shared:.1f}", unit, str(row.wide_loads), *cells])
-    return table(head, lines)
+    return table(head, *lines)
 
 
 def _cell(row: Row) -> str:
@@ -126,7 +124,7 @@ def mix_table() -> str:
                 lines.append([f"`{kernel.name}`", str(units), f"{len(loop) / units:.1f}", *mix])
     published = (f"{MARLIN[kind]:.2f}" if kind in MARLIN else "?" for kind in kinds)
     lines.append(["Marlin, 16 tokens, as published", "", "", *published])
-    return table(["kernel", "tensor core's in the loop", "instructions for each", *kinds], lines)
+    return table(["kernel", "tensor core's in the loop", "instructions for each", *kinds], *lines)
 
 
 def issue_table() -> str:
@@ -138,48 +136,10 @@ def issue_table() -> str:
         loop, tiles = kernel.loop("HMMA"), int(kernel.name.split(", ")[-1].rstrip(">"))
         # A step of 32 rows and 32 k has 4 of a tile of 8 tokens, and 2 more where there are offsets.
         steps = cubin.classes(loop)["tensor core"] // (6 * tiles)
-        begun = N // 32 * (K // 32) // steps * len(loop)
+        begun = gpu_traffic.N // 32 * (gpu_traffic.K // 32) // steps * len(loop)
         times = (f"{1e6 * device.issue_seconds(begun):.1f}" for device in gpu_limits.DEVICES)
         lines.append([str(8 * tiles), *times])
-    return table(["tokens", *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], lines)
-
-
-N = K = 4096
-SHAPES = ((1, "decode"), (512, "prefill"))
-COUNTED_N = 512  # what the emulator runs, with as many fewer multiprocessors; bytes grow with n as they do there
-
-
-def traffic_table() -> str:
-    """Bytes moved, counted, against the least; what memory and tensor cores allow.  Sums of blocks that share out k
-    are written and read beside them, and stay in L2."""
-    lines = []
-    for op, names in gpu_calls.WEIGHT_ONLY.items():
-        for name in names:
-            for m, kind in SHAPES:
-                touched, moved, least = traffic(op, name, m)
-                w = gpu_calls.packed(name, N, K)
-                all_bytes = w.nbytes + 2 * m * (N + K)
-                times = [f"{1e6 * d.seconds(all_bytes, m * N * K):.1f}" for d in gpu_limits.DEVICES]
-                line = [f"{op} {name}", f"{kind}, m = {m}"]
-                line += [f"{100 * bytes / least - 100:+.1f} %" for bytes in (touched, moved)]
-                lines.append([*line, f"{all_bytes / 1e6:.2f}", *times])
-    head = ["operation", f"n = k = {N}", "touched beyond the least", "moved beyond the least", "MB, the least"]
-    return table([*head, *(f"{d.name}, µs" for d in gpu_limits.DEVICES)], lines)
-
-
-def traffic(op: str, format: str, m: int) -> tuple[int, int, int]:
-    """Bytes that the kernels of a product touch, those that they move between chip and L2, and those it
-    cannot do without: every weight, x and y once.  Of some of W's rows, on some of an A100's multiprocessors."""
-    rows = min(m, 64)  # more are blocks of 64, each of which reads W again, from L2
-    w = gpu_calls.packed(format, COUNTED_N, K)
-    x = torch.zeros(rows, K, dtype=torch.float16)
-    machine, (processors, shared) = emulator.emulator(), emulator.DEVICES[800]
-    machine.lib.emulator_device(800, max(1, processors * COUNTED_N * rows // (N * m)), shared)
-    counts = machine.counts(lambda: emulator.matmul(op, x, w, None))
-    machine.lib.emulator_device(800, processors, shared)
-    touched = 32 * (counts.distinct_read + counts.distinct_written)
-    moved = 32 * (counts.read_sectors + counts.write_sectors)
-    return touched, moved, w.nbytes + 2 * rows * (COUNTED_N + K)
+    return table(["tokens", *(f"{device.name}, µs" for device in gpu_limits.DEVICES)], *lines)
 
 
 def account(archs: tuple[int, ...] = cubin.ARCHS) -> str:
@@ -200,18 +160,19 @@ branches not taken included (offsets, f32 scales, masks).  (With 64 tokens `w4_m
 and does not hold the copies.)
 
 {mix_table()}
-How long four schedulers for each multiprocessor take to begin all of `w4_matmul`'s for n = k = {N} and one tile
-of tokens:
+How long four schedulers for each multiprocessor take to begin all of `w4_matmul`'s for n = k = {gpu_traffic.N} and
+one tile of tokens:
 
 {issue_table()}
-Bytes that the emulator counts, in sectors of 32, for {COUNTED_N} of n = k = {N} and as many fewer multiprocessors than
-an A100's: **touched**, each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.
-Where few tokens have blocks for less than three quarters of the multiprocessors, blocks share out k, and their
-sums, which stay in L2, are a surplus; here none do
+Bytes that the emulator counts, in sectors of 32, for a part of each case on as many fewer multiprocessors than an
+A100's: **touched**, each once, as memory sees them where L2 holds the rest, and **moved** between chip and L2.
+Of 512 tokens each block of 64 (sparse: 32) reads W again, and each block of rows x; in attention each block of 128
+queries reads all keys and values it sees.  Blocks that share out k, or the tokens of a cache, write and read their
+sums, which stay in L2: that is what `block_sparse_matmul` and `paged_attention` touch beyond the least
 ([test_cuda_traffic.py](../tests/test_cuda_traffic.py)).  And the time that bandwidth and tensor cores leave on
-paper, whichever is longer:
+paper, whichever is longer, of int8 for w8a8:
 
-{traffic_table()}"""
+{table(*gpu_traffic.lines())}"""
 
 
 if __name__ == "__main__":  # architectures may be named: 80 90

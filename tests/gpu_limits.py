@@ -3,7 +3,7 @@
 Architectures: CUDA C++ Programming Guide 13.0, "Compute Capabilities", its tables of technical
 specifications; registers and shared memory are given out in the units of its ``cuda_occupancy.h``.
 GPUs: NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM, and the Ada architecture's white paper
-(RTX 4090); tensor-core rates are of f16 with f32 sums, dense.
+(RTX 4090); tensor-core rates are dense, of f16 with f32 sums and of int8.
 """
 
 from dataclasses import dataclass
@@ -59,13 +59,14 @@ class Device:
     name: str
     arch: int
     bandwidth: float  # bytes per second
-    tensor: float  # multiply-adds per second
+    f16: float  # multiply-adds per second
+    int8: float
     processors: int
     clock: float  # boost, Hz
 
-    def seconds(self, bytes: int, multiply_adds: int) -> float:
+    def seconds(self, bytes: int, multiply_adds: int, int8: bool = False) -> float:
         """The roofline's: what neither memory nor the tensor cores can beat."""
-        return max(bytes / self.bandwidth, multiply_adds / self.tensor)
+        return max(bytes / self.bandwidth, multiply_adds / (self.int8 if int8 else self.f16))
 
     def issue_seconds(self, warp_instructions: int) -> float:
         """What the schedulers take to begin so many instructions."""
@@ -73,7 +74,7 @@ class Device:
 
 
 DEVICES = (
-    Device("A100", 80, 2.039e12, 156e12, 108, 1.41e9),
-    Device("H100", 90, 3.35e12, 494.7e12, 132, 1.83e9),
-    Device("RTX 4090", 89, 1.008e12, 82.6e12, 128, 2.52e9),
+    Device("A100", 80, 2.039e12, 156e12, 312e12, 108, 1.41e9),
+    Device("H100", 90, 3.35e12, 494.7e12, 989.4e12, 132, 1.83e9),
+    Device("RTX 4090", 89, 1.008e12, 82.6e12, 330.3e12, 128, 2.52e9),
 )

@@ -6,7 +6,7 @@ import torch
 
 from memlm.formats import Packed
 
-from . import device, emulator
+from . import device, emulator, gpu_traffic
 from .matmul_checks import random_case
 from .test_cuda_quantize_rows import quantize_rows
 from .test_cuda_w8a8_matmul import run
@@ -65,3 +65,15 @@ def test_sums_of_blocks_that_share_out_k():
     assert counts.distinct_read == least + partial
     assert counts.distinct_written == M * n * 2 // SECTOR + partial
     assert counts.shared_passes == counts.shared_least
+
+
+@pytest.mark.gpu_proof
+@pytest.mark.parametrize("cases", [gpu_traffic.matmuls, gpu_traffic.attention, gpu_traffic.paged_attention])
+def test_within_three_percent(cases):
+    """Of the operations in docs/gpu.md, all but the sums of those that share out k or tokens."""
+    for case in cases():
+        touched, moved = case.counted()
+        shares_out = case.operation.startswith(("block_sparse", "paged"))
+        # An array may begin inside of a sector.
+        assert case.part - 8 * SECTOR <= touched <= (1.2 if shares_out else 1.03) * case.part, case.operation
+        assert touched <= moved
