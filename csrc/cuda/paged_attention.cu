@@ -39,6 +39,7 @@
 //     weights        exponentials as M; with f16 as the sum of two M
 //
 // An int4 cache's newest block is read from its tail, as bf16, with queries in f32 as the sum of two M.
+#include "paged_attend.h"
 #include "paged_rows.h"
 
 namespace memlm::cuda {

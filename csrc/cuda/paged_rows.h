@@ -3,7 +3,7 @@
 #ifndef MEMLM_CUDA_PAGED_ROWS_H_
 #define MEMLM_CUDA_PAGED_ROWS_H_
 
-#include "paged_attend.h"
+#include "paged_work.h"
 
 namespace memlm::cuda::paged {
 
