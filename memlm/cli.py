@@ -481,7 +481,7 @@ def plan(
     train: Annotated[
         Optional[str], typer.Option(help="'full' or 'lora' (default: inference).")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd, adafactor.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, sgd, adafactor.")] = "adamw",
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 16,
     sparsity: Annotated[
         float, typer.Option(help="Share of zeros, where a --format is sparse: block/int4, ...")

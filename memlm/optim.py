@@ -11,6 +11,8 @@ from memlm.dynamic_codes import BLOCK
 from memlm.ops._matmul import X_DTYPES
 from memlm.ops.adamw_8bit import check_hyperparameters, factors, update
 
+MIN_8BIT_SIZE = 4096  # elements, as bitsandbytes has it
+
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with both moments in 8 bits (arXiv:2110.02861), in the place of
@@ -37,7 +39,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
     ):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
@@ -100,6 +102,13 @@ class AdamW8bit(torch.optim.Optimizer):
                     key: value.to(param.device) if isinstance(value, torch.Tensor) else value
                     for key, value in state_dict["state"][number].items()
                 }
+
+
+def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
+    """Of the state of a parameter of so many elements."""
+    if numel < min_8bit_size:
+        return 2 * numel * 4
+    return 2 * (numel + -(-numel // BLOCK) * 4)
 
 
 def _new_state(param: torch.Tensor, min_8bit_size: int) -> dict:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memlm import cpu, formats, sparse_formats
+from memlm import cpu, formats, optim, sparse_formats
 from memlm._format import Format, SparseFormat, parse_format
 from memlm.io.checkpoint import open_checkpoint
 from memlm.io.files import read_json
@@ -41,7 +41,7 @@ from memlm.ops._matmul import GRAD_ROWS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAIN = ("full", "lora")
-OPTIMIZERS = ("adamw", "sgd", "adafactor")
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "adafactor")
 PARTS = (
     "base", "weights", "kv_cache", "gradients", "optimizer", "activations", "logits", "temporary",
 )  # fmt: skip
@@ -70,7 +70,8 @@ class Settings:
         one by one (None: all).
     train: None to infer, ``"full"`` to train all weights, ``"lora"`` for adapters of ``rank``
         around the frozen linear layers.
-    optimizer: ``"adamw"``, ``"sgd"`` (without momentum), ``"adafactor"``, as in torch.optim.
+    optimizer: ``"adamw"``, ``"sgd"`` (without momentum), ``"adafactor"``, as in torch.optim;
+        ``"adamw_8bit"``: memlm.optim.AdamW8bit.
     checkpoint: whether each layer keeps only its input and is computed again for its gradient.
     """
 
@@ -348,11 +349,13 @@ class _Memory:
 
     @property
     def optimizer(self) -> int:
-        """States from the first step on, beside a step count of 4 bytes for each parameter."""
+        """States from the first step on, torch's beside a step count of 4 bytes for each parameter."""
         kind, total = self.settings.optimizer, 0
         for shape in self.trained:
             if kind == "adamw":  # the averages of the gradient and of its square
                 total += 2 * math.prod(shape) * self.e + F32
+            elif kind == "adamw_8bit":
+                total += optim.state_bytes(math.prod(shape))
             elif kind == "adafactor":  # of a matrix's squares those of rows and of columns only
                 total += (sum(shape) if len(shape) > 1 else math.prod(shape)) * self.e + F32
         return total
@@ -360,9 +363,11 @@ class _Memory:
     @property
     def step(self) -> int:
         """Temporary tensors of one parameter's step, for the largest: AdamW's square root of the
-        average and the quotient made of it; Adafactor's estimate of the squares."""
+        average and the quotient made of it; Adafactor's estimate of the squares.  AdamW8bit computes
+        in place."""
         largest = max(math.prod(shape) for shape in self.trained)
-        return {"adamw": 2, "adafactor": 1, "sgd": 0}[self.settings.optimizer] * largest * self.e
+        kept = {"adamw": 2, "adafactor": 1}.get(self.settings.optimizer, 0)
+        return kept * largest * self.e
 
     def workspace(self, layer: str, module: nn.Module, rows: int) -> int:
         """What a packed layer's kernel copies x to (csrc/cpu/*-inl.h, row_bytes): per number of

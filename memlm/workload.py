@@ -19,10 +19,12 @@ from memlm.layers import Linear
 from memlm.models.decoder import Decoder
 from memlm.models.encoder import Encoder
 from memlm.models.load import build
+from memlm.optim import AdamW8bit
 from memlm.plan import Settings
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
+    "adamw_8bit": AdamW8bit,
     "sgd": torch.optim.SGD,
     "adafactor": torch.optim.Adafactor,
 }

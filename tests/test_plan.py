@@ -164,6 +164,7 @@ PEAKS = {
     "int4, one by one": infer("llama-768", 8, 530, "int4", prompt=500),
     "encoder": infer("bert-512", 16, 256, "float32"),
     "full": train("llama-768", 2, 256, "float32"),
+    "8-bit moments": train("llama-768", 2, 256, "float32", optimizer="adamw_8bit"),
     "bf16, checkpointed": train("llama-768", 4, 256, "bfloat16", checkpoint=True),
     "lora": train("llama-768", 2, 256, "int4", "lora"),
 }
