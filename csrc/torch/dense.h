@@ -59,13 +59,21 @@ inline memlm_packed packed(const Tensor& at, const Tensor& codes, const Tensor& 
           nullptr};
 }
 
+// Of rows of W, which has `bits`, as unpacked_matmul asks for them.
+template <class On>
+auto unpack(const Tensor& x, const memlm_packed& w, int bits) {
+  return [&x, &w, bits](int64_t first, int64_t rows, memlm_dtype dtype, void* out) {
+    On::call(x, On::dequantize, &w, bits, first, rows, dtype, out);
+  };
+}
+
 template <class On>
 Tensor w2_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, int64_t n,
                  int64_t k, int64_t group, OptionalTensor bias, bool fast, OptionalTensor norm,
                  double eps, bool swiglu, OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, offsets, 2, n, k, group);
-  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 2, around);
+  if (is_unpacked<On>(x, w)) return unpacked_matmul(x, w, around, unpack<On>(x, w, 2));
   const auto kernel = [&](auto... arguments) { On::call(x, On::w2_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }
@@ -76,7 +84,7 @@ Tensor w4_matmul(Tensor x, Tensor codes, Tensor scales, OptionalTensor offsets, 
                  OptionalTensor norm, double eps, bool swiglu, OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, offsets, 4, n, k, group, codebook);
-  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 4, around);
+  if (is_unpacked<On>(x, w)) return unpacked_matmul(x, w, around, unpack<On>(x, w, 4));
   const auto kernel = [&](auto... arguments) { On::call(x, On::w4_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }
@@ -87,7 +95,7 @@ Tensor w8_matmul(Tensor x, Tensor codes, Tensor scales, int64_t n, int64_t k, in
                  OptionalTensor residual) {
   Around around = {bias, norm, eps, swiglu, residual};
   const memlm_packed w = packed(x, codes, scales, {}, 8, n, k, group);
-  if (is_unpacked<On>(x, w, around)) return unpacked_matmul<On>(x, w, 8, around);
+  if (is_unpacked<On>(x, w)) return unpacked_matmul(x, w, around, unpack<On>(x, w, 8));
   const auto kernel = [&](auto... arguments) { On::call(x, On::w8_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }

@@ -1,7 +1,7 @@
 // The ops over sparse matrices (memlm/sparse_formats.py), on any device: `On` says which, as in dense.h.
 #pragma once
 #include "../formats.h"
-#include "tensors.h"
+#include "unpacked.h"
 
 namespace memlm_torch {
 
@@ -136,6 +136,12 @@ Tensor w4_sparse_matmul(Tensor x, Tensor codes, Tensor places, OptionalTensor st
                         OptionalTensor residual) {
   const memlm_packed w = compressed(x, codes, places, starts, scales, pattern, codebook, n, k, group);
   Around around = {bias, norm, eps, swiglu, residual};
+  if (is_unpacked<On>(x, w)) {
+    const auto unpack = [&](int64_t first, int64_t rows, memlm_dtype dtype, void* out) {
+      On::call(x, On::w4_sparse_dequantize, &w, first, rows, dtype, out);
+    };
+    return unpacked_matmul(x, w, around, unpack);
+  }
   const auto kernel = [&](auto... arguments) { On::call(x, On::w4_sparse_matmul, arguments...); };
   return matmul(x, w, around, fast, x.scalar_type(), kernel);
 }

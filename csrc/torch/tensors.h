@@ -73,6 +73,15 @@ inline void check_operands(const Tensor& x, const memlm_packed& w, const Around&
                     "bias, norm, residual: expected the dtype of the result");
 }
 
+// Makes it contiguous; `shape` is the result's.
+inline void check_residual(Tensor& residual, const Tensor& x, const std::vector<int64_t>& shape) {
+  make_contiguous(residual);
+  const auto sizes = residual.sizes();
+  const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
+  check_device(residual, x, "residual");
+  STD_TORCH_CHECK(same, "residual: must have the shape of the result");
+}
+
 // y, of y_type, by kernel(w, args); x has last dimension k, and W lies beside it.
 template <class Kernel>
 Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, ScalarType y_type,
@@ -81,13 +90,7 @@ Tensor matmul(Tensor x, const memlm_packed& w, Around& around, bool fast, Scalar
   check_operands(x, w, around, y_type);
   const int64_t columns = swiglu ? w.n / 2 : w.n;
   const std::vector<int64_t> shape = with_last(x, true, columns);
-  if (residual) {
-    make_contiguous(*residual);
-    const auto sizes = residual->sizes();
-    const bool same = std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
-    check_device(*residual, x, "residual");
-    STD_TORCH_CHECK(same, "residual: must have the shape of the result");
-  }
+  if (residual) check_residual(*residual, x, shape);
   make_contiguous(x);
   Tensor y = torch::stable::new_empty(x, shape, y_type);
   memlm_matmul_args args = {};
