@@ -46,7 +46,7 @@ def w4_matmul(
 
     On a GPU (f16, bf16) ``fast`` makes no difference: x is multiplied by the codes as they are, sums of 32
     are f32 and multiplied by the scale; NF4's levels are rounded to x's dtype.  From 128 rows on W is rounded
-    to x's dtype instead, and torch multiplies (docs/gpu.md).
+    to x's dtype instead, and torch computes it and the layers around it (docs/gpu.md).
 
     The layers around the product can be part of it, in f32 and without a pass over memory of
     their own: ``norm [k]`` with ``eps`` puts RMSNorm before it (arXiv:1910.07467); with ``swiglu``
