@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from memlm.kernels._weight_only import weight_only
+from memlm.kernels._dense import matmul
 from memlm.ops import _matmul
 
 
 def w4_matmul(x, codes, scales, offsets, codebook, n, k, group, bias, fast, norm, eps, swiglu, residual, config=None):
     """``torch.ops.memlm.w4_matmul``; ``fast`` makes no difference."""
     packed = _matmul.packed_of(4, codes, scales, offsets, n, k, group, codebook)
-    return weight_only(x, packed, bias, norm, eps, swiglu, residual, config)
+    return matmul(x, packed, bias, norm, eps, swiglu, residual, config)

@@ -7,12 +7,16 @@ counts those of each step as it goes, and first those before its share of k.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
+from memlm.kernels import _unpacked
 from memlm.kernels._sparse import _bytes_before, _expanded, compressed_arguments
 from memlm.kernels._weight_only import _add_product, _finish, _store_share, _unpack, product, pruned, target_of
+from memlm.kernels.w4_sparse_dequantize import w4_sparse_dequantize
 from memlm.ops.w4_sparse_dequantize import weights_of
 from memlm.sparse_formats import SparseTensors
 
@@ -95,11 +99,14 @@ def w4_sparse_matmul(
     """``torch.ops.memlm.w4_sparse_matmul``; ``fast`` makes no difference.  What starts and places say is
     believed: to look, the host would have to wait for the device.
 
-    ``config``: this one instead of the one that is found fastest.
+    ``config``: this one of the kernel's instead of the one that is found fastest; else many rows are torch's.
 
     Raises UnsupportedError for an f32 x.
     """
     packed = weights_of(SparseTensors, codes, places, starts, scales, pattern, codebook, n, k, group)
+    if config is None and _unpacked.are_many(x, packed):
+        unpack = partial(w4_sparse_dequantize, codes, places, starts, scales, pattern, codebook, n, k, group)
+        return _unpacked.product(x, packed, bias, norm, eps, swiglu, residual, unpack)
     weights, sizes, constants = compressed_arguments(packed)
     return product(
         x, packed, bias, norm, eps, swiglu, residual, config, w4_sparse_kernel, tuned_kernel, weights,

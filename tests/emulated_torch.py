@@ -128,9 +128,6 @@ def weight_only() -> None:
     ran_well()
 
 
-MANY = 129  # rows: more than csrc/torch/unpacked.h leaves to the kernels
-
-
 def unpacked() -> None:
     """Many rows are torch's product with weights rounded to x's type; those around the edge of what is many are
     the kernel's."""
@@ -141,7 +138,6 @@ def unpacked() -> None:
     ):  # fmt: skip
         for dtype in DTYPES:
             check_unpacked(format, 40, 96, dtype)
-            check_unpacked_around(format, 40, 96, dtype)
     ran_well()
 
 
@@ -152,87 +148,34 @@ def many_panels() -> None:
     check_unpacked("int4-g128", 16648, 4096, torch.float16)
 
 
-def matmul_of(packed):
-    from memlm import ops
-
-    sparse = hasattr(packed, "places")
-    return ops.emulated("w4_sparse_matmul" if sparse else f"w{packed.format.bits}_matmul")
-
-
 def check_unpacked(format: str, n: int, k: int, dtype) -> None:
-    import torch
-
-    from . import numerics
-    from .gpu_matmul_checks import in_range
-    from .matmul_checks import arguments, random_case
-
-    x, packed, bias = random_case(format, n, k, MANY, torch.float32)
-    x, bias, run = in_range(x, dtype), bias.to(dtype), matmul_of(packed)
-    for b in (bias, None):
-        few = run(*arguments(x[:127], packed, b, False))
-        numerics.assert_within(few, *numerics.exact_matmul(x[:127], packed, b, "mma"))
-        many = run(*arguments(x.view(3, 43, k), packed, b, False)).view(MANY, n)
-        numerics.assert_within(many, *exact_unpacked(x, packed, b))
-        assert not torch.equal(many[:127], few)
-
-
-def check_unpacked_around(format: str, n: int, k: int, dtype) -> None:
-    """Norm, swiglu and residual, each and together; bad ones are refused as the kernel does."""
     import pytest
     import torch
 
+    from memlm import ops
+
     from . import numerics
-    from .matmul_checks import arguments, around_cases
+    from .gpu_matmul_checks import MANY, check_many_rows, in_range
+    from .matmul_checks import arguments, random_case
 
-    for x, packed, around in around_cases(format, n, k, MANY, dtype):
-        run = matmul_of(packed)
-        y = run(*arguments(x, packed, None, False, **around))
-        numerics.assert_within(y, *exact_unpacked(x, packed, None, **around))
-        for name in around.keys() & {"norm", "residual"}:
-            bad = {**around, name: around[name][..., :-1]}
-            with pytest.raises(RuntimeError, match=f"{name}: "):
-                run(*arguments(x, packed, None, False, **bad))
-    x, packed, _ = around_cases(format, 24, k, MANY, dtype)[0]
-    for rows in (9, MANY):
+    x, packed, bias = random_case(format, n, k, MANY, torch.float32)
+    op = ops.emulated("w4_sparse_matmul" if "/" in format else f"w{packed.format.bits}_matmul")
+
+    def run(x, packed, bias, **around):
+        return op(*arguments(x, packed, bias, False, **around))
+
+    many = check_many_rows(run, format, n, k, dtype)
+    x, bias = in_range(x, dtype), bias.to(dtype)
+    few = run(x[: MANY - 2], packed, bias)
+    numerics.assert_within(few, *numerics.exact_matmul(x[: MANY - 2], packed, bias, "mma"))
+    assert not torch.equal(many[: MANY - 2], few)
+    for name, bad in (("norm", torch.ones(k - 1)), ("residual", torch.ones(MANY, n - 1))):
+        with pytest.raises(RuntimeError, match=f"{name}: "):
+            run(x, packed, None, **{name: bad.to(dtype)})
+    packed = random_case(format, 24, k, 1, dtype)[1]
+    for rows in (9, MANY):  # the kernel's message
         with pytest.raises(RuntimeError, match="swiglu: n / 2 must be a multiple of 16, n is 24"):
-            matmul_of(packed)(*arguments(x[:rows], packed, None, False, swiglu=True))
-    assert torch.isfinite(y).all()
-
-
-def exact_unpacked(x, packed, bias, norm=None, eps=0.0, swiglu=False, residual=None) -> tuple:
-    """What csrc/torch/unpacked.h computes, in f64, and a bound on its distance, of roundings to x's type: W's is in
-    the exact result; rows' after a norm, of two factors and their product; of sums and their parts two; gate, up
-    and their product; the sum with the residual."""
-    import torch
-    import torch.nn.functional as F
-
-    from memlm import formats, sparse_formats
-
-    from .numerics import SMALLEST
-
-    sparse = hasattr(packed, "places")
-    w = (sparse_formats if sparse else formats).dequantize(packed, x.dtype).double()
-    u, h = torch.finfo(x.dtype).eps / 2, x.double()
-    off = torch.zeros_like(h)
-    if norm is not None:
-        h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
-        off = 3 * u * h.abs() + SMALLEST[x.dtype]
-    y, size = h @ w.T, h.abs() @ w.abs().T
-    if bias is not None:
-        y, size = y + bias.double(), size + bias.double().abs()
-    bound = off @ w.abs().T + 2 * u * size + SMALLEST[x.dtype]
-    if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        off_gate, off_up = bound.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-        # silu's slope is below 1.1
-        off_gate = 1.1 * off_gate + u * F.silu(gate).abs()
-        bound = off_gate * (up.abs() + off_up) + F.silu(gate).abs() * off_up
-        bound = bound + u * (y.abs() + bound) + SMALLEST[x.dtype]
-    if residual is not None:
-        y = y + residual.double()
-        bound = bound + u * (y.abs() + bound)
-    return y, bound
+            run(x[:rows], packed, None, swiglu=True)
 
 
 def unsupported() -> None:

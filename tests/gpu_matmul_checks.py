@@ -19,6 +19,27 @@ def in_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x / (8 * x.float().square().mean().sqrt())).to(dtype)
 
 
+MANY = 129  # rows: those that are torch's product, with W unpacked
+
+
+def check_many_rows(run, format: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """``run(x, packed, bias, **around)`` as csrc/torch/unpacked.h says, also with norm, swiglu and residual, each
+    and together.  Returns the product with bias."""
+    for x, packed, around in around_cases(format, n, k, MANY, dtype):
+        y = run(x, packed, None, **around)
+        assert y.dtype == dtype
+        numerics.assert_within(y, *numerics.exact_unpacked(x, packed, None, **around))
+    x, packed, bias = random_case(format, n, k, MANY, torch.float32)
+    x, bias = in_range(x, dtype), bias.to(dtype)
+    for b in (None, bias):
+        y = run(x.view(3, MANY // 3, k), packed, b).view(MANY, n)
+        numerics.assert_within(y, *numerics.exact_unpacked(x, packed, b))
+    wide = torch.full((MANY, k + 7), float("nan"), dtype=dtype)
+    wide[:, 3 : k + 3] = x
+    assert torch.equal(run(wide[:, 3 : k + 3], packed, bias), y)
+    return y
+
+
 class GpuWeightOnly:
     """``OP``: the operation; ``FORMATS`` that it takes; ``run(x, packed, bias, **around)``: its product."""
 

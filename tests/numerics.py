@@ -21,10 +21,10 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 
-def dequantize(packed: Packed | SparsePacked) -> torch.Tensor:
-    """f64 [n, k]."""
+def dequantize(packed: Packed | SparsePacked, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[n, k], f64 or rounded."""
     module = sparse_formats if isinstance(packed, SparsePacked) else formats
-    return module.dequantize(packed, torch.float64)
+    return module.dequantize(packed, dtype)
 
 
 def fast_weights(packed: Packed | SparsePacked) -> torch.Tensor:
@@ -154,6 +154,34 @@ def exact_around(
     bound += _rounding(y_dtype or x.dtype, y, bound)
     shape = (*x.shape[:-1], y.shape[-1])
     return y.view(shape), bound.view(shape)
+
+
+def exact_unpacked(x, packed: Packed | SparsePacked, bias, norm=None, eps=0.0, swiglu=False, residual=None):
+    """The product as csrc/torch/unpacked.h and kernels/_unpacked.py compute it, in f64, and a bound on what they
+    are off by.  They round to x's type: weights, which the exact product has so; normalised rows, twice and their
+    product with the norm; sums, and the parts they may be made of; gate, up and their product; at last the sum
+    with the residual."""
+    w, u, h = dequantize(packed, x.dtype).double(), ROUNDOFF[x.dtype], x.double()
+    off = torch.zeros_like(h)
+    if norm is not None:
+        h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
+        off = 3 * u * h.abs() + SMALLEST[x.dtype]
+    y, size = h @ w.T, h.abs() @ w.abs().T
+    if bias is not None:
+        y, size = y + bias.double(), size + bias.double().abs()
+    bound = off @ w.abs().T + 2 * u * size + SMALLEST[x.dtype]
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        off_gate, off_up = bound.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+        # silu's slope is below 1.1
+        off_gate = 1.1 * off_gate + u * F.silu(gate).abs()
+        bound = off_gate * (up.abs() + off_up) + F.silu(gate).abs() * off_up
+        bound = bound + u * (y.abs() + bound) + SMALLEST[x.dtype]
+    if residual is not None:
+        y = y + residual.double()
+        bound = bound + u * (y.abs() + bound)
+    return y, bound
 
 
 def assert_within(result: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:

@@ -5,13 +5,13 @@ import torch
 from memlm import sparse_formats
 
 from .matmul_checks import off_by_one, random_case
-from .triton_matmul_checks import matmul
+from .triton_matmul_checks import ManyRows, matmul
 from .triton_sparse_checks import Sparse
 
 from memlm.kernels import w4_sparse_matmul
 
 
-class TestW4SparseMatmul(Sparse):
+class TestW4SparseMatmul(ManyRows, Sparse):
     OP = "w4_sparse_matmul"
     FORMATS = ["2:4/int4-g32", "2:4/nf4-g64", "unstructured/int4-g128", "unstructured/nf4-g32"]
     SOME = ["2:4/nf4-g64", "unstructured/int4-g32"]

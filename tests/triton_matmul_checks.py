@@ -1,15 +1,17 @@
 """What the weight-only matmuls of kernels/ are tested for in Triton's interpreter."""
 
+import functools
+
 import pytest
 import torch
 
-from .gpu_matmul_checks import DTYPES, GpuWeightOnly, in_range
+from .gpu_matmul_checks import DTYPES, GpuWeightOnly, check_many_rows, in_range
 from .matmul_checks import SHAPES, arguments, random_case
 from .triton_interpreter import interpret
 
 interpret()
 from memlm import kernels  # noqa: E402
-from memlm.kernels import _weight_only  # noqa: E402
+from memlm.kernels import _unpacked, _weight_only  # noqa: E402
 from memlm.kernels._weight_only import SPACE  # noqa: E402
 
 # n, k, rows: tails in each, more than one step of k.
@@ -22,8 +24,20 @@ def split(space):
     return next(config for config in space if config.kwargs["SPLITS"] > 1)
 
 
-def matmul(op: str, x, packed, bias, config, **around) -> torch.Tensor:
+def matmul(op: str, x, packed, bias, config=None, **around) -> torch.Tensor:
     return kernels.implementation(op)(*arguments(x, packed, bias, False, **around), config=config)
+
+
+class ManyRows:
+    """Of operations that leave many rows to torch."""
+
+    def test_many_rows(self, format, dtype):
+        check_many_rows(functools.partial(matmul, self.OP), format, 40, 96, dtype)
+
+    def test_many_rows_by_panels(self, monkeypatch):
+        monkeypatch.setattr(_unpacked, "PANEL_BYTES", 0)
+        monkeypatch.setattr(_unpacked, "PANEL_UNIT", 16)
+        check_many_rows(functools.partial(matmul, self.OP), self.FORMATS[0], 40, 96, torch.float16)
 
 
 class WeightOnly(GpuWeightOnly):
