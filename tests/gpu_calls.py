@@ -20,7 +20,7 @@ from . import test_cuda_linear_cross_entropy as linear_cross_entropy
 from .matmul_checks import random_case
 from .paged import paged
 from .test_cuda_adamw_8bit import adamw_8bit
-from .test_cuda_block_sparse_matmul import run_gradient
+from .test_cuda_block_sparse_matmul import dequantized, run_gradient
 from .test_cuda_dequantize import dequantize
 from .test_cuda_matmul_topk import topk
 from .test_cuda_quantize_rows import quantize_rows
@@ -103,11 +103,11 @@ def sparse_gradients(arch: int) -> Calls:
 
 
 def others(arch: int) -> Calls:
-    """w4_sparse_dequantize, quantize_weight and matmul_topk."""
-    for name in ("2:4/int4-g32", "unstructured/int4-g32"):
+    """w4_sparse_dequantize, that of blocks, quantize_weight and matmul_topk."""
+    for name in ("2:4/int4-g32", "unstructured/int4-g32", "block/int4-g32"):
         w = random_case(name, 64, 128, 1, torch.float32)[1]
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            yield partial(sparse_rows, w, 0, 64, dtype)
+            yield partial(dequantized if name.startswith("block") else sparse_rows, w, 0, 64, dtype)
     for name in ("int8-row", "int4-g128", "int4a-g128", "nf4-g128"):
         yield partial(quantize, torch.zeros(64, 128), name)
     yield partial(topk, torch.zeros(4, 4096, dtype=torch.float16), packed("int4-g64", 4096, 4096), top=50)

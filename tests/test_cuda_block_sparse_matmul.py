@@ -6,6 +6,7 @@ from ctypes import byref
 import pytest
 import torch
 
+from memlm import sparse_formats
 
 from . import block_sparse_gradients, emulator, numerics
 from .cuda_sparse_checks import Sparse
@@ -84,3 +85,35 @@ def test_every_gradient(name):
     for n, k, m in [(700, 130, 65), (33, 1057, 129)]:
         check_gradient_of_x(name, n, k, m)
         check_gradient_of_values(n, k, m)
+
+
+def dequantized(packed, row: int, rows: int, dtype: torch.dtype, arch: int = 800) -> torch.Tensor:
+    out = torch.full((rows, packed.k), float("nan"), dtype=dtype)
+    emulator.emulator(arch).run(
+        "memlm_cuda_block_sparse_dequantize", byref(emulator.packed_struct(packed)), packed.format.bits,
+        ctypes.c_int64(row), ctypes.c_int64(rows), emulator.DTYPES[dtype], ctypes.c_void_p(out.data_ptr()),
+        read=packed.tensors().values(), written=[out],
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("name", TestBlockSparseMatmul.FORMATS)
+def test_dequantize(name):
+    """To the last bit."""
+    for n, k in [(1, 1), (17, 33), (40, 2100)]:
+        packed = random_case(name, n, k, 1, torch.float32)[1]
+        for dtype in emulator.DTYPES:
+            expected = sparse_formats.dequantize(packed, dtype)
+            for row, rows in [(0, n), (n // 3, n - n // 3), (n - 1, 1), (n, 0)]:
+                part = dequantized(packed, row, rows, dtype)
+                assert torch.equal(part, expected[row : row + rows])
+    assert torch.equal(dequantized(packed, 0, n, torch.float16, 750), sparse_formats.dequantize(packed, torch.float16))
+
+
+def test_dequantize_bad_input():
+    packed = random_case("block/int4-g32", 20, 96, 1, torch.float32)[1]
+    for row, rows in [(-1, 3), (0, 21), (18, 3), (2**62, 2**62)]:
+        with pytest.raises(RuntimeError, match=f"rows: got {rows} from {row} on, W has 20"):
+            w, out = emulator.packed_struct(packed), torch.empty(20, 96)
+            given = (ctypes.c_int64(row), ctypes.c_int64(rows), 0, ctypes.c_void_p(out.data_ptr()))
+            emulator.emulator().run("memlm_cuda_block_sparse_dequantize", byref(w), 4, *given)

@@ -15,7 +15,7 @@
 namespace memlm::cuda {
 namespace {
 
-constexpr int kTile = 16;             // rows of a block
+constexpr int kTile = kBlockRows;
 constexpr int kThreads = 128;
 constexpr int kSome = 4;              // blocks of W at a time
 constexpr int kRows = 64;             // of grad, of a thread block of grad_x
@@ -23,34 +23,6 @@ constexpr int kGradStride = kRows + 4;  // between columns of them, so that writ
 constexpr int kChunk = 32;            // rows of grad and x at a time, for grad_values
 constexpr int kGradXFloats = kSome * kTile * (kBlockK + kGradStride),
               kGradValuesFloats = kChunk * (kTile + kSome * kBlockK);
-
-// What reads a block's weights.
-struct Blocks {
-  const uint8_t *codes, *scales, *offsets;
-  int bits, scale_bytes;
-  float zero;
-  float levels[16];
-  bool has_levels;
-
-  // Row r, k j of a block.
-  MEMLM_DEVICE float weight(int64_t block, int r, int j) const {
-    const uint8_t* const from = codes + block * bits * 64;
-    if (bits == 32) return load<float>(from + (j * kTile + r) * 4);
-    if (bits == 16) return to_float(load<bf16>(from + (j * kTile + r) * 2));
-    // Fields of 4 k each, the lowest first, in 64 bytes.
-    const int fields = 8 / bits, in = j / 4;
-    const int byte = from[in / fields * 64 + r * 4 + j % 4];
-    const int code = bits == 8 ? static_cast<int8_t>(byte) : byte >> in % fields * bits & ((1 << bits) - 1);
-    const float number = has_levels ? levels[code] : static_cast<float>(code) - zero;
-    return fma_f32(number, scaled(scales, block, r), offsets ? scaled(offsets, block, r) : 0);
-  }
-
- private:
-  MEMLM_DEVICE float scaled(const uint8_t* array, int64_t block, int r) const {
-    const uint8_t* const from = array + (block * kTile + r) * scale_bytes;
-    return scale_bytes == 2 ? to_float(load<f16>(from)) : load<float>(from);
-  }
-};
 
 __global__ void map_kernel(const int64_t* starts, const int32_t* places, int tiles, int* map) {
   const int tile = block_x();
@@ -65,7 +37,9 @@ __global__ void __launch_bounds__(kThreads, 8)
   // [block and row][k], [block and row][row of grad]
   float* const weights = shared<float>();
   float* const grads = weights + kSome * kTile * kBlockK;
-  int* const chosen = reinterpret_cast<int*>(grads + kSome * kTile * kGradStride);  // blocks, and their tiles
+  float* const numbers = grads + kSome * kTile * kGradStride;
+  int* const chosen = reinterpret_cast<int*>(numbers + 16);  // blocks, and their tiles
+  w.put_numbers(numbers);
   const int64_t row0 = static_cast<int64_t>(block_x()) * kRows;
   const int k0 = block_y() * kBlockK, across = thread() % 8 * 4, down = thread() / 8 * 4;
   map += static_cast<int64_t>(block_y()) * tiles;
@@ -97,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 8)
     for (int i = thread(); i < found * kTile * kBlockK; i += kThreads) {
       const int j = i % kBlockK, r = i / kBlockK;  // r: block and row
       const bool there = chosen[kSome + r / kTile] * kTile + r % kTile < n;
-      weights[i] = there ? w.weight(chosen[r / kTile], r % kTile, j) : 0;
+      weights[i] = there ? w.weight(numbers, chosen[r / kTile], r % kTile, j) : 0;
     }
     for (int i = thread(); i < found * kTile * kRows; i += kThreads) {
       const int r = i % (found * kTile), row = i / (found * kTile);
@@ -195,14 +169,9 @@ memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int
   MEMLM_PASS(started(clear(map, bytes, queue->stream)));
   MEMLM_PASS(started(launch(&map_kernel, {tiles}, kThreads, 0, queue->stream, w->starts,
                             static_cast<const int32_t*>(w->places), tiles, map)));
-  Blocks blocks = {static_cast<const uint8_t*>(w->codes), static_cast<const uint8_t*>(w->scales),
-                   static_cast<const uint8_t*>(w->offsets), bits, w->scale_dtype == MEMLM_F16 ? 2 : 4};
-  blocks.zero = w->offsets ? 0 : bits == 4 ? 8 : bits == 2 ? 1 : 0;
-  blocks.has_levels = w->levels != nullptr;
-  for (int i = 0; w->levels && i < 16; i++) blocks.levels[i] = w->levels[i];
   return started(launch(&grad_x_kernel, {ceil_div(m, kRows), columns}, kThreads,
-                        kGradXFloats * 4 + (2 * kSome + 1) * 4, queue->stream, blocks, map, grad, m, w->n,
-                        w->k, tiles, grad_x));
+                        (kGradXFloats + 16 + 2 * kSome + 1) * 4, queue->stream, blocks_of(w, bits), map, grad,
+                        m, w->n, w->k, tiles, grad_x));
 }
 
 memlm_status memlm_cuda_block_sparse_grad_values(const memlm_packed* w, int64_t m, const float* grad,

@@ -369,6 +369,14 @@ memlm_status check_blocks(const memlm_packed* w, int bits) {
   return check_values(w, are_floats(bits) ? 4 : bits);
 }
 
+Blocks blocks_of(const memlm_packed* w, int bits) {
+  Blocks blocks = {static_cast<const uint8_t*>(w->codes), static_cast<const uint8_t*>(w->scales),
+                   static_cast<const uint8_t*>(w->offsets), bits, bytes_of(w->scale_dtype)};
+  const int zero = w->offsets ? 0 : bits == 4 ? 8 : 1;
+  for (int q = 0; q < 16; q++) blocks.numbers[q] = w->levels ? w->levels[q] : static_cast<float>(q - zero);
+  return blocks;
+}
+
 }  // namespace memlm::cuda
 
 using namespace memlm;

@@ -80,6 +80,11 @@ MEMLM_API memlm_status memlm_cuda_w4_sparse_matmul(const memlm_packed* w, const 
 MEMLM_API memlm_status memlm_cuda_block_sparse_matmul(const memlm_packed* w, int bits,
                                                       const memlm_matmul_args* args, memlm_cuda_queue* queue);
 
+/* Rows of a W of MEMLM_BLOCKS, as memlm_dequantize; f32, f16 and bf16 on all devices. */
+MEMLM_API memlm_status memlm_cuda_block_sparse_dequantize(const memlm_packed* w, int bits, int64_t row,
+                                                          int64_t rows, memlm_dtype dtype, void* out,
+                                                          memlm_cuda_queue* queue);
+
 /* Gradients, as in memlm.h. */
 MEMLM_API memlm_status memlm_cuda_block_sparse_grad_x(const memlm_packed* w, int bits, int64_t m,
                                                       const float* grad, float* grad_x,

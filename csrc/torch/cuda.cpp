@@ -103,7 +103,11 @@ MEMLM_API const char* memlm_torch_open_cuda(const char* path) {
     reason = dlerror();
     return reason.c_str();
   }
-  Gpu::last_error = reinterpret_cast<decltype(Gpu::last_error)>(dlsym(library, "memlm_cuda_last_error"));
+  const auto find = [&](const char* name, auto& function) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+  };
+  find("memlm_cuda_last_error", Gpu::last_error);
+  find("memlm_cuda_block_sparse_dequantize", Gpu::block_sparse_dequantize);
   for (const Operation& operation : kOperations)
     *operation.function = dlsym(library, (std::string("memlm_cuda_") + operation.name).c_str());
   return nullptr;

@@ -50,6 +50,7 @@ struct Gpu {
   static inline decltype(&memlm_cuda_w4_sparse_matmul) w4_sparse_matmul;
   static inline decltype(&memlm_cuda_w4_sparse_dequantize) w4_sparse_dequantize;
   static inline decltype(&memlm_cuda_block_sparse_matmul) block_sparse_matmul;
+  static inline decltype(&memlm_cuda_block_sparse_dequantize) block_sparse_dequantize;
   static inline decltype(&memlm_cuda_block_sparse_grad_x) block_sparse_grad_x;
   static inline decltype(&memlm_cuda_block_sparse_grad_values) block_sparse_grad_values;
   static inline decltype(&memlm_cuda_adamw_8bit) adamw_8bit;
