@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads) block_rows_kernel(const Rows p, T* o
   for (int column = warp(); column < kColumns; column += kThreads / kWarp) {
     const int k = (first + column) * kBlockK + lane(), which = stored[column];
     if (k >= p.k) break;
+#pragma unroll 2
     for (int r = 0; r < kBlockRows; r++) {
       const int64_t at = tile * kBlockRows + r - p.row;
       if (at < 0 || at >= p.count) continue;

@@ -32,7 +32,7 @@ __global__ void map_kernel(const int64_t* starts, const int32_t* places, int til
 }
 
 __global__ void __launch_bounds__(kThreads, 8)
-    grad_x_kernel(const Blocks w, const int* map, const float* grad, int64_t m, int n, int k, int tiles,
+    grad_x_kernel(const __grid_constant__ Blocks w, const int* map, const float* grad, int64_t m, int n, int k, int tiles,
                   float* grad_x) {
   // [block and row][k], [block and row][row of grad]
   float* const weights = shared<float>();

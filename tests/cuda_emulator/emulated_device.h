@@ -16,6 +16,7 @@
 #define MEMLM_EMULATED __attribute__((no_sanitize("thread"), noinline)) inline
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__
 #define MEMLM_HERE __builtin_return_address(0)
 
