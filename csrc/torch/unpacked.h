@@ -71,6 +71,7 @@ Tensor unpacked_matmul(const Tensor& x, const memlm_packed& w, Around& around, c
     const Tensor gate = dispatched("aten::silu", "", stable::narrow(y, 1, 0, columns));
     y = dispatched("aten::mul", "Tensor", gate, stable::narrow(y, 1, columns, columns));
   }
+  // The sum: there is no stable add.
   if (around.residual) y = stable::subtract(y, stable::reshape(*around.residual, {rows, columns}), -1);
   return stable::reshape(y, shape);
 }
