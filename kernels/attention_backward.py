@@ -209,8 +209,11 @@ def grad_kv_kernel(
 
 
 def q_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:
-    """Queries and gradients, and keys and values of all stages; sums, and scores and their gradients."""
-    return (own + stages * step) * (dim + v_dim), own * (dim + 2 * step)
+    """Queries and gradients, and keys and values of all stages; sums, and scores and their gradients.  All of 16
+    queries and their gradients are operands of each of four warps, two numbers in a register: half of them are
+    counted, as what is counted is multiplied by ``_attention.NEED``, some 3."""
+    copies = own * (dim + v_dim) // 2 if own == 16 else 0
+    return (own + stages * step) * (dim + v_dim), own * (dim + 2 * step) + copies
 
 
 def kv_room(own: int, step: int, stages: int, dim: int, v_dim: int) -> tuple[int, int]:

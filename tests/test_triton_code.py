@@ -1,5 +1,6 @@
 """The Triton kernels as compiled for every target, without a GPU: tests/triton_code.py reads the code."""
 
+import functools
 import re
 
 import pytest
@@ -18,14 +19,16 @@ UNITS = {
     "sm_75": set(), "sm_90": {"mma.sync", "wgmma"}, "sm_100": {"mma.sync", "tcgen05"},
     "gfx942": {"mfma"}, "gfx1100": {"wmma"},
 }  # fmt: skip
-# What ptxas spills although registers are left: bytes, of 32 rows by 64 features; and of the largest heads.
-SPILLS = {
-    ("w8a8_matmul int8-row f16", "sm_90", "32x64"): 24,
-    ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
-}
-# Attention takes all registers where heads are large, and may spill a few: bytes, or registers of AMD's.
+# Bytes that may be put aside before a loop and fetched behind it, some twenty instructions of a program: ptxas does
+# so where it keeps registers for one more block of threads, and gives them where it is told to.
+ONCE = 72
+# Attention takes all registers where heads are large, and may spill a few in loops: bytes, or registers of AMD's.
 # Which configuration is fastest is measured.
 FEW = {"cuda": 48, "hip": 20}
+SPILLS = {
+    ("attention_backward kv options bf16", "sm_90", "256 32x16 8 warps"): 56,
+    ("paged_attention bf16 f16", "sm_120", "128 32 rows 4 warps 2 stages"): 48,
+}
 # Kernels that multiply matrices; of f32 no unit does.
 MULTIPLY = re.compile(r".*matmul|linear_cross_entropy|(paged_)?attention .* b?f16|attention_backward k?[qv] .* b?f16")
 OPERATIONS = sorted({specimen.name.split()[0] for specimen in specimens(TARGETS["sm_80"])})
@@ -46,7 +49,8 @@ def check(found, name: str) -> None:
     for code in found:
         assert not code.error, code
         few = FEW[target.backend] if code.kernel.startswith("attention") else 0
-        assert code.spills <= SPILLS.get((code.kernel, name, code.config), few), code
+        in_loops = SPILLS.get((code.kernel, name, code.config), few)
+        assert code.spills <= (in_loops if code.looped else ONCE), code
         assert code.registers <= target.registers and code.shared <= target.shared, code
         units = UNITS.get(name, {"mma.sync"})
         if MULTIPLY.match(code.kernel) and units:
@@ -62,18 +66,27 @@ def test_some(target):
     check(found, target)
 
 
+@functools.cache
+def all_of(target: str) -> list[Code]:
+    """Takes minutes."""
+    return account("", [target])
+
+
 @pytest.mark.gpu_proof
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_all(operation, target):
-    check(account(f"^{operation} ", [target]), target)
+    check([code for code in all_of(target) if code.kernel.split()[0] == operation], target)
 
 
 def test_table():
-    def code(config, target, registers, spills=0):
-        return Code("w4_matmul f16", target, config, 4, registers, spills, 2048, {"mma.sync": 8}, 2)
+    def code(config, target, registers, spills=0, looped=False):
+        return Code("w4_matmul f16", target, config, 4, registers, spills, 2048, {"mma.sync": 8}, 2, "", looped)
 
-    written = table([code("a", "sm_80", 90), code("b", "sm_80", 120, 8), code("a", "sm_90", 80)])
+    written = table([
+        code("a", "sm_80", 90), code("b", "sm_80", 120, 8, True), code("a", "sm_90", 80), code("a", "sm_86", 90, 16),
+    ])  # fmt: skip
     assert written.splitlines()[2:] == [
-        "| `w4_matmul f16` | 1–2 | 90–120 r, 2 KB, mma.sync, **8 spilled** | 80 r, 2 KB, mma.sync |"
+        "| `w4_matmul f16` | 1–2 | 90–120 r, 2 KB, mma.sync, **8 spilled** | 80 r, 2 KB, mma.sync "
+        "| 90 r, 2 KB, mma.sync, 16 put aside |"
     ]

@@ -27,8 +27,9 @@ MATRIX = {
 @dataclass(frozen=True)
 class Code:
     """``registers``: of a thread; ``spills``: bytes of local memory, or on AMD registers that went to
-    memory; ``shared``: bytes of a block; ``matrix``: instructions by name; ``wide``: loads of 16 bytes
-    from global memory, copies to shared memory among them."""
+    memory; ``looped``: whether any come and go in a loop (on AMD it is not looked at, and taken for so);
+    ``shared``: bytes of a block; ``matrix``: instructions by name; ``wide``: loads of 16 bytes from global
+    memory, copies to shared memory among them."""
 
     kernel: str
     target: str
@@ -40,33 +41,53 @@ class Code:
     matrix: dict[str, int]
     wide: int
     error: str = ""
+    looped: bool = False
 
 
-def _cubin(code: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack and local memory, as cuobjdump has them."""
+def _cuobjdump(code: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _usage(code: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory."""
+    usage = _cuobjdump(code, "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def _spills_in_loops(code: bytes) -> bool:
+    """Whether any instruction on local memory lies between a branch backwards and where it goes."""
+    listed = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", _cuobjdump(code, "-sass"))
+    instructions = [(int(at, 16), text) for at, text in listed]
+    branches = ((at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, text in instructions)
+    loops = [(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) < at]
+    local = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
+    assert local
+    return any(begin <= at <= end for at in local for begin, end in loops)
 
 
 def read(name: str, target_name: str, config: str, warps: int, compiled) -> Code:
     asm = compiled.asm
     if "cubin" in asm:
-        text, usage = asm["ptx"], _cubin(asm["cubin"])
+        text, usage = asm["ptx"], _usage(asm["cubin"])
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        looped = spills > 0 and _spills_in_loops(asm["cubin"])
         wide = len(re.findall(r"ld\.global[.\w]*\.v4\.(?:b|u|f)32|cp\.async\.\w+\.shared\.global[^;]*, (?:0x10|16),", text))
     else:
         text = asm["amdgcn"]
         registers = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
         spills = max(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)))
+        looped = spills > 0
         wide = len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text))
     matrix = {key: count for key, pattern in MATRIX.items() if (count := len(re.findall(pattern, text)))}
-    return Code(name, target_name, config, warps, registers, spills, compiled.metadata.shared, matrix, wide)
+    return Code(
+        name, target_name, config, warps, registers, spills, compiled.metadata.shared, matrix, wide, looped=looped
+    )
 
 
 def compile_all(only: str, targets: list[str]) -> list[Code]:

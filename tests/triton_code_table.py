@@ -29,8 +29,10 @@ def cell(codes: list[Code]) -> str:
     units = sorted({unit for code in codes for unit in code.matrix})
     shared = max(code.shared for code in codes) / 1024
     parts = [f"{span([code.registers for code in codes])} r", f"{shared:.0f} KB", *units]
-    if spilled := max(code.spills for code in codes):
+    if spilled := max(code.spills if code.looped else 0 for code in codes):
         parts.append(f"**{spilled} spilled**")
+    elif once := max(code.spills for code in codes):
+        parts.append(f"{once} put aside")
     return ", ".join(parts)
 
 
@@ -58,7 +60,8 @@ def page(found: list[Code]) -> str:
     return f"""\
 Compiled by Triton {triton.__version__}, each kernel in the configurations that a target has room for.  **r**:
 registers of a thread (gfx: VGPRs), from the least to the most of them; then the most shared memory, and what
-multiplies matrices.  Of the kernels with matrix instructions, {loads(found)} load 16 bytes at a time from
+multiplies matrices; then bytes (gfx: registers) that are **spilled** in loops, or put aside before a loop and
+fetched behind it.  Of the kernels with matrix instructions, {loads(found)} load 16 bytes at a time from
 global memory on NVIDIA's.
 
 {table(found)}"""
