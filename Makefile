@@ -20,7 +20,7 @@ test: $(VENV)/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-gpu-proof: $(VENV)/.ready
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile -m gpu_proof
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup -m gpu_proof
 
 # A few processes, each with some 500 MB of the GPU: Triton's kernels are compiled for each of its cases.
 test-gpu: cuda

@@ -26,6 +26,7 @@ ONCE = 72
 # Which configuration is fastest is measured.
 FEW = {"cuda": 48, "hip": 20}
 SPILLS = {
+    ("paged_attention int4 f16", "sm_75", "256 16 rows 8 warps 1 stages"): 8,
     ("attention_backward kv options bf16", "sm_90", "256 32x16 8 warps"): 56,
     ("paged_attention bf16 f16", "sm_120", "128 32 rows 4 warps 2 stages"): 48,
 }
@@ -72,9 +73,13 @@ def all_of(target: str) -> list[Code]:
     return account("", [target])
 
 
+# A target's tests run in one process, which has its kernels compiled.
+targets = pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.xdist_group(t)) for t in TARGETS])
+
+
 @pytest.mark.gpu_proof
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("target", TARGETS)
+@targets
 def test_all(operation, target):
     check([code for code in all_of(target) if code.kernel.split()[0] == operation], target)
 
