@@ -14,11 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 from benchmarks import harness
 from memlm import optim
 
-LR, DECAY = 1e-2, 0.1
+LR, DECAY, EPS = 1e-2, 0.1, 1e-8
+
+
+def exact(_, w):
+    """The first step."""
+    w = w.double()
+    return w * (1 - LR * DECAY) - LR * w / (w.abs() + EPS)
+
+
 ADAMW_8BIT = harness.Operation(
     "adamw_8bit",
     x=lambda case: torch.empty(0),
-    exact=lambda _, w: w.double() * (1 - LR * DECAY) - LR * w.double().sign(),  # the first step
+    exact=exact,
     macs=lambda case: case.n * case.k,
     share=lambda case: 1.0,
 )
@@ -26,7 +34,8 @@ ADAMW_8BIT = harness.Operation(
 
 def candidate(impl: str, format: str, dtype: torch.dtype, make, state_bytes: float, error: float):
     def prepare(w):
-        param, grad = torch.nn.Parameter(w.to(dtype)), w.to(dtype, copy=True)
+        # Copies: the parameter is written to.
+        param, grad = torch.nn.Parameter(w.to(dtype, copy=True)), w.to(dtype, copy=True)
         moved = w.numel() * (3 * param.element_size() + 2 * state_bytes)
         return harness.Sized((param, grad, make([param])), round(moved))
 
@@ -39,11 +48,11 @@ def candidate(impl: str, format: str, dtype: torch.dtype, make, state_bytes: flo
 
 
 def ours(params):
-    return optim.AdamW8bit(params, LR, weight_decay=DECAY)
+    return optim.AdamW8bit(params, LR, eps=EPS, weight_decay=DECAY)
 
 
 def fused(params):
-    return torch.optim.AdamW(params, LR, weight_decay=DECAY, fused=True)
+    return torch.optim.AdamW(params, LR, eps=EPS, weight_decay=DECAY, fused=True)
 
 
 CANDIDATES = [
