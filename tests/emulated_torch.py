@@ -169,7 +169,10 @@ def check_few_blocks() -> None:
     few[:16, 64:96] = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     for w in (packed, sparse_quantize(few, "block/int4-g32")):
         y = ops.emulated("block_sparse_matmul")(*arguments(x, w, None, False))
-        numerics.assert_within(y, *numerics.exact_matmul(x, w, None, "mma"))
+        exact, bound = numerics.exact_matmul(x, w, None, "mma")
+        numerics.assert_within(y, exact, bound)
+        # The product with rounded weights would be outside.
+        assert ((numerics.exact_unpacked(x, w, None)[0] - exact).abs() > bound).any()
 
 
 def check_unpacked(format: str, n: int, k: int, dtype) -> None:

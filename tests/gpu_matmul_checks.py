@@ -28,7 +28,10 @@ def check_many_rows(run, format: str, n: int, k: int, dtype: torch.dtype) -> tor
     for x, packed, around in around_cases(format, n, k, MANY, dtype):
         y = run(x, packed, None, **around)
         assert y.dtype == dtype
-        numerics.assert_within(y, *numerics.exact_unpacked(x, packed, None, **around))
+        exact, bound = numerics.exact_unpacked(x, packed, None, **around)
+        numerics.assert_within(y, exact, bound)
+        # Zeros would be far outside; half of all gates are closed, and give next to nothing.
+        assert (exact.abs() > bound).double().mean() > (0.3 if "swiglu" in around else 0.8)
     x, packed, bias = random_case(format, n, k, MANY, torch.float32)
     x, bias = in_range(x, dtype), bias.to(dtype)
     for b in (None, bias):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,8 +48,10 @@ class Case:
         """Bytes that are touched at all, and those that move between chip and L2."""
         machine, (processors, shared) = emulator.emulator(), emulator.DEVICES[800]
         machine.lib.emulator_device(800, max(1, int(processors * self.share)), shared)
-        counts = machine.counts(self.run)
-        machine.lib.emulator_device(800, processors, shared)
+        try:
+            counts = machine.counts(self.run)
+        finally:
+            machine.lib.emulator_device(800, processors, shared)
         touched = counts.distinct_read + counts.distinct_written
         return SECTOR * touched, SECTOR * (counts.read_sectors + counts.write_sectors)
 
@@ -72,9 +75,9 @@ def matmul(op: str, name: str, w, density: float) -> Iterator[Case]:
         rows = min(m, COUNTED_ROWS)
         x = torch.zeros(rows, K, dtype=F16)
         if op == "w8a8_matmul":
-            run = lambda x=x.char(), scales=torch.ones(rows, 1): w8a8_matmul(x, scales, w, None, 0, dtype=F16)  # noqa: E731
+            run = partial(w8a8_matmul, x.char(), torch.ones(rows, 1), w, None, 0, dtype=F16)
         else:
-            run = lambda x=x: emulator.matmul(op, x, w, None)  # noqa: E731
+            run = partial(emulator.matmul, op, x, w, None)
         yield Case(
             f"{op} {name}", f"{kind}, n = k = {N}, m = {m}", run, COUNTED_N * rows / (N * m),
             bytes_of(rows, COUNTED_N), bytes_of(m, N), int(m * N * K * density), op == "w8a8_matmul",
@@ -85,20 +88,19 @@ def attention() -> Iterator[Case]:
     share = COUNTED_KV_HEADS / KV_HEADS
     heads = int(HEADS * share)
     q, grad = (torch.zeros(1, heads, TOKENS, HEAD, dtype=F16) for _ in range(2))
-    k = v = torch.zeros(1, COUNTED_KV_HEADS, TOKENS, HEAD, dtype=F16)
-    v = v.clone()
+    k, v = (torch.zeros(1, COUNTED_KV_HEADS, TOKENS, HEAD, dtype=F16) for _ in range(2))
     sums = heads * TOKENS * 4  # lse, of each query
     forward = 2 * q.nbytes + 2 * k.nbytes + sums
     product = int(HEADS * TOKENS * (TOKENS + 1) // 2 * HEAD)
     size = f"causal, {TOKENS:,} tokens, {HEADS}/{KV_HEADS} heads of {HEAD}"
     yield Case(
-        "attention", size, lambda: cuda_attention.forward(q, k, v, right=0), share, forward,
+        "attention", size, partial(cuda_attention.forward, q, k, v, right=0), share, forward,
         int(forward / share), 2 * product,
     )  # fmt: skip
     made = cuda_attention.forward(q, k, v, right=0)
     backward = 4 * q.nbytes + 4 * k.nbytes + sums  # q, out and two gradients; k, v and theirs
     yield Case(
-        "attention_backward", size, lambda: cuda_attention.gradients(grad, q, k, v, made), share, backward,
+        "attention_backward", size, partial(cuda_attention.gradients, grad, q, k, v, made), share, backward,
         int(backward / share), 5 * product,
     )  # fmt: skip
 
@@ -117,7 +119,7 @@ def paged_attention() -> Iterator[Case]:
         given = (q, made.pool, made.tails, *step, HEAD**-0.5, 0, 0.0, None, None)
         yield Case(
             f"paged_attention {type}", f"{SEQUENCES} x {CACHED:,} tokens, {HEADS}/{KV_HEADS} heads of {HEAD}",
-            lambda given=given: cuda_kv.paged_attention(*given), share, part, int(part / share),
+            partial(cuda_kv.paged_attention, *given), share, part, int(part / share),
             2 * SEQUENCES * CACHED * HEADS * HEAD,
         )  # fmt: skip
 

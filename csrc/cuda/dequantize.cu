@@ -100,8 +100,6 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
                              memlm_dtype dtype, void* out, memlm_cuda_queue* queue) {
   MEMLM_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: got %d, accepted are 2, 4 and 8", bits);
   MEMLM_PASS(check_packed(w, bits));
-  MEMLM_PASS(check_arrays(dtype, "out", {out}));
-  MEMLM_CHECK(!count || out, "out: NULL");
   Gpu gpu;
   MEMLM_PASS(find_gpu(MEMLM_F16, &gpu));
   if (!count) return MEMLM_OK;
@@ -139,8 +137,6 @@ memlm_status dequantize_rows(const memlm_packed* w, int bits, const int64_t* ids
 
 memlm_status memlm_cuda_dequantize(const memlm_packed* w, int bits, int64_t row, int64_t rows,
                                    memlm_dtype dtype, void* out, memlm_cuda_queue* queue) {
-  MEMLM_CHECK(w && row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
-              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows),
-              static_cast<long long>(row), static_cast<long long>(w ? w->n : 0));
+  MEMLM_PASS(memlm::cuda::check_rows_of(w, row, rows, dtype, out));
   return memlm::cuda::dequantize_rows(w, bits, nullptr, row, rows, dtype, out, queue);
 }

@@ -127,6 +127,16 @@ memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer
   return MEMLM_OK;
 }
 
+memlm_status check_rows_of(const memlm_packed* w, int64_t row, int64_t rows, memlm_dtype dtype,
+                           const void* out) {
+  MEMLM_CHECK(w && row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
+              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows),
+              static_cast<long long>(row), static_cast<long long>(w ? w->n : 0));
+  MEMLM_PASS(check_arrays(dtype, "out", {out}));
+  MEMLM_CHECK(!rows || out, "out: NULL");
+  return MEMLM_OK;
+}
+
 }  // namespace cuda
 }  // namespace memlm
 

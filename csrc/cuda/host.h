@@ -42,6 +42,10 @@ inline int bytes_of(memlm_dtype dtype) { return dtype == MEMLM_F32 ? 4 : 2; }
 // Arrays of dtype, given in the order of their names.
 memlm_status check_arrays(memlm_dtype dtype, const char* names, std::initializer_list<const void*> arrays);
 
+// Rows of W that are asked for as floats of dtype, at `out`.
+memlm_status check_rows_of(const memlm_packed* w, int64_t row, int64_t rows, memlm_dtype dtype,
+                           const void* out);
+
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

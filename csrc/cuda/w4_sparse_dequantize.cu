@@ -160,11 +160,7 @@ using namespace memlm::cuda;
 memlm_status memlm_cuda_w4_sparse_dequantize(const memlm_packed* w, int64_t row, int64_t rows,
                                              memlm_dtype dtype, void* out, memlm_cuda_queue* queue) {
   MEMLM_PASS(check_compressed(w));
-  MEMLM_CHECK(row >= 0 && rows >= 0 && row <= w->n && rows <= w->n - row,
-              "rows: got %lld from %lld on, W has %lld", static_cast<long long>(rows),
-              static_cast<long long>(row), static_cast<long long>(w->n));
-  MEMLM_PASS(check_arrays(dtype, "out", {out}));
-  MEMLM_CHECK(!rows || out, "out: NULL");
+  MEMLM_PASS(check_rows_of(w, row, rows, dtype, out));
   Gpu gpu;
   MEMLM_PASS(find_gpu(MEMLM_F16, &gpu));
   if (!rows) return MEMLM_OK;
